@@ -1,0 +1,183 @@
+"""The LPD transformer (arXiv 2507.01957, section 3): learnable position queries predict any group from any context.
+
+Shape legend: `B` images, `L` tokens of an image, `N` rows, `D` width, `V` codes. Parameter names and shapes are those
+of the released checkpoints (`mit-han-lab/lpd_*`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from models.block import Block
+from models.kv_cache import KVCache
+from models.mask import training_mask
+from util.errors import UserError
+
+
+@dataclass(frozen=True)
+class LPDConfig:
+    """Sizes and regularisation of one model; `vocab_size` is the tokenizer's codebook size."""
+
+    img_size: int = 256
+    stride: int = 16
+    embed_dim: int = 1024
+    depth: int = 24
+    num_heads: int = 16
+    class_num: int = 1000
+    vocab_size: int = 16384
+    mlp_ratio: float = 4.0
+    proj_dropout: float = 0.0
+    attn_dropout: float = 0.0
+    label_drop_prob: float = 0.1
+    grad_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("img_size", "stride", "embed_dim", "depth", "num_heads", "class_num", "vocab_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"{name} is {value!r}; it must be a positive whole number.")
+        if self.img_size % self.stride:
+            raise UserError(f"img_size {self.img_size} is not a multiple of the tokenizer's stride {self.stride}.")
+        if self.embed_dim % self.num_heads:
+            raise UserError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}.")
+        if int(self.embed_dim * self.mlp_ratio) < 1:
+            raise UserError(f"mlp_ratio is {self.mlp_ratio}; it must be positive.")
+        for name in ("proj_dropout", "attn_dropout", "label_drop_prob"):
+            value = getattr(self, name)
+            if not 0.0 <= value <= 1.0:
+                raise UserError(f"{name} is {value}; it must be a probability between 0 and 1.")
+
+    @property
+    def grid_size(self) -> int:
+        """Height and width of the token grid."""
+        return self.img_size // self.stride
+
+    @property
+    def num_tokens(self) -> int:
+        """L, tokens per image."""
+        return self.grid_size**2
+
+
+class LPD(nn.Module):
+    """Decoder-only transformer over context rows (class token, codes) and position queries."""
+
+    def __init__(self, config: LPDConfig) -> None:
+        super().__init__()
+        self.config = config
+        D = config.embed_dim
+        self.class_emb = nn.Embedding(config.class_num, D)
+        self.token_emb = nn.Embedding(config.vocab_size, D)
+        self.fake_latent = nn.Parameter(torch.empty(1, D))  # the "no class" of guidance and label drop
+        self.mask_token = nn.Parameter(torch.empty(1, 1, D))  # the query vector
+        self.pos_embed = nn.Parameter(torch.empty(1, config.num_tokens + 1, D))  # slot 0: class token
+        self.z_proj_ln = nn.LayerNorm(D, eps=1e-6)
+        self.blocks = nn.ModuleList(
+            Block(D, config.num_heads, config.mlp_ratio, config.proj_dropout, config.attn_dropout)
+            for _ in range(config.depth)
+        )
+        self.norm = nn.LayerNorm(D, eps=1e-6)
+        self.head = nn.Linear(D, config.vocab_size, bias=False)
+        self.initialize_weights()
+
+    def initialize_weights(self) -> None:
+        """normal(0, 0.02) for embeddings, positions, query and no-class vectors; Xavier uniform for linear weights."""
+        for parameter in (self.class_emb.weight, self.token_emb.weight, self.fake_latent, self.mask_token):
+            nn.init.normal_(parameter, std=0.02)
+        nn.init.normal_(self.pos_embed, std=0.02)
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+
+    def embed_class(self, labels_B: torch.Tensor | None, batch: int) -> torch.Tensor:
+        """Class tokens (B, 1, D); `labels_B=None` gives the "no class" token to all `batch` images."""
+        class_BD = self.fake_latent.expand(batch, -1) if labels_B is None else self.class_emb(labels_B)
+        return self.z_proj_ln(class_BD[:, None] + self.pos_embed[:, :1])
+
+    def embed_codes(self, codes_BN: torch.Tensor, positions_BN: torch.Tensor) -> torch.Tensor:
+        """Context tokens (B, N, D) of codes that stand at raster indices `positions_BN`."""
+        return self.z_proj_ln(self.token_emb(codes_BN) + F.embedding(positions_BN + 1, self.pos_embed[0]))
+
+    def embed_queries(self, positions_BN: torch.Tensor) -> torch.Tensor:
+        """Position queries (B, N, D) for raster indices `positions_BN`."""
+        return self.z_proj_ln(self.mask_token + F.embedding(positions_BN + 1, self.pos_embed[0]))
+
+    def transform(self, rows_BND: torch.Tensor, mask: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
+        """All blocks, without the final norm. `mask` as in :class:`models.block.Attention`."""
+        for layer, block in enumerate(self.blocks):
+            if self.config.grad_checkpointing and self.training:
+                rows_BND = checkpoint(block, rows_BND, mask, use_reentrant=False)
+            else:
+                rows_BND = block(rows_BND, mask, cache, layer)
+        return rows_BND
+
+    def predict(self, queries_BND: torch.Tensor) -> torch.Tensor:
+        """Logits (B, N, V) of transformed query rows."""
+        return self.head(self.norm(queries_BND))
+
+    def forward(
+        self,
+        tokens_BL: torch.Tensor,
+        labels_B: torch.Tensor | None,
+        orders_BL: torch.Tensor,
+        group_sizes: Sequence[int],
+        label_drop_B: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """One training pass over the whole image.
+
+        Args:
+            tokens_BL: int64 codes in raster order.
+            labels_B: int64 classes, or None for "no class" everywhere.
+            orders_BL: int64, each row a permutation of raster indices in generation order.
+            group_sizes: tokens per step, summing to L.
+            label_drop_B: bool, True where the class is replaced by "no class". By default drawn with probability
+                `label_drop_prob` in training mode and nowhere else.
+
+        Returns:
+            Logits (B, L, V) in generation order: row t predicts the code at raster index orders_BL[:, t].
+        """
+        B, L = tokens_BL.shape
+        self.check_inputs(orders_BL, group_sizes)
+        class_B1D = self.embed_class(labels_B, B)
+        if label_drop_B is None and self.training and self.config.label_drop_prob > 0:
+            label_drop_B = torch.rand(B, device=tokens_BL.device) < self.config.label_drop_prob
+        if label_drop_B is not None:
+            class_B1D = torch.where(label_drop_B[:, None, None], self.embed_class(None, B), class_B1D)
+        # Nobody sees the codes of the last group, so they are left out.
+        num_known = L - group_sizes[-1]
+        known_BN = orders_BL[:, :num_known]
+        context = self.embed_codes(tokens_BL.gather(1, known_BN), known_BN)
+        rows = torch.cat([class_B1D, context, self.embed_queries(orders_BL)], dim=1)
+        rows = self.transform(rows, training_mask(group_sizes, device=rows.device))
+        return self.predict(rows[:, 1 + num_known :])
+
+    def check_inputs(self, orders_BL: torch.Tensor, group_sizes: Sequence[int]) -> None:
+        """Raise UserError where shapes and schedule do not fit this model (no read-back of device values)."""
+        L = self.config.num_tokens
+        if any(size < 1 for size in group_sizes) or sum(group_sizes) != L:
+            raise UserError(
+                f"group sizes {list(group_sizes)} sum to {sum(group_sizes)}; they must be positive and sum to the "
+                f"{L} tokens of the {self.config.grid_size}×{self.config.grid_size} grid."
+            )
+        if orders_BL.ndim != 2 or orders_BL.shape[1] != L:
+            raise UserError(f"orders have shape {tuple(orders_BL.shape)}; they must be (batch, {L}).")
+
+
+def resize_pos_embed(pos_embed: torch.Tensor, num_tokens: int) -> torch.Tensor:
+    """Resize positions (1, L₀+1, D) to another square grid: slot 0 is kept, the others are resized bicubically."""
+    old_size, new_size = math.isqrt(pos_embed.shape[1] - 1), math.isqrt(num_tokens)
+    if old_size**2 != pos_embed.shape[1] - 1 or new_size**2 != num_tokens:
+        raise UserError(f"pos_embed of shape {tuple(pos_embed.shape)} cannot be resized to {num_tokens} tokens.")
+    if old_size == new_size:
+        return pos_embed
+    grid = pos_embed[:, 1:].unflatten(1, (old_size, old_size)).permute(0, 3, 1, 2).float()
+    grid = F.interpolate(grid, size=(new_size, new_size), mode="bicubic", align_corners=False)
+    return torch.cat([pos_embed[:, :1], grid.flatten(2).transpose(1, 2).to(pos_embed.dtype)], dim=1)

@@ -1,0 +1,49 @@
+"""Who may attend to whom: the query-attention mask of training and its slice for one cached decoding step.
+
+Shape legend: `L` tokens of an image, `R` rows of the training pass, `N` rows of a decoding step, `T` cached rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+
+def training_mask(group_sizes: Sequence[int], device: torch.device | str = "cpu") -> torch.Tensor:
+    """Mask of the one-pass training sequence ``[class token, codes of groups 1 … n-1, queries of groups 1 … n]``.
+
+    A code of group s sees the class token, earlier groups and its whole own group. A query of group s sees the class
+    token, the codes of groups before s, and the queries of its own group. Nobody else sees a query (paper, section
+    3.2).
+
+    Args:
+        group_sizes: tokens per group, summing to L.
+
+    Returns:
+        bool (R, R) with R = 1 + 2L - group_sizes[-1]; entry (i, j) is True where row i may attend to row j.
+    """
+    group_of_token = torch.repeat_interleave(
+        torch.arange(1, len(group_sizes) + 1, device=device), torch.tensor(group_sizes, device=device)
+    )
+    context = torch.cat([group_of_token.new_zeros(1), group_of_token[: len(group_of_token) - group_sizes[-1]]])
+    group = torch.cat([context, group_of_token])
+    is_query = torch.arange(len(group), device=device) >= len(context)
+    newest_visible_context = group - is_query.long()
+    sees_context = ~is_query[None, :] & (group[None, :] <= newest_visible_context[:, None])
+    sees_query = is_query[None, :] & is_query[:, None] & (group[None, :] == group[:, None])
+    return sees_context | sees_query
+
+
+def step_mask(num_cached: int, num_context: int, num_queries: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Mask of one decoding step: its rows are `num_context` new context rows, then `num_queries` queries.
+
+    Everybody sees the cache and the new context; only queries see the queries.
+
+    Returns:
+        bool (N, T + N) with N = num_context + num_queries and T = num_cached.
+    """
+    num_rows = num_context + num_queries
+    mask = torch.ones(num_rows, num_cached + num_rows, dtype=torch.bool, device=device)
+    mask[:num_context, num_cached + num_context :] = False
+    return mask

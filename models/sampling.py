@@ -1,0 +1,105 @@
+"""Pure functions on logits: guidance, filtering, and the categorical draw from noise that belongs to each image.
+
+Shape legend: `B` images, `N` tokens of a step, `V` codes.
+"""
+
+from __future__ import annotations
+
+import torch
+
+CFG_SCHEDULES = ("linear", "constant")
+
+
+def guidance_weights(cfg: float, schedule: str, num_tokens: int, device: torch.device | str = "cpu") -> torch.Tensor:
+    """Guidance weight of each token by its index t in generation order, float32 (L,).
+
+    `linear`: w_t = 1 + (cfg - 1) · t / L, so it grows within a group too; `constant`: w_t = cfg.
+    """
+    if schedule == "constant":
+        return torch.full((num_tokens,), cfg, device=device)
+    return 1.0 + (cfg - 1.0) * torch.arange(num_tokens, device=device) / num_tokens
+
+
+def guide(conditional_BNV: torch.Tensor, unconditional_BNV: torch.Tensor, weights_N: torch.Tensor) -> torch.Tensor:
+    """Classifier-free guidance: u + w · (c - u)."""
+    return unconditional_BNV + weights_N[:, None] * (conditional_BNV - unconditional_BNV)
+
+
+def filter_logits(logits_BNV: torch.Tensor, top_k: int = 0, top_p: float = 1.0) -> torch.Tensor:
+    """Set what top-k (0 = off), then top-p (1 = off) exclude to -inf.
+
+    Top-p keeps the smallest set of most probable codes whose probabilities sum to at least `top_p`.
+    """
+    if 0 < top_k < logits_BNV.shape[-1]:
+        threshold = logits_BNV.topk(top_k, dim=-1).values[..., -1:]
+        logits_BNV = logits_BNV.masked_fill(logits_BNV < threshold, -torch.inf)
+    if top_p < 1.0:
+        sorted_logits, codes = logits_BNV.sort(dim=-1, descending=True)
+        probabilities = sorted_logits.softmax(dim=-1)
+        mass_before = probabilities.cumsum(dim=-1) - probabilities
+        excluded = torch.zeros_like(logits_BNV, dtype=torch.bool).scatter(-1, codes, mass_before >= top_p)
+        logits_BNV = logits_BNV.masked_fill(excluded, -torch.inf)
+    return logits_BNV
+
+
+def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Logical right shift of an int32 or int64 tensor (torch's `>>` carries the sign)."""
+    width = torch.iinfo(x.dtype).bits
+    return (x >> bits) & ((1 << (width - bits)) - 1)
+
+
+def _mix64(x: torch.Tensor) -> torch.Tensor:
+    """SplitMix64 finaliser (Steele, Lea & Flood, 2014) on int64, arithmetic modulo 2^64."""
+    x = (x ^ _shift_right(x, 30)) * -0x40A7B892E31B1A47  # 0xbf58476d1ce4e5b9 as a signed number
+    x = (x ^ _shift_right(x, 27)) * -0x6B2FB644ECCEEE15  # 0x94d049bb133111eb
+    return x ^ _shift_right(x, 31)
+
+
+def _mix32(x: torch.Tensor) -> torch.Tensor:
+    """32-bit integer hash with low bias (C. Wellons, `lowbias32`) on int32, arithmetic modulo 2^32."""
+    x = (x ^ _shift_right(x, 16)) * 0x7FEB352D
+    x = (x ^ _shift_right(x, 15)) * -0x7B935975  # 0x846ca68b
+    return x ^ _shift_right(x, 16)
+
+
+def exponential_noise(seeds_B: torch.Tensor, positions_BN: torch.Tensor, num_codes: int) -> torch.Tensor:
+    """Standard exponential noise that is a function of (seed, position, code) and nothing else.
+
+    A counter-based generator: neither the batch an image is in, nor the step a position is decoded at, nor the device
+    changes the bits an image gets.
+
+    Args:
+        seeds_B: int64 (B,), one seed per image.
+        positions_BN: int64 (B, N) raster indices.
+
+    Returns:
+        float32 (B, N, V), > 0.
+    """
+    golden = -0x61C8864680B583EB  # 0x9e3779b97f4a7c15, the SplitMix64 increment
+    key = _mix64(_mix64(seeds_B + golden)[:, None] + (positions_BN + 1) * golden)
+    low, high = key.view(torch.int32).unflatten(-1, (-1, 1, 2)).unbind(-1)  # (B, N, 1) each
+    codes = torch.arange(num_codes, device=seeds_B.device, dtype=torch.int32)
+    bits = _mix32(_mix32(codes ^ low) + high)
+    # 31 bits, so that floats stay exact near 0, where the small exponentials that win the race come from.
+    uniform = ((bits & 0x7FFFFFFF).float() + 0.5) * 2.0**-31
+    return -torch.log1p(-uniform.clamp(max=1.0 - 2.0**-24))
+
+
+def sample(
+    logits_BNV: torch.Tensor,
+    noise_BNV: torch.Tensor,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+) -> torch.Tensor:
+    """Categorical draw by the exponential race: argmax of p / noise. No read-back from the device.
+
+    Args:
+        logits_BNV: float32 or float64.
+        noise_BNV: standard exponential noise.
+
+    Returns:
+        int64 (B, N) codes.
+    """
+    filtered = filter_logits(logits_BNV / temperature, top_k, top_p)
+    return (filtered - noise_BNV.log()).argmax(dim=-1)

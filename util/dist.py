@@ -1,0 +1,104 @@
+"""Processes and devices: everything the project knows about torch.distributed.
+
+A program started by ``torchrun`` finds its rank in the environment; started plainly it is the only process and every
+function here still works.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+import torch.distributed as torch_dist
+
+from util.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Dist:
+    """One process's place in the run: its global ``rank`` among ``world_size`` processes and its ``device``."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            torch_dist.barrier()
+
+    def sum_(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum ``tensor`` over all processes, in place; returns it."""
+        if self.world_size > 1:
+            torch_dist.all_reduce(tensor)
+        return tensor
+
+    def gather(self, value: T) -> list[T]:
+        """Every process's ``value`` in rank order, on every process. For small plain objects, not tensors."""
+        if self.world_size == 1:
+            return [value]
+        values: list[T | None] = [None] * self.world_size
+        torch_dist.all_gather_object(values, value)
+        return values  # type: ignore[return-value]
+
+    def broadcast(self, value: T) -> T:
+        """Rank 0's ``value`` on every process. For small plain objects."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        torch_dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+
+def resolve_device(name: str = "auto", local_rank: int = 0) -> torch.device:
+    """``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+
+    Raises:
+        UserError: for any other name, or a GPU that is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"--device {name!r} is not a device; use auto, cpu, cuda or cuda:N.") from None
+    if device.type not in ("cpu", "cuda"):
+        raise UserError(f"--device {name!r} is not supported; use auto, cpu, cuda or cuda:N.")
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        # A launcher may leave a single visible GPU per process while LOCAL_RANK keeps counting.
+        index = device.index if device.index is not None else (local_rank if local_rank < count else 0)
+        if index >= count:
+            raise UserError(f"--device {name!r} asks for GPU {index}, but {count} GPU(s) are visible.")
+        device = torch.device("cuda", index)
+    return device
+
+
+@contextlib.contextmanager
+def distributed(device: str = "auto") -> Iterator[Dist]:
+    """Join the process group that ``torchrun`` describes (none when started plainly) and leave it at the end.
+
+    nccl for GPUs, gloo for CPUs.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    resolved = resolve_device(device, local_rank)
+    if resolved.type == "cuda":
+        torch.cuda.set_device(resolved)
+    if world_size > 1:
+        torch_dist.init_process_group("nccl" if resolved.type == "cuda" else "gloo")
+    try:
+        yield Dist(rank, world_size, resolved)
+    finally:
+        if world_size > 1:
+            torch_dist.destroy_process_group()
