@@ -181,3 +181,29 @@ def resize_pos_embed(pos_embed: torch.Tensor, num_tokens: int) -> torch.Tensor:
     grid = pos_embed[:, 1:].unflatten(1, (old_size, old_size)).permute(0, 3, 1, 2).float()
     grid = F.interpolate(grid, size=(new_size, new_size), mode="bicubic", align_corners=False)
     return torch.cat([pos_embed[:, :1], grid.flatten(2).transpose(1, 2).to(pos_embed.dtype)], dim=1)
+
+
+def load_weights(model: LPD, state: dict[str, torch.Tensor], source: str) -> None:
+    """Load a state dict; positions of another grid are resized, everything else must fit.
+
+    Args:
+        source: the file's name, for messages.
+
+    Raises:
+        UserError: naming the first parameter that is missing, unknown or of another shape.
+    """
+    own = model.state_dict()
+    if missing := sorted(own.keys() - state.keys()):
+        raise UserError(f"{source} is no checkpoint of this model: {missing[0]} is missing ({len(missing)} in all).")
+    if unknown := sorted(state.keys() - own.keys()):
+        raise UserError(f"{source} is no checkpoint of this model: it has {unknown[0]} ({len(unknown)} unknown in all).")
+    state = dict(state)
+    if state["pos_embed"].ndim == 3 and state["pos_embed"].shape[2] == model.config.embed_dim:
+        state["pos_embed"] = resize_pos_embed(state["pos_embed"], model.config.num_tokens)
+    for name, value in own.items():
+        if state[name].shape != value.shape:
+            raise UserError(
+                f"{source} is a checkpoint of another size: {name} is {tuple(state[name].shape)}, "
+                f"the model's is {tuple(value.shape)}."
+            )
+    model.load_state_dict(state)

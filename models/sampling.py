@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import torch
 
+from util.counter_rng import fold_in, random_bits
+
 CFG_SCHEDULES = ("linear", "constant")
 
 
@@ -42,31 +44,10 @@ def filter_logits(logits_BNV: torch.Tensor, top_k: int = 0, top_p: float = 1.0) 
     return logits_BNV
 
 
-def _shift_right(x: torch.Tensor, bits: int) -> torch.Tensor:
-    """Logical right shift of an int32 or int64 tensor (torch's `>>` carries the sign)."""
-    width = torch.iinfo(x.dtype).bits
-    return (x >> bits) & ((1 << (width - bits)) - 1)
-
-
-def _mix64(x: torch.Tensor) -> torch.Tensor:
-    """SplitMix64 finaliser (Steele, Lea & Flood, 2014) on int64, arithmetic modulo 2^64."""
-    x = (x ^ _shift_right(x, 30)) * -0x40A7B892E31B1A47  # 0xbf58476d1ce4e5b9 as a signed number
-    x = (x ^ _shift_right(x, 27)) * -0x6B2FB644ECCEEE15  # 0x94d049bb133111eb
-    return x ^ _shift_right(x, 31)
-
-
-def _mix32(x: torch.Tensor) -> torch.Tensor:
-    """32-bit integer hash with low bias (C. Wellons, `lowbias32`) on int32, arithmetic modulo 2^32."""
-    x = (x ^ _shift_right(x, 16)) * 0x7FEB352D
-    x = (x ^ _shift_right(x, 15)) * -0x7B935975  # 0x846ca68b
-    return x ^ _shift_right(x, 16)
-
-
 def exponential_noise(seeds_B: torch.Tensor, positions_BN: torch.Tensor, num_codes: int) -> torch.Tensor:
     """Standard exponential noise that is a function of (seed, position, code) and nothing else.
 
-    A counter-based generator: neither the batch an image is in, nor the step a position is decoded at, nor the device
-    changes the bits an image gets.
+    Neither the batch an image is in, nor the step a position is decoded at, nor the device changes the bits it gets.
 
     Args:
         seeds_B: int64 (B,), one seed per image.
@@ -75,13 +56,9 @@ def exponential_noise(seeds_B: torch.Tensor, positions_BN: torch.Tensor, num_cod
     Returns:
         float32 (B, N, V), > 0.
     """
-    golden = -0x61C8864680B583EB  # 0x9e3779b97f4a7c15, the SplitMix64 increment
-    key = _mix64(_mix64(seeds_B + golden)[:, None] + (positions_BN + 1) * golden)
-    low, high = key.view(torch.int32).unflatten(-1, (-1, 1, 2)).unbind(-1)  # (B, N, 1) each
-    codes = torch.arange(num_codes, device=seeds_B.device, dtype=torch.int32)
-    bits = _mix32(_mix32(codes ^ low) + high)
-    # 31 bits, so that floats stay exact near 0, where the small exponentials that win the race come from.
-    uniform = ((bits & 0x7FFFFFFF).float() + 0.5) * 2.0**-31
+    bits = random_bits(fold_in(seeds_B[:, None], positions_BN), num_codes)
+    # Floats hold small bits exactly; small uniforms become the small exponentials that win the race.
+    uniform = (bits.float() + 0.5) * 2.0**-31
     return -torch.log1p(-uniform.clamp(max=1.0 - 2.0**-24))
 
 

@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 from types import TracebackType
 
+from util.files import atomic_write
+
 
 def setup_logging(rank: int = 0) -> None:
     """Log to stderr: everything from INFO on rank 0, warnings and errors (with the rank) elsewhere."""
@@ -22,10 +24,21 @@ def setup_logging(rank: int = 0) -> None:
 
 
 class MetricsWriter:
-    """Appends one JSON object per line to ``path``; a no-op when ``path`` is None (ranks other than 0)."""
+    """Appends one JSON object per line to a file; a no-op when `path` is None (ranks other than 0).
 
-    def __init__(self, path: Path | None) -> None:
-        self._file = None if path is None else open(path, "a", buffering=1)  # noqa: SIM115 - closed in __exit__
+    Args:
+        resume_step: drop lines of later steps, which a killed run wrote after its last checkpoint. 0 starts afresh.
+    """
+
+    def __init__(self, path: Path | None, resume_step: int = 0) -> None:
+        self._file = None
+        if path is None:
+            return
+        lines = path.read_text().splitlines() if path.exists() else []
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= resume_step]
+        with atomic_write(path) as file:
+            file.write("".join(line + "\n" for line in kept).encode())
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - closed in __exit__
 
     def write(self, **values: float | int | str) -> None:
         if self._file is not None:

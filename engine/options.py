@@ -1,0 +1,169 @@
+"""The flags of `main_lpd.py` and what they turn into: model, training and evaluation configurations."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from engine.recipes import EVAL_RECIPES, TRAIN_RECIPES
+from engine.train import TrainConfig
+from models import MODEL_SIZES, model_config
+from models.lpd import LPDConfig
+from models.sampling import CFG_SCHEDULES
+from orders import ORDER_KINDS
+from util.errors import UserError
+from util.lr_sched import LR_SCHEDULES
+
+# Defaults of a model that neither flags nor a checkpoint describe: LPD-L at 256 px on ImageNet.
+_MODEL_DEFAULTS: dict[str, Any] = {"model": "lpd_l", "img_size": 256}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All flags; what a recipe names becomes the default of the flags it sets (see :func:`parse`)."""
+    parser = argparse.ArgumentParser(
+        prog="main_lpd.py",
+        description="Train LPD (locality-aware parallel decoding), or evaluate a checkpoint with --evaluate.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--evaluate", action="store_true", help="generate and score images instead of training")
+    add("--recipe", help=f"a published run: {', '.join(TRAIN_RECIPES)}; with --evaluate {', '.join(EVAL_RECIPES)}")
+    add("--output_dir", type=Path, default=Path("runs/lpd"), help="checkpoints, metrics, results, pictures")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--seed", type=int, default=0)
+    add("--bf16", action="store_true", help="bfloat16 autocast")
+    add("--num_workers", type=int, default=8, help="processes that load images; cached codes need none")
+    add("--dry_run", action="store_true", help="check everything, print the resolved settings and stop")
+
+    group = parser.add_argument_group("model", "taken from the checkpoint where it records them")
+    add = group.add_argument
+    add("--model", choices=MODEL_SIZES, help="size (default: lpd_l)")
+    add("--img_size", type=int, help="pixels; a multiple of the tokenizer's stride (default: 256)")
+    add("--class_num", type=int, help="number of classes (default: the data set's; 1000 without one)")
+    add("--vqgan_path", type=Path, help="tokenizer: LlamaGen's vq_ds16_c2i.pt or one of tokenizers.train")
+    add("--pretrained_ckpt", type=Path, help="weights to evaluate or to start training from (.pth or .safetensors)")
+    add("--label_drop_prob", type=float, default=0.1, help="share of samples trained without class, for guidance")
+    add("--proj_dropout", type=float, default=0.1)
+    add("--attn_dropout", type=float, default=0.0, help="on attention weights; the published models used none")
+    add("--grad_checkpointing", action="store_true", help="recompute activations in the backward pass: less memory")
+
+    group = parser.add_argument_group("data")
+    add = group.add_argument
+    add("--data_path", type=Path, help="image folder, one subfolder per class")
+    add("--use_cached", action="store_true", help="train on the codes in --cached_path instead of images")
+    add("--cached_path", type=Path, help="cache of codes made by main_cache.py")
+    add("--skip_broken", action="store_true", help="train on without images that cannot be read")
+
+    group = parser.add_argument_group("training")
+    add = group.add_argument
+    add("--epochs", type=int, default=450)
+    add("--batch_size", type=int, default=64, help="samples per process")
+    add("--lr", type=float, help="peak learning rate (default: blr · global batch / 256)")
+    add("--blr", type=float, default=1e-4, help="learning rate per 256 samples of the global batch")
+    add("--min_lr", type=float, default=1e-5)
+    add("--lr_schedule", choices=LR_SCHEDULES, default="constant+cosine")
+    add("--warmup_epochs", type=float, default=50)
+    add("--lr_decay_start_epoch", type=float, default=400, help="for constant+cosine")
+    add("--weight_decay", type=float, default=0.02)
+    add("--grad_clip", type=float, default=3.0, help="largest norm of the gradient")
+    add("--resume", type=Path, help="checkpoint, or folder of checkpoints (default: --output_dir, if it has any)")
+    add("--log_freq", type=int, default=50, help="steps between lines of metrics.jsonl")
+    add("--save_last_freq", type=int, default=1, help="epochs between saves of checkpoint-last.pth")
+    add("--save_intermediate_freq", type=int, default=0, help="epochs between checkpoints that are kept; 0: none")
+    add("--online_eval", action="store_true", help="evaluate during training and at its end")
+    add("--eval_freq", type=int, default=40, help="epochs between evaluations with --online_eval")
+    add("--use_wandb", action="store_true", help="log to Weights & Biases as well")
+    add("--wandb_project", default="lpd")
+    add("--wandb_run_name")
+
+    group = parser.add_argument_group("generation and scores")
+    add = group.add_argument
+    add("--generation_steps", type=int, default=20, help="decoding steps per image")
+    add("--group_sizes", help="tokens per step instead: '1,3,5' or a JSON list, or a file with either")
+    add("--order", choices=ORDER_KINDS, default="lpd", help="schedule of positions, drawn on the fly")
+    add("--lpd_order_file", type=Path, help="file of orders; image i uses order i")
+    add("--proximity_threshold", type=float, default=1.0)
+    add("--repulsion_threshold", type=int, help="(default: by grid size)")
+    add("--cfg", type=float, default=1.0, help="guidance scale; 1 is none")
+    add("--cfg_schedule", choices=CFG_SCHEDULES, default="linear")
+    add("--temperature", type=float, default=1.0)
+    add("--top_k", type=int, default=0, help="0 is off")
+    add("--top_p", type=float, default=1.0, help="1 is off")
+    add("--num_images", type=int, default=50_000)
+    add("--eval_bsz", type=int, default=64, help="images per process and batch")
+    return parser
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    """Parse the flags; a recipe's values are defaults, what the user gives beside it wins."""
+    parser = build_parser()
+    first = parser.parse_args(arguments)
+    if first.recipe is None:
+        return first
+    recipes, kind = (EVAL_RECIPES, "evaluation") if first.evaluate else (TRAIN_RECIPES, "training")
+    if first.recipe not in recipes:
+        raise UserError(f"there is no {kind} recipe {first.recipe!r}; choose one of {', '.join(recipes)}.")
+    paths = {"output_dir", "pretrained_ckpt", "reference_statistics"}
+    recipe = recipes[first.recipe]
+    parser.set_defaults(**{key: Path(value) if key in paths else value for key, value in recipe.items()})
+    return parser.parse_args(arguments)
+
+
+def resolve_model(
+    args: argparse.Namespace,
+    recorded: dict[str, Any] | None,
+    stride: int,
+    vocab_size: int,
+    class_num: int | None = None,
+    resizable: bool = False,
+) -> LPDConfig:
+    """The model's configuration: what the checkpoint records, else flags, else defaults.
+
+    Args:
+        recorded: `config` of a checkpoint, or None where it records none.
+        stride, vocab_size: the tokenizer's.
+        class_num: the data set's, or None where there is no data set.
+        resizable: whether --img_size may differ from the checkpoint's (positions are resized when training goes on at
+            another resolution).
+
+    Raises:
+        UserError: where a flag or the tokenizer contradicts the checkpoint.
+    """
+    dropouts = {name: getattr(args, name) for name in ("label_drop_prob", "proj_dropout", "attn_dropout")}
+    dropouts |= {"grad_checkpointing": args.grad_checkpointing}
+    if recorded is None:
+        classes = args.class_num or class_num or 1000
+        name = args.model or _MODEL_DEFAULTS["model"]
+        size = args.img_size or _MODEL_DEFAULTS["img_size"]
+        config = model_config(name, img_size=size, stride=stride, vocab_size=vocab_size, class_num=classes, **dropouts)
+        if class_num is not None and classes < class_num:
+            raise UserError(f"--class_num is {classes}, but the data set has {class_num} classes.")
+        return config
+    wanted: dict[str, Any] = {"stride": stride, "vocab_size": vocab_size}
+    wanted |= {key: value for key in ("img_size", "class_num") if (value := getattr(args, key)) is not None}
+    if args.model is not None:
+        wanted |= dict(zip(("embed_dim", "depth", "num_heads"), MODEL_SIZES[args.model], strict=True))
+    if resizable:
+        recorded = recorded | {"img_size": wanted.pop("img_size", recorded["img_size"])}
+    for key, value in wanted.items():
+        if recorded[key] != value:
+            source = f"--model {args.model}" if key in ("embed_dim", "depth", "num_heads") else f"--{key}"
+            source = "the tokenizer" if key in ("stride", "vocab_size") else source
+            raise UserError(f"the checkpoint is of a model with {key} {recorded[key]}, but {source} says {value}.")
+    if class_num is not None and recorded["class_num"] < class_num:
+        raise UserError(f"the checkpoint has {recorded['class_num']} classes, but the data set has {class_num}.")
+    return LPDConfig(**{**recorded, **dropouts})
+
+
+def train_config(args: argparse.Namespace) -> TrainConfig:
+    fields = TrainConfig.__dataclass_fields__
+    values = {name: getattr(args, name) for name in fields}
+    if not args.online_eval:
+        values["eval_freq"] = 0
+    return TrainConfig(**values)
+
+
+def settings(args: argparse.Namespace) -> dict[str, Any]:
+    """The flags as plain data, for checkpoints and results."""
+    return {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()}

@@ -1,0 +1,239 @@
+"""Training: exact resume in mid-epoch, the same numbers from one and two processes, refusals before work starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import socket
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+from engine.train import StopRequest, TrainConfig, draw_samples, train
+from models import build_model
+from models.lpd import LPD
+from util.checkpoint import LAST, load_checkpoint
+from util.data import CacheHeader, CodeBatch, PackedCodes
+from util.dist import Dist, distributed
+from util.errors import UserError
+
+L, V, CLASSES, N = 16, 11, 3, 40
+SCHEDULES = [(1, 3, 5, 7), (1, 15), (1, 1, 2, 4, 8)]
+CPU = Dist(0, 1, torch.device("cpu"))
+
+
+def make_cache(folder: Path) -> Path:
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    for name in ("codes", "codes_flip"):
+        np.save(folder / f"{name}.npy", rng.integers(V, size=(N, L), dtype=np.uint16))
+    np.save(folder / "labels.npy", rng.integers(CLASSES, size=N))
+    header = CacheHeader(
+        img_size=64, grid_size=4, num_images=N, classes=["a", "b", "c"], tokenizer_sha256="0" * 64, vocab_size=V,
+        max_code=V - 1, crop="adm", source="test", source_sha256="0" * 64, skipped=[], files={},
+    )  # fmt: skip
+    (folder / "header.json").write_text(json.dumps(dataclasses.asdict(header)))
+    return folder
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return make_cache(tmp_path / "codes")
+
+
+def build(dropout: float = 0.1) -> LPD:
+    torch.manual_seed(0)
+    options = {"img_size": 64, "class_num": CLASSES, "vocab_size": V, "proj_dropout": dropout}
+    return build_model("lpd_debug", **options).double()
+
+
+def config(folder: Path, **changes: object) -> TrainConfig:
+    values: dict = {"epochs": 3, "batch_size": 8, "lr": 1e-2, "warmup_epochs": 1, "lr_schedule": "cosine"}
+    return TrainConfig(output_dir=folder, **(values | {"num_workers": 0, "log_freq": 3} | changes))
+
+
+class SignalAt(PackedCodes):
+    """Sends this process a signal while a given batch is fetched."""
+
+    def __init__(self, path: Path, batch: int, number: int = signal.SIGTERM) -> None:
+        super().__init__(path)
+        self.left, self.number = batch, number
+
+    def __getitems__(self, indices: list[int]) -> CodeBatch:
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), self.number)
+        return self.get_batch(indices)
+
+
+@pytest.mark.parametrize("stop_at", [2, 5, 8])
+def test_resumed_run_equals_an_uninterrupted_one(cache: Path, tmp_path: Path, stop_at: int) -> None:
+    """Bit for bit, also in mid-epoch: weights, optimizer state and the data of every step."""
+    whole = build()
+    assert train(whole, PackedCodes(cache), SCHEDULES, config(tmp_path / "whole"), CPU) is None
+
+    folder = tmp_path / "parts"
+    assert train(build(), SignalAt(cache, stop_at), SCHEDULES, config(folder), CPU) == signal.SIGTERM
+    checkpoint = load_checkpoint(folder / LAST)
+    assert 0 < checkpoint["step"] < 15
+    resumed = build()
+    resumed.load_state_dict(checkpoint["model"])
+    assert train(resumed, PackedCodes(cache), SCHEDULES, config(folder), CPU, resume=checkpoint) is None
+
+    first, second = load_checkpoint(tmp_path / "whole" / LAST), load_checkpoint(folder / LAST)
+    for name, value in first["model"].items():
+        assert torch.equal(value, second["model"][name]), name
+    for key, state in first["optimizer"]["state"].items():
+        assert all(torch.equal(value, second["optimizer"]["state"][key][name]) for name, value in state.items())
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps))
+
+
+def train_worker(rank: int, world_size: int, cache: Path, folder: Path, port: int) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    torch.set_num_threads(1)
+    with distributed("cpu") as dist:
+        settings = config(folder, batch_size=8 // world_size, bf16=False)
+        train(build(dropout=0.0), PackedCodes(cache), SCHEDULES, settings, dist)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
+
+
+def test_two_processes_equal_one(cache: Path, tmp_path: Path) -> None:
+    """Same global batches, orders, flips, label drops and learning rates, hence the same weights to rounding."""
+    train(build(dropout=0.0), PackedCodes(cache), SCHEDULES, config(tmp_path / "one"), CPU)
+    mp.spawn(train_worker, (2, cache, tmp_path / "two", free_port()), nprocs=2)
+    first, second = load_checkpoint(tmp_path / "one" / LAST), load_checkpoint(tmp_path / "two" / LAST)
+    torch.testing.assert_close(first["model"], second["model"], rtol=1e-9, atol=1e-9)
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+
+
+def test_sample_draws_are_permutations_and_do_not_depend_on_the_process() -> None:
+    whole = draw_samples(5, 7, 0, 64, L, 0.3, torch.device("cpu"))
+    orders = whole[0]
+    assert torch.equal(orders.sort(dim=1).values, torch.arange(L).expand(64, L))
+    assert len(orders.unique(dim=0)) == 64
+    for part, expected in zip(draw_samples(5, 7, 16, 8, L, 0.3, torch.device("cpu")), whole, strict=True):
+        assert torch.equal(part, expected[16:24])
+    assert not torch.equal(orders, draw_samples(5, 8, 0, 64, L, 0.3, torch.device("cpu"))[0])
+    many = draw_samples(0, 0, 0, 20000, 2, 0.3, torch.device("cpu"))
+    assert many[1].double().mean().item() == pytest.approx(0.5, abs=0.02)
+    assert many[2].double().mean().item() == pytest.approx(0.3, abs=0.02)
+    assert not draw_samples(0, 0, 0, 2000, 2, 0.0, torch.device("cpu"))[2].any()
+    assert draw_samples(0, 0, 0, 2000, 2, 1.0, torch.device("cpu"))[2].all()
+
+
+def test_orders_are_uniform_over_positions() -> None:
+    """Each position comes first equally often: a biased sort key would teach the model a preferred start."""
+    orders, _, _ = draw_samples(1, 0, 0, 16000, L, 0.1, torch.device("cpu"))
+    for column in (0, L - 1):
+        counts = orders[:, column].bincount(minlength=L).double()
+        assert (counts - 1000).abs().max() < 5 * 1000**0.5
+
+
+def test_images_are_encoded_and_mirrored_like_cached_codes(tmp_path: Path) -> None:
+    """Training from images sees the same codes as training from a cache of the same images."""
+    from engine.train import mirrored_codes
+    from tokenizers import VQConfig, VQModel
+
+    vq = VQModel(VQConfig(base_width=32, multipliers=(1, 1), codebook_size=16, z_channels=32)).eval()
+    images = torch.randint(256, (3, 8, 8, 3), dtype=torch.uint8)
+    scaled = images.permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        codes, codes_flip = vq.encode(scaled), vq.encode(scaled.flip(-1))
+    flip = torch.tensor([True, False, True])
+    expected = mirrored_codes([codes, codes_flip], flip, None)
+    assert torch.equal(expected[0], codes_flip[0])
+    assert torch.equal(expected[1], codes[1])
+    assert torch.equal(mirrored_codes([images], flip, vq), expected)
+
+
+def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(cache: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train(build(), PackedCodes(cache), SCHEDULES, config(folder, epochs=2), CPU)
+    good = (folder / LAST).read_bytes()
+    checkpoint = load_checkpoint(folder / LAST)
+    model = build()
+    torch.nn.init.constant_(model.head.weight, float("nan"))
+    with pytest.raises(FloatingPointError, match="steps 10 and 12"):
+        train(model, PackedCodes(cache), SCHEDULES, config(folder), CPU, resume=checkpoint)
+    assert (folder / LAST).read_bytes() == good
+    report = json.loads((folder / "nonfinite-rank0.json").read_text())
+    assert report["first_step"] == 10
+    assert [len(rows) for rows in report["samples_of_each_step"]] == [8, 8]
+
+
+def test_frequencies_of_saving_and_evaluating(cache: Path, tmp_path: Path) -> None:
+    epochs = []
+
+    def evaluate(model: LPD, epoch: int) -> None:
+        assert not model.training
+        epochs.append(epoch)
+
+    settings = config(tmp_path, epochs=5, save_intermediate_freq=2, eval_freq=2, save_last_freq=10)
+    train(build(), PackedCodes(cache), SCHEDULES, settings, CPU, evaluate=evaluate)
+    assert epochs == [2, 4, 5]
+    assert sorted(path.name for path in tmp_path.glob("*.pth")) == [
+        "checkpoint-2.pth",
+        "checkpoint-4.pth",
+        "checkpoint-last.pth",
+    ]
+    assert json.loads((tmp_path / "checkpoint-last.json").read_text())["epoch"] == 5
+
+
+def test_stop_request_restores_handlers_and_second_ctrl_c_interrupts() -> None:
+    before = signal.getsignal(signal.SIGINT)
+
+    def press_ctrl_c_twice() -> None:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.signal == signal.SIGINT
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        press_ctrl_c_twice()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_peak_learning_rate_follows_the_global_batch() -> None:
+    settings = TrainConfig(output_dir=Path("x"), batch_size=64, blr=1e-4)
+    assert settings.peak_lr(world_size=32) == pytest.approx(8e-4)
+    assert dataclasses.replace(settings, lr=3e-4).peak_lr(world_size=32) == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"epochs": 0}, "--epochs is 0"),
+        ({"batch_size": -2}, "--batch_size is -2"),
+        ({"lr": -1.0}, "--lr is -1.0"),
+        ({"grad_clip": 0.0}, "--grad_clip"),
+        ({"lr_schedule": "linear"}, "linear"),
+        ({"warmup_epochs": 9}, "--warmup_epochs is 9"),
+        ({"lr_schedule": "constant+cosine", "lr_decay_start_epoch": 7}, "--lr_decay_start_epoch is 7"),
+        ({"seed": -1}, "--seed is -1"),
+    ],
+)
+def test_bad_settings_are_named(changes: dict, named: str) -> None:
+    with pytest.raises(UserError, match=named.replace("+", r"\+")):
+        config(Path("x"), **changes)
+
+
+def test_data_set_smaller_than_a_batch_is_refused(cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="40"):
+        train(build(), PackedCodes(cache), SCHEDULES, config(tmp_path, batch_size=64), CPU)

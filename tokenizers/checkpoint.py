@@ -1,0 +1,107 @@
+"""Tokenizers as files: the released one and those trained here.
+
+A ``.pt`` file is a dict with the state dict under ``model`` and, for those trained here, the plain-data ``config`` beside it;
+a ``.safetensors`` file holds the same tensors, the config as JSON in its metadata. Without a config the released size is
+assumed. Files are read without running code from them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pickle
+import zipfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from tokenizers.vq_model import VQConfig, VQModel
+from util.errors import UserError
+from util.files import atomic_write
+
+RELEASED = "the released tokenizer is the file vq_ds16_c2i.pt of FoundationVision/LlamaGen on the Hugging Face hub"
+
+
+def load_tokenizer(path: str | Path, device: str | torch.device = "cpu") -> VQModel:
+    """Read a tokenizer: the released ``vq_ds16_c2i.pt`` (also as a bare state dict) or one saved by this project.
+
+    Returns a float32 model in eval mode on ``device`` with frozen parameters.
+
+    Raises:
+        UserError: when the file is missing, damaged, or does not hold exactly the parameters of its size.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"Tokenizer file {str(path)!r} does not exist; {RELEASED}.")
+    state, raw_config = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pt(path)
+    config = _parse_config(raw_config, path)
+    with torch.device("meta"):  # shapes only: random weights would be thrown away
+        model = VQModel(config)
+    _check_parameters(state, model.state_dict(), path)
+    model.load_state_dict(state, assign=True)
+    return model.to(device=device, dtype=torch.float32).eval().requires_grad_(False)
+
+
+def save_tokenizer(model: VQModel, path: str | Path) -> None:
+    """Write ``model`` and its config to a ``.pt`` or ``.safetensors`` file that is whole or absent."""
+    path = Path(path)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    config = {**asdict(model.config), "multipliers": list(model.config.multipliers)}
+    with atomic_write(path) as file:
+        if path.suffix == ".safetensors":
+            file.write(safetensors.torch.save(state, metadata={"config": json.dumps(config)}))
+        else:
+            torch.save({"model": state, "config": config}, file)
+
+
+def _read_pt(path: Path) -> tuple[dict[str, Tensor], Any]:
+    try:
+        # Training checkpoints of the released family carry their arguments as a Namespace.
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise _damaged(path) from error
+    state = content.get("model", content) if isinstance(content, dict) else None
+    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"Tokenizer file {str(path)!r} holds no state dict (bare or under 'model'); {RELEASED}.")
+    return state, content.get("config") if "model" in content else None
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            config = (file.metadata() or {}).get("config")
+            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(config or "null")  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError, ValueError) as error:
+        raise _damaged(path) from error
+
+
+def _damaged(path: Path) -> UserError:
+    return UserError(f"Tokenizer file {str(path)!r} can't be read (truncated, or not a tokenizer file); {RELEASED}.")
+
+
+def _parse_config(raw: Any, path: Path) -> VQConfig:
+    if raw is None:
+        return VQConfig()
+    try:
+        return VQConfig(**raw)
+    except (TypeError, UserError) as error:
+        raise UserError(f"Tokenizer file {str(path)!r} has a bad config {raw!r}: {error}") from error
+
+
+def _check_parameters(state: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:
+    problems = [f"{name} is missing" for name in expected if name not in state]
+    problems += [f"{name} is unknown" for name in state if name not in expected]
+    problems += [
+        f"{name} has shape {tuple(state[name].shape)} and should have {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    if problems:
+        more = f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else ""
+        raise UserError(f"Tokenizer file {str(path)!r} does not fit: {problems[0]}{more}; {RELEASED}.")

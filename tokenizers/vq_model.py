@@ -1,0 +1,316 @@
+"""The VQ tokenizer: an image becomes a square grid of code indices, and back.
+
+Same network, parameter names and shapes as LlamaGen's VQ-16 (Sun et al., "Autoregressive Model Beats Diffusion: Llama
+for Scalable Image Generation", arXiv:2406.06525, section 3.1), so the released ``vq_ds16_c2i.pt`` loads unchanged; other
+widths, strides and codebook sizes by :class:`VQConfig`.
+
+Shapes: ``B`` batch, ``C`` channels, ``H W`` pixels, ``h w`` token grid, ``L = h*w`` tokens, ``V`` codebook entries,
+``K`` code_dim.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from util.errors import UserError
+
+_MAX_SCORES = 2**26  # similarities held at once by the nearest-entry search: 256 MiB in float32
+_CODEBOOK_USED_SIZE = 65536  # length of the buffer in the released file
+
+
+@dataclass(frozen=True)
+class VQConfig:
+    """Size of a tokenizer; the defaults are the released ``vq_ds16_c2i``.
+
+    ``multipliers`` gives the width of each resolution level as a multiple of ``base_width``; each level but the last halves
+    the picture, so the stride is ``2 ** (len(multipliers) - 1)``. The decoder has one residual block per level more than
+    ``res_blocks``. Raises UserError for values no tokenizer can be built from.
+    """
+
+    base_width: int = 128
+    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
+    res_blocks: int = 2
+    z_channels: int = 256
+    codebook_size: int = 16384
+    code_dim: int = 8
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "multipliers", tuple(self.multipliers))
+        for name in ("base_width", "res_blocks", "z_channels", "codebook_size", "code_dim"):
+            value = getattr(self, name)
+            if not _is_positive_int(value):
+                raise UserError(f"Tokenizer {name} {value!r} must be a positive integer.")
+        if not self.multipliers or not all(_is_positive_int(m) for m in self.multipliers):
+            raise UserError(f"Tokenizer multipliers {self.multipliers!r} must be positive integers, one per level.")
+        if self.base_width % 4:
+            raise UserError(f"Tokenizer base_width {self.base_width} must be a multiple of 4 (channels per norm group).")
+
+    @property
+    def stride(self) -> int:
+        """Pixels per token along one side."""
+        return 2 ** (len(self.multipliers) - 1)
+
+
+def _is_positive_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
+
+
+class VQModel(nn.Module):
+    """Encoder, codebook and decoder. Built with random weights; see ``load_tokenizer`` for trained ones."""
+
+    def __init__(self, config: VQConfig | None = None) -> None:
+        super().__init__()
+        self.config = config = config or VQConfig()
+        self.stride = config.stride
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        self.quantize = Codebook(config.codebook_size, config.code_dim)
+        self.quant_conv = nn.Conv2d(config.z_channels, config.code_dim, 1)
+        self.post_quant_conv = nn.Conv2d(config.code_dim, config.z_channels, 1)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Square images (B, 3, H, H), floating point in [-1, 1] → code indices (B, L) int64 in raster order.
+
+        Raises UserError for another shape, or a side that is no multiple of the stride.
+        """
+        return self.quantize.nearest(self.features(images))
+
+    def decode(self, indices: Tensor) -> Tensor:
+        """Code indices (B, L) in [0, V), L a square number → images (B, 3, H, H), about [-1, 1] but not clipped.
+
+        Raises UserError for a shape that is no square grid. The range is the caller's duty: checking it would read a
+        value back from the GPU.
+        """
+        if indices.ndim != 2 or indices.is_floating_point() or math.isqrt(indices.shape[1]) ** 2 != indices.shape[1]:
+            raise UserError(
+                f"Code indices of shape {tuple(indices.shape)} and type {indices.dtype} can't be decoded; they must be "
+                "integers of shape (batch, side*side)."
+            )
+        return self.decode_features(self.quantize.lookup(indices))
+
+    def features(self, images: Tensor) -> Tensor:
+        """Images as in :meth:`encode` → unit vectors (B, L, K) before quantisation, raster order, at least float32."""
+        shape = tuple(images.shape)
+        if images.ndim != 4 or shape[1] != 3 or not images.is_floating_point():
+            raise UserError(f"Images must be floating point (B, 3, H, W), not {images.dtype} of shape {shape}.")
+        if shape[2] != shape[3] or shape[2] % self.stride or shape[2] == 0:
+            raise UserError(
+                f"Images of {shape[2]}×{shape[3]} pixels can't be encoded; this tokenizer takes square ones with a side "
+                f"that is a multiple of {self.stride}."
+            )
+        return _unit(self.quant_conv(self.encoder(images)).flatten(2).transpose(1, 2))
+
+    def decode_features(self, features: Tensor) -> Tensor:
+        """Codebook vectors (B, L, K) in raster order → images (B, 3, H, H)."""
+        side = math.isqrt(features.shape[1])
+        weight = self.post_quant_conv.weight
+        grid = features.to(weight.dtype).transpose(1, 2).unflatten(2, (side, side))
+        images: Tensor = self.decoder(self.post_quant_conv(grid))
+        return images
+
+
+class Codebook(nn.Module):
+    """V entries of K numbers, used L2-normalised."""
+
+    codebook_used: Tensor
+
+    def __init__(self, size: int, dim: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(size, dim)
+        nn.init.normal_(self.embedding.weight)
+        # Part of the released file (its trainer's record of codes in use); nothing here reads it.
+        self.register_buffer("codebook_used", torch.zeros(_CODEBOOK_USED_SIZE))
+
+    def entries(self) -> Tensor:
+        """The unit vectors (V, K), at least float32."""
+        return _unit(self.embedding.weight)
+
+    def lookup(self, indices: Tensor) -> Tensor:
+        """Indices (...) → unit vectors (..., K), at least float32."""
+        return _unit(self.embedding(indices))
+
+    @torch.no_grad()
+    def nearest(self, features: Tensor) -> Tensor:
+        """Unit vectors (..., K) → index (...) int64 of the nearest entry.
+
+        Between unit vectors the nearest is the most similar one. Full precision even under autocast: neighbouring
+        entries differ by less than a bfloat16 step. The (rows × V) similarities are made piece by piece.
+        """
+        with torch.autocast(features.device.type, enabled=False):
+            rows = features.reshape(-1, features.shape[-1])
+            entries = self.entries().to(rows.dtype).T
+            pieces = [(piece @ entries).argmax(1) for piece in rows.split(max(1, _MAX_SCORES // entries.shape[1]))]
+        return torch.cat(pieces).view(features.shape[:-1])
+
+
+class Encoder(nn.Module):
+    """Images (B, 3, H, W) → (B, z_channels, h, w)."""
+
+    def __init__(self, config: VQConfig) -> None:
+        super().__init__()
+        widths = [config.base_width * m for m in config.multipliers]
+        coarsest = len(widths) - 1
+        self.conv_in = nn.Conv2d(3, config.base_width, 3, padding=1)
+        self.conv_blocks = nn.ModuleList(
+            Level(
+                width_in,
+                width_out,
+                config.res_blocks,
+                attention=level == coarsest,
+                downsample=level < coarsest,
+            )
+            for level, (width_in, width_out) in enumerate(zip([config.base_width, *widths], widths, strict=False))
+        )
+        self.mid = _middle(widths[-1])
+        self.norm_out = _norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], config.z_channels, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in [*self.conv_blocks, *self.mid]:
+            x = block(x)
+        x = self.conv_out(F.silu(self.norm_out(x)))
+        return x
+
+
+class Decoder(nn.Module):
+    """(B, z_channels, h, w) → images (B, 3, H, W); levels run from coarse to fine."""
+
+    def __init__(self, config: VQConfig) -> None:
+        super().__init__()
+        widths = [config.base_width * m for m in reversed(config.multipliers)]
+        finest = len(widths) - 1
+        self.conv_in = nn.Conv2d(config.z_channels, widths[0], 3, padding=1)
+        self.mid = _middle(widths[0])
+        self.conv_blocks = nn.ModuleList(
+            Level(
+                width_in,
+                width_out,
+                config.res_blocks + 1,
+                attention=level == 0,
+                upsample=level < finest,
+            )
+            for level, (width_in, width_out) in enumerate(zip([widths[0], *widths], widths, strict=False))
+        )
+        self.norm_out = _norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv_in(x)
+        for block in [*self.mid, *self.conv_blocks]:
+            x = block(x)
+        x = self.conv_out(F.silu(self.norm_out(x)))
+        return x
+
+
+class Level(nn.Module):
+    """One resolution: residual blocks, each followed by its own attention where asked for, then the change of size."""
+
+    def __init__(
+        self,
+        width_in: int,
+        width_out: int,
+        blocks: int,
+        *,
+        attention: bool,
+        downsample: bool = False,
+        upsample: bool = False,
+    ) -> None:
+        super().__init__()
+        self.res = nn.ModuleList(ResBlock(width_in if i == 0 else width_out, width_out) for i in range(blocks))
+        self.attn = nn.ModuleList(Attention(width_out) for _ in range(blocks if attention else 0))
+        self.downsample = Downsample(width_out) if downsample else None
+        self.upsample = Upsample(width_out) if upsample else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        for i, res in enumerate(self.res):
+            x = res(x)
+            if self.attn:
+                x = self.attn[i](x)
+        for resample in (self.downsample, self.upsample):
+            if resample is not None:
+                x = resample(x)
+        return x
+
+
+class ResBlock(nn.Module):
+    """x + conv(swish(norm(conv(swish(norm(x)))))), with a 1×1 shortcut where the width changes."""
+
+    def __init__(self, width_in: int, width_out: int) -> None:
+        super().__init__()
+        self.norm1 = _norm(width_in)
+        self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1)
+        self.norm2 = _norm(width_out)
+        self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1)
+        self.nin_shortcut = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        h = self.conv2(F.silu(self.norm2(h)))
+        return h + (x if self.nin_shortcut is None else self.nin_shortcut(x))
+
+
+class Attention(nn.Module):
+    """Single-head self-attention over the pixels, scale C^-1/2, added to its input."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.norm = _norm(width)
+        self.q = nn.Conv2d(width, width, 1)
+        self.k = nn.Conv2d(width, width, 1)
+        self.v = nn.Conv2d(width, width, 1)
+        self.proj_out = nn.Conv2d(width, width, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.norm(x)
+        # (B, C, h, w) → (B, 1 head, L, C)
+        q, k, v = (conv(h).flatten(2).transpose(1, 2).unsqueeze(1) for conv in (self.q, self.k, self.v))
+        attended = F.scaled_dot_product_attention(q, k, v).squeeze(1).transpose(1, 2).unflatten(2, x.shape[2:])
+        return x + self.proj_out(attended)
+
+
+class Downsample(nn.Module):
+    """Halve the sides: zeros on the right and the bottom, then a 3×3 convolution of stride 2."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(F.pad(x, (0, 1, 0, 1)))
+        return x
+
+
+class Upsample(nn.Module):
+    """Double the sides: repeat every pixel, then a 3×3 convolution."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
+        return x
+
+
+def _middle(width: int) -> nn.ModuleList:
+    return nn.ModuleList([ResBlock(width, width), Attention(width), ResBlock(width, width)])
+
+
+def _norm(width: int) -> nn.GroupNorm:
+    """32 groups as in the released tokenizer, fewer where a group would have less than 4 channels.
+
+    From 128 channels on that is the published GroupNorm(32); one channel per group in a narrow network would be
+    instance normalisation, which loses the brightness of a flat picture.
+    """
+    return nn.GroupNorm(math.gcd(32, width // 4), width, eps=1e-6)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """L2-normalise the last dimension, in float32 or better."""
+    return F.normalize(x.to(torch.promote_types(x.dtype, torch.float32)), dim=-1)

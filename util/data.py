@@ -1,0 +1,388 @@
+"""What training reads: image folders, caches of tokenizer codes, and the order in which samples are drawn.
+
+An image folder is ``root/<class>/…/<image>``; class folders in sorted order are labels 0, 1, 2, …
+
+A *packed* cache of codes, written by :mod:`engine.cache`, is a directory of
+    ``codes.npy``, ``codes_flip.npy``   (N, L) uint16: raster codes of each cropped image and of its mirror image
+    ``labels.npy``                      (N,) int64
+    ``header.json``                     see :class:`CacheHeader`; written last, so a cache without it is unfinished
+The published layout, one ``<class>/<image>.npz`` with ``indices`` and ``indices_flip`` per image, is read as well.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import json
+import logging
+import math
+import os
+import zipfile
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset, Sampler
+
+from util.crop import center_crop_arr, load_rgb
+from util.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"})
+HEADER = "header.json"
+PARTS = ".parts"  # subfolder of an unfinished cache; hidden, so that it is no class
+CODES, CODES_FLIP, LABELS = "codes.npy", "codes_flip.npy", "labels.npy"
+CACHE_FORMAT, CACHE_VERSION = "lpd-codes", 1
+
+CodeBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def _list_class_folders(root: Path, extensions: Collection[str], kind: str) -> tuple[list[str], list[str], np.ndarray]:
+    """(class names, file paths relative to ``root``, int64 labels), all in sorted order; hidden entries are ignored."""
+    if not root.is_dir():
+        raise UserError(f"{root} is not a folder; expected a folder with one subfolder of {kind} per class.")
+    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    if not classes:
+        raise UserError(f"{root} has no class folders; expected one subfolder of {kind} per class.")
+    paths: list[str] = []
+    counts: list[int] = []
+    for name in classes:
+        found = [
+            os.path.relpath(os.path.join(folder, file), root)
+            for folder, _, files in os.walk(root / name, followlinks=True)
+            for file in files
+            if not file.startswith(".") and os.path.splitext(file)[1].lower() in extensions
+        ]
+        paths += sorted(found)
+        counts.append(len(found))
+    if not paths:
+        raise UserError(f"the class folders of {root} hold no {kind} ({', '.join(sorted(extensions))}).")
+    if 0 in counts:
+        empty = root / classes[counts.index(0)]
+        raise UserError(f"class folder {empty} holds no {kind}; fill or remove it, labels follow the sorted folders.")
+    return classes, paths, np.repeat(np.arange(len(classes), dtype=np.int64), counts)
+
+
+class ImageFolder(Dataset[tuple[torch.Tensor, int]]):
+    """Map-style data set of the ADM centre crops of an image folder.
+
+    ``dataset[i]`` is ``(image, label)``: a uint8 tensor (img_size, img_size, 3), RGB, and an int.
+
+    Args:
+        skip_broken: a file that cannot be decoded is replaced by the next one that can, with a warning, so that batches
+            keep their size and item ``i`` depends on the files alone. Without it such a file raises.
+
+    Raises:
+        UserError: if ``root`` has no class folders or a class folder no images; from ``dataset[i]``, naming the file,
+            for a broken image.
+    """
+
+    def __init__(self, root: str | Path, img_size: int, skip_broken: bool = False) -> None:
+        if img_size < 1:
+            raise UserError(f"image size {img_size} must be positive.")
+        self.root = Path(root)
+        self.img_size = img_size
+        self.skip_broken = skip_broken
+        self.classes, self.paths, self.labels = _list_class_folders(self.root, IMAGE_EXTENSIONS, "images")
+
+    @property
+    def samples(self) -> list[tuple[Path, int]]:
+        """(path, label) of every image, in index order."""
+        return [(self.root / path, int(label)) for path, label in zip(self.paths, self.labels, strict=True)]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def load(self, index: int) -> torch.Tensor:
+        """The crop of image ``index``, uint8 (img_size, img_size, 3); raises UserError if it is broken."""
+        image = center_crop_arr(load_rgb(self.root / self.paths[index]), self.img_size)
+        return torch.from_numpy(np.array(image, dtype=np.uint8))
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        if not self.skip_broken:
+            return self.load(index), int(self.labels[index])
+        for candidate in range(index, index + len(self)):
+            candidate %= len(self)
+            try:
+                return self.load(candidate), int(self.labels[candidate])
+            except UserError as error:
+                logger.warning("skipped: %s", error)
+        raise UserError(f"none of the {len(self)} images of {self.root} can be read.")
+
+
+@dataclasses.dataclass(frozen=True)
+class CacheHeader:
+    """What a packed cache was made of; ``header.json`` holds these fields."""
+
+    img_size: int  # side of the crop, pixels
+    grid_size: int  # side of the code grid; L = grid_size²
+    num_images: int  # N
+    classes: list[str]  # names, by label
+    tokenizer_sha256: str  # of the tokenizer's file
+    vocab_size: int  # the tokenizer's codebook size
+    max_code: int
+    crop: str
+    source: str  # the image folder, or the cache converted from
+    source_sha256: str  # of the sorted list of relative paths found in it
+    skipped: list[str]  # broken images that were left out, with the reason
+    files: dict[str, str]  # name → SHA-256
+    format: str = CACHE_FORMAT
+    version: int = CACHE_VERSION
+
+    @staticmethod
+    def read(cache: Path) -> CacheHeader:
+        """Read ``cache/header.json``; raises UserError if the cache is unfinished or the header not one of ours."""
+        path = cache / HEADER
+        if not path.is_file():
+            raise UserError(f"{cache} is an unfinished cache; run main_cache.py again to finish it.")
+        try:
+            values = json.loads(path.read_text())
+            header = CacheHeader(**values)
+        except (ValueError, TypeError):
+            raise UserError(f"{path} is not the header of a code cache of version {CACHE_VERSION}.") from None
+        if (header.format, header.version) != (CACHE_FORMAT, CACHE_VERSION):
+            raise UserError(
+                f"{path} is of format {header.format!r} version {header.version}; expected {CACHE_FORMAT!r} version "
+                f"{CACHE_VERSION}."
+            )
+        return header
+
+
+class CodeDataset(Dataset[CodeBatch], abc.ABC):
+    """Cached codes; :func:`open_codes` makes one from either format.
+
+    ``get_batch(indices)`` returns ``(codes (B, L), codes_flip (B, L), labels (B,))``, int64 tensors in raster order. A
+    ``DataLoader`` with a batch sampler gets the same tuple by ``collate_fn=whole_batch``.
+    """
+
+    header: CacheHeader | None = None  # None for the published layout, which has none
+
+    def __init__(self, path: Path, classes: list[str], labels: np.ndarray, num_tokens: int) -> None:
+        self.path = path
+        self.classes = classes
+        self.labels = labels  # (N,) int64
+        self.num_tokens = num_tokens
+        self.vocab_size = np.iinfo(np.int64).max  # codes are checked against it; lowered where it is known
+        self.grid_size = math.isqrt(num_tokens)
+        if self.grid_size**2 != num_tokens:
+            raise UserError(f"{path} holds {num_tokens} codes per image; expected a square grid.")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abc.abstractmethod
+    def _read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Plain and mirrored codes, (B, L) of any integer type."""
+
+    def get_batch(self, indices: Sequence[int] | np.ndarray) -> CodeBatch:
+        rows = np.asarray(indices, dtype=np.int64)
+        pair = [codes.astype(np.int64, copy=False) for codes in self._read(rows)]
+        for codes in pair:
+            # Seen as unsigned, negative codes are too large as well.
+            if codes.size and codes.view(np.uint64).max() >= self.vocab_size:
+                row, column = np.argwhere((codes < 0) | (codes >= self.vocab_size))[0]
+                raise UserError(
+                    f"sample {rows[row]} of {self.path} holds code {codes[row, column]}; the codebook has codes 0 to "
+                    f"{self.vocab_size - 1}."
+                )
+        return torch.from_numpy(pair[0]), torch.from_numpy(pair[1]), torch.from_numpy(self.labels[rows])
+
+    # A batch sampler's list of indices arrives here; what is returned goes to collate_fn.
+    __getitems__ = get_batch
+
+    def __getitem__(self, index: int) -> CodeBatch:
+        """One sample: codes (L,), codes_flip (L,), label ()."""
+        codes, codes_flip, labels = self.get_batch([index])
+        return codes[0], codes_flip[0], labels[0]
+
+
+class PackedCodes(CodeDataset):
+    """The packed format: rows of memory-mapped files, so opening reads nothing but the header and the labels."""
+
+    def __init__(self, path: Path) -> None:
+        header = CacheHeader.read(path)
+        labels = _load_array(path / LABELS, (header.num_images,), np.int64, mmap=False)
+        super().__init__(path, header.classes, labels, header.grid_size**2)
+        self.header = header
+        self.vocab_size = header.vocab_size
+        self._open()
+
+    def _open(self) -> None:
+        shape = (len(self.labels), self.num_tokens)
+        self._codes = _load_array(self.path / CODES, shape, np.uint16)
+        self._codes_flip = _load_array(self.path / CODES_FLIP, shape, np.uint16)
+
+    def _read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self._codes[indices], self._codes_flip[indices]
+
+    # A pickled memory map is a copy of the whole file: workers that are not forked open it anew instead.
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key not in ("_codes", "_codes_flip")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._open()
+
+
+class NpzCodes(CodeDataset):
+    """The published layout: ``<class>/<image>.npz`` with ``indices`` and ``indices_flip``."""
+
+    def __init__(self, path: Path) -> None:
+        classes, self.paths, labels = _list_class_folders(path, {".npz"}, "code files")
+        first, _ = _load_npz(path / self.paths[0])
+        super().__init__(path, classes, labels, len(first))
+
+    def _read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        codes = np.empty((2, len(indices), self.num_tokens), dtype=np.int64)
+        for row, index in enumerate(indices):
+            file = self.path / self.paths[index]
+            for side, values in enumerate(_load_npz(file)):
+                if len(values) != self.num_tokens:
+                    raise UserError(f"{file} holds {len(values)} codes, other files {self.num_tokens}.")
+                codes[side, row] = values
+        return codes[0], codes[1]
+
+
+def _load_array(path: Path, shape: tuple[int, ...], dtype: type, mmap: bool = True) -> np.ndarray:
+    try:
+        array = np.load(path, mmap_mode="r" if mmap else None)
+    except (OSError, ValueError, EOFError) as error:
+        raise UserError(f"{path} is missing or damaged ({error}); delete the cache and make it again.") from None
+    if array.shape != shape or array.dtype != dtype:
+        found, wanted = f"{array.dtype} {array.shape}", f"{np.dtype(dtype)} {shape}"
+        raise UserError(f"{path} holds {found}, the header says {wanted}; delete the cache and make it again.")
+    return array
+
+
+def _load_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """``indices`` and ``indices_flip``, flat integer arrays."""
+    try:
+        with np.load(path) as file:
+            pair = file["indices"].reshape(-1), file["indices_flip"].reshape(-1)
+    except KeyError as error:
+        raise UserError(f"{path} has no array {error}; expected 'indices' and 'indices_flip'.") from None
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is not a readable file of codes ({error}).") from None
+    if any(array.dtype.kind not in "iu" for array in pair) or len(pair[0]) != len(pair[1]):
+        raise UserError(f"{path} must hold two integer arrays of one length, 'indices' and 'indices_flip'.")
+    return pair
+
+
+def open_codes(
+    path: str | Path,
+    *,
+    img_size: int | None = None,
+    tokenizer_hash: str | None = None,
+    num_tokens: int | None = None,
+    vocab_size: int | None = None,
+    class_num: int | None = None,
+) -> CodeDataset:
+    """Open a cache of codes of either format; what is given must agree with what the cache was made of.
+
+    Args:
+        img_size: crop side in pixels.
+        tokenizer_hash: SHA-256 of the tokenizer's file (:func:`util.files.sha256`).
+        num_tokens: L. ``vocab_size``: V, all codes are below it. ``class_num``: all labels are below it.
+
+    Raises:
+        UserError: if there is no cache, it is unfinished or damaged, or it disagrees. The codes of single images are
+            checked against ``vocab_size`` as they are read.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise UserError(f"{path} is not a folder; expected a cache of codes made by main_cache.py.")
+    packed = (path / HEADER).exists() or (path / PARTS).exists()
+    dataset: CodeDataset = PackedCodes(path) if packed else NpzCodes(path)
+    header = dataset.header
+    if header is None:
+        logger.warning("%s is of the layout without a header: its tokenizer and image size cannot be checked", path)
+    else:
+        if img_size is not None and header.img_size != img_size:
+            raise UserError(f"cache {path} was made at {header.img_size} px, not {img_size} px; make one of this size.")
+        if tokenizer_hash is not None and header.tokenizer_sha256 != tokenizer_hash:
+            raise UserError(
+                f"cache {path} was made with another tokenizer (SHA-256 {header.tokenizer_sha256[:12]}…, yours is "
+                f"{tokenizer_hash[:12]}…); give that tokenizer or make a new cache."
+            )
+        if vocab_size is not None and header.max_code >= vocab_size:
+            raise UserError(f"cache {path} holds codes up to {header.max_code}; expected codes below {vocab_size}.")
+    if num_tokens is not None and dataset.num_tokens != num_tokens:
+        raise UserError(f"cache {path} holds {dataset.num_tokens} codes per image; expected {num_tokens}.")
+    if vocab_size is not None:
+        dataset.vocab_size = vocab_size
+    if class_num is not None:
+        check_labels(dataset.labels, class_num, path)
+    return dataset
+
+
+def check_labels(labels: np.ndarray, class_num: int, source: str | Path) -> None:
+    """Raise UserError unless all ``labels`` are in 0 … class_num − 1."""
+    low, high = int(labels.min()), int(labels.max())
+    if low < 0 or high >= class_num:
+        bad = low if low < 0 else high
+        raise UserError(f"{source} has label {bad}; --class_num {class_num} allows 0 to {class_num - 1}.")
+
+
+def whole_batch(batch: CodeBatch) -> CodeBatch:
+    """``collate_fn`` of a :class:`CodeDataset`, whose ``__getitems__`` returns a whole batch already."""
+    return batch
+
+
+class GlobalBatchSampler(Sampler[list[int]]):
+    """The rows of one process's share of each global batch, step after step.
+
+    Epoch ``e`` is a permutation that depends on ``(seed, e)`` alone; step ``s`` of it is rows ``[s·G, (s+1)·G)``, of
+    which rank ``r`` gets the ``r``-th contiguous slice of ``G / world_size``. An incomplete last batch is dropped. Any
+    number of processes therefore sees the same global batches, and a sampler started at step ``k`` goes on exactly
+    where an interrupted one stopped, in mid-epoch too.
+
+    Args:
+        dataset_size: number of samples.
+        global_batch: G, samples per step over all processes; a multiple of ``world_size``.
+        start_step: first step, counted from the beginning of training (0).
+        num_steps: how many steps to yield; None for no end.
+
+    Raises:
+        UserError: if the data set is smaller than one global batch, or the batch does not divide among the processes.
+    """
+
+    def __init__(
+        self,
+        dataset_size: int,
+        global_batch: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        start_step: int = 0,
+        num_steps: int | None = None,
+    ) -> None:
+        if global_batch < 1 or global_batch % world_size:
+            raise UserError(f"global batch {global_batch} must be a positive multiple of the {world_size} process(es).")
+        if dataset_size < global_batch:
+            raise UserError(
+                f"the data set has {dataset_size} samples, fewer than one global batch of {global_batch}; lower "
+                f"--batch_size to at most {dataset_size // world_size}."
+            )
+        self.steps_per_epoch = dataset_size // global_batch
+        self._dataset_size = dataset_size
+        self._global_batch = global_batch
+        self._seed = seed
+        self._start_step = start_step
+        self._num_steps = num_steps
+        per_process = global_batch // world_size
+        self._share = slice(rank * per_process, (rank + 1) * per_process)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        epoch, step = divmod(self._start_step, self.steps_per_epoch)
+        left = math.inf if self._num_steps is None else self._num_steps
+        while left > 0:
+            order = np.random.default_rng([self._seed, epoch]).permutation(self._dataset_size)
+            while step < self.steps_per_epoch and left > 0:
+                batch = order[step * self._global_batch : (step + 1) * self._global_batch]
+                yield batch[self._share].tolist()
+                step += 1
+                left -= 1
+            epoch, step = epoch + 1, 0

@@ -1,0 +1,107 @@
+"""Pictures at the borders of the project: bytes (uint8 NHWC or PIL) outside, float32 NCHW in [-1, 1] inside."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from util.errors import UserError
+from util.files import atomic_write
+
+_GAP = 4  # pixels between cells of a grid
+_MIN_CELL = 64  # smaller pictures are enlarged to at least this side
+_FONT_SIZE = 14
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Floating point (N, 3, H, W), meant to be in [-1, 1] → uint8 (N, H, W, 3): round(clip((x + 1)/2 · 255, 0, 255))."""
+    scaled = (images.float() + 1) / 2 * 255
+    return scaled.clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def to_float(images: Tensor | Image.Image) -> Tensor:
+    """uint8 (N, H, W, 3), or one PIL image as a batch of one → float32 (N, 3, H, W) in [-1, 1]."""
+    if isinstance(images, Image.Image):
+        images = torch.from_numpy(np.array(images.convert("RGB")))[None]
+    return images.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
+
+
+def save_png(image: Tensor | NDArray[np.uint8] | Image.Image, path: str | Path) -> None:
+    """Write one picture (uint8 (H, W, 3) or PIL) as PNG; the file is whole or absent."""
+    if not isinstance(image, Image.Image):
+        image = Image.fromarray(np.asarray(image))
+    with atomic_write(path) as file:
+        image.save(file, format="PNG")
+
+
+def image_grid(
+    images: Tensor | NDArray[np.uint8],
+    columns: int,
+    labels: Sequence[str] | None = None,
+    *,
+    column_titles: Sequence[str] | None = None,
+    row_titles: Sequence[str] | None = None,
+) -> Image.Image:
+    """Lay pictures out row by row on white.
+
+    Args:
+        images: uint8 (N, H, W, 3), N ≥ 1; tiny ones are enlarged by a whole factor without smoothing.
+        columns: pictures per row.
+        labels: a text under each picture. Columns widen up to twice a picture's width to fit it; what is longer is cut.
+        column_titles: texts above the columns, fitted likewise.
+        row_titles: texts left of the rows.
+
+    Raises:
+        UserError: when ``columns`` is below 1 or a list of texts has the wrong length.
+    """
+    pixels = np.asarray(images)
+    if columns < 1 or len(pixels) == 0:
+        raise UserError(f"A grid of {len(pixels)} images in {columns} columns can't be drawn; both must be at least 1.")
+    rows = -(-len(pixels) // columns)
+    for name, texts, count in (
+        ("labels", labels, len(pixels)),
+        ("column titles", column_titles, columns),
+        ("row titles", row_titles, rows),
+    ):
+        if texts is not None and len(texts) != count:
+            raise UserError(f"The grid got {len(texts)} {name} and needs {count}.")
+
+    factor = max(1, -(-_MIN_CELL // max(pixels.shape[1:3])))
+    height, width = pixels.shape[1] * factor, pixels.shape[2] * factor
+    font = ImageFont.load_default(_FONT_SIZE)
+    line = sum(font.getmetrics()) + _GAP  # type: ignore[union-attr]
+    left = max((int(font.getlength(title)) + 2 * _GAP for title in row_titles or ()), default=0)
+    top = line if column_titles else 0
+    widest = max((int(font.getlength(t)) + 1 for t in [*(labels or ()), *(column_titles or ())]), default=0)
+    cell = min(max(width, widest), 2 * width)
+    step_x, step_y = cell + 2 * _GAP if widest else width + _GAP, height + _GAP + (line if labels else 0)
+    canvas = Image.new("RGB", (left + columns * step_x + _GAP, top + rows * step_y + _GAP), "white")
+    draw = ImageDraw.Draw(canvas)
+
+    def text(x: int, y: int, content: str, anchor: str) -> None:
+        draw.text((x, y), content, fill="black", font=font, anchor=anchor)
+
+    def fitted(content: str) -> str:
+        if font.getlength(content) <= cell:
+            return content
+        while content and font.getlength(content + "…") > cell:
+            content = content[:-1]
+        return content + "…"
+
+    for index, picture in enumerate(pixels):
+        x = left + _GAP + index % columns * step_x + (cell - width) // 2
+        y = top + _GAP + index // columns * step_y
+        canvas.paste(Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST), (x, y))
+        if labels:
+            text(x + width // 2, y + height + _GAP // 2, fitted(labels[index]), "ma")
+    for column, title in enumerate(column_titles or ()):
+        text(left + _GAP + column * step_x + cell // 2, _GAP // 2, fitted(title), "ma")
+    for row, title in enumerate(row_titles or ()):
+        text(left - _GAP, top + _GAP + row * step_y + height // 2, title, "rm")
+    return canvas
