@@ -27,7 +27,9 @@ def parse_args() -> argparse.Namespace:
         "--convert_from",
         help="instead of images, a cache with one .npz per image, made with this tokenizer at this size: pack it",
     )
-    parser.add_argument("--batch_size", type=int, default=32, help="images encoded at once per process (%(default)s)")
+    parser.add_argument(
+        "--batch_size", type=int, default=32, help="images encoded at once per process, at most 256 (%(default)s)"
+    )
     parser.add_argument("--num_workers", type=int, default=4, help="reading processes per process (%(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (%(default)s)")
     parser.add_argument("--skip_broken", action="store_true", help="leave out files that cannot be read and list them")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import logging
 import sys
@@ -14,6 +15,7 @@ import torch
 
 from engine.evaluate import evaluate
 from engine.options import eval_config, parse, resolve_model, settings, train_config
+from engine.recipes import EXPECTED
 from engine.train import train
 from models.lpd import LPD, LPDConfig, load_weights
 from orders import published_group_sizes
@@ -96,8 +98,8 @@ def run_training(args: argparse.Namespace, dist: Dist) -> int:
     config = train_config(args)
     resume = find_resume(args)
     pretrained = None if args.pretrained_ckpt is None else load_checkpoint(args.pretrained_ckpt)
-    tokenizer = open_tokenizer(args, dist) if args.online_eval or not args.use_cached else None
     dataset = open_dataset(args)
+    tokenizer = open_tokenizer(args, dist) if args.online_eval or not args.use_cached else None
     header = dataset.header if isinstance(dataset, CodeDataset) else None
     if tokenizer is not None:
         stride, vocab_size = tokenizer.stride, tokenizer.config.codebook_size
@@ -117,7 +119,7 @@ def run_training(args: argparse.Namespace, dist: Dist) -> int:
     torch.manual_seed(args.seed)
     source, checkpoint = resume or (args.pretrained_ckpt, pretrained)
     model = build(model_config, checkpoint, source, dist)
-    evaluation = eval_config(args, model_config) if args.online_eval else None
+    evaluation = eval_config(args, model_config, dataset.classes) if args.online_eval else None
     announce(args, model, dist, "train_settings.json")
     if args.dry_run:
         return 0
@@ -159,11 +161,19 @@ def run_evaluation(args: argparse.Namespace, dist: Dist) -> int:
             f"{args.vqgan_path}."
         )
     config = resolve_model(args, checkpoint.get("config"), tokenizer.stride, tokenizer.config.codebook_size)
-    evaluation = eval_config(args, config, classes=checkpoint.get("classes"))
+    evaluation = eval_config(args, config, checkpoint.get("classes"))
     model = build(config, checkpoint, args.pretrained_ckpt, dist).eval()
     announce(args, model, dist, "eval_settings.json")
-    if not args.dry_run:
-        evaluate(model, tokenizer, evaluation, dist)
+    if args.dry_run:
+        return 0
+    record: dict[str, Any] = {"recipe": args.recipe, "expected": None}
+    if args.recipe is not None:
+        record["expected"] = dataclasses.asdict(EXPECTED[args.recipe])
+    for name in ("pretrained_ckpt", "vqgan_path"):
+        record[name] = {"path": str(getattr(args, name)), "sha256": sha256(getattr(args, name))}
+    results = evaluate(model, tokenizer, evaluation, dist, record=record)
+    if dist.is_main:
+        print(json.dumps({key: value for key, value in results.items() if isinstance(value, int | float)}, indent=2))
     return 0
 
 

@@ -58,7 +58,8 @@ def cache_codes(
     cache of the same images, tokenizer and size, it is continued; a finished one is verified and kept.
 
     Args:
-        batch_size: images encoded at once by each process. ``num_workers``: image-reading processes of each.
+        batch_size: images encoded at once by each process, at most PART_SIZE.
+        num_workers: image-reading processes of each process.
         skip_broken: leave out images that cannot be decoded; the header lists them.
 
     Raises:
@@ -333,7 +334,7 @@ class _Builder:
 
     def _check_broken(self, errors: list[str]) -> None:
         if errors and not self.skip_broken:
-            others = f" So are {len(errors) - 1} more files." if len(errors) > 1 else ""
+            others = f" (The same goes for {len(errors) - 1} more found so far.)" if len(errors) > 1 else ""
             raise UserError(f"{errors[0]}{others} Mend or remove it; --skip_broken leaves broken files out.")
 
     def _part_path(self, part: range) -> Path:
@@ -383,6 +384,8 @@ class _Builder:
         )
         write_json(self.cache / HEADER, dataclasses.asdict(header))
         shutil.rmtree(self.cache / PARTS)
+        for stray in self.cache.glob(".*.tmp"):  # of a run that was killed while it wrote these files
+            stray.unlink()
         logger.info("%s: %d images cached, %d broken files left out", self.cache, len(labels), len(errors))
         return header
 

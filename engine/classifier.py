@@ -51,6 +51,8 @@ class ClassifierConfig:
 class Classifier(nn.Module):
     """A timm network that takes bytes: uint8 (B, 3, H, W) of any size → logits (B, K)."""
 
+    network: Any  # what nn.Module knows of it hides timm's methods
+
     def __init__(self, config: ClassifierConfig) -> None:
         import timm  # takes seconds to import, which a run scored with Inception need not wait
 
@@ -137,7 +139,7 @@ def train_classifier(
 ) -> None:
     """Train ``model`` in place on uint8 (N, 3, S, S) and labels (N,); bf16 on a GPU. Leaves it in eval mode."""
     images, labels = images.to(device), labels.to(device)
-    model.to(device, memory_format=torch.channels_last).train()
+    model.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     batch_size = min(config.batch_size, len(images))
     steps_per_epoch = len(images) // batch_size
     total_steps = config.epochs * steps_per_epoch
@@ -197,7 +199,8 @@ def load_classifier(path: str | Path, device: torch.device | str = "cpu") -> tup
         raise UserError(
             f"{path} is not a whole classifier file ({type(error).__name__}); python -m engine.classifier makes one."
         ) from error
-    return model.to(device, memory_format=torch.channels_last).eval().requires_grad_(False), classes
+    model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return model.eval().requires_grad_(False), classes
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -246,7 +249,7 @@ def main() -> None:
     test_images, test_labels = load_images(test_set)
     start = time.perf_counter()
     train_classifier(model, images, labels, train, device)
-    metadata = {
+    metadata: dict[str, Any] = {
         "test_accuracy": accuracy(model, test_images, test_labels, device),
         "train_images": len(images),
         "test_images": len(test_images),

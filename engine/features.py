@@ -1,8 +1,8 @@
 """Feature extractors that scores are computed with: Inception-v3 for published numbers, or a classifier of one's own.
 
-Published FIDs use the Inception-v3 of 2015-12-05 in the form of torch-fidelity (`inception-v3-compat`), whose resizing and
-pooling agree with the original TensorFlow graph. A data set far from ImageNet is better scored with a classifier trained on
-it (:mod:`engine.classifier`).
+Published FIDs use the Inception-v3 of 2015-12-05 in the form of torch-fidelity (`inception-v3-compat`), whose resizing
+and pooling agree with the original TensorFlow graph. A data set far from ImageNet is better scored with a classifier
+trained on it (:mod:`engine.classifier`).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,8 @@ INCEPTION = "inception-v3-compat"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 INCEPTION_SHA256_PREFIX = "6726825d"
+SPATIAL_CHANNELS = 7
+SPATIAL_DIM = 17 * 17 * SPATIAL_CHANNELS
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class FeatureExtractor:
     weights_hash: str  # SHA-256 of the weights file
     device: torch.device
     forward: Callable[[Tensor], tuple[Tensor, Tensor]]
+    take_spatial: Callable[[], Tensor] | None = None  # spatial features of the last pass; Inception only
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor]:
@@ -47,6 +51,11 @@ class FeatureExtractor:
         with torch.autocast(self.device.type, enabled=False):
             features, logits = self.forward(images.to(self.device))
         return features.float(), logits.float()
+
+    def with_spatial(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Features, logits, and the spatial features (B, 2023) of the same pass; (B, 0) where there are none."""
+        features, logits = self(images)
+        return features, logits, features[:, :0] if self.take_spatial is None else self.take_spatial().float()
 
 
 def load_feature_extractor(
@@ -85,7 +94,9 @@ def load_feature_extractor(
 def _find_inception_weights(path: str | Path | None) -> Path:
     if path is not None:
         if not Path(path).is_file():
-            raise UserError(f"--inception_path {path} does not exist; it should be {INCEPTION_FILE} of {INCEPTION_URL}.")
+            raise UserError(
+                f"--inception_path {path} does not exist; it should be {INCEPTION_FILE} of {INCEPTION_URL}."
+            )
         return Path(path)
     cached = Path(torch.hub.get_dir(), "checkpoints", INCEPTION_FILE)
     if not cached.is_file():
@@ -113,11 +124,28 @@ def _load_inception(path: Path, device: torch.device) -> FeatureExtractor:
             f"{path} is not {INCEPTION_FILE}: its SHA-256 starts with {digest[:8]} and should start with "
             f"{INCEPTION_SHA256_PREFIX}; delete it (a broken download?) and get it from {INCEPTION_URL}."
         )
-    # torch-fidelity unpickles without restrictions; what passes here holds tensors and nothing that runs.
-    torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    try:  # torch-fidelity unpickles without restrictions; what passes here holds nothing that runs
+        torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+    except (RuntimeError, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} holds more than plain tensors, so it is not {INCEPTION_FILE}.") from error
     with torch.random.fork_rng(devices=[]):  # the constructor draws random weights first
         network: nn.Module = FeatureExtractorInceptionV3(
             INCEPTION, ["2048", "logits_unbiased"], feature_extractor_weights_path=io.BytesIO(data)
         )
-    network.to(device, memory_format=torch.channels_last)  # faster convolutions
-    return FeatureExtractor(INCEPTION, 2048, 1008, None, digest, device, network)
+    network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster convolutions
+
+    # The spatial features of sFID are `mixed_6/conv:0` of the TensorFlow graph: 17 × 17 × the first 7 channels.
+    last: dict[str, Tensor] = {}
+    network.get_submodule("Mixed_6d.branch1x1").register_forward_hook(
+        lambda module, inputs, output: last.update(spatial=output[:, :SPATIAL_CHANNELS])
+    )
+    return FeatureExtractor(
+        INCEPTION,
+        feature_dim=2048,
+        num_classes=1008,
+        classes=None,
+        weights_hash=digest,
+        device=device,
+        forward=network,
+        take_spatial=lambda: last.pop("spatial").permute(0, 2, 3, 1).flatten(1),
+    )

@@ -6,12 +6,16 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from torchvision.models import ResNet18_Weights
+
+from engine.evaluate import EvalConfig
+from engine.features import INCEPTION
 from engine.recipes import EVAL_RECIPES, TRAIN_RECIPES
 from engine.train import TrainConfig
 from models import MODEL_SIZES, model_config
 from models.lpd import LPDConfig
 from models.sampling import CFG_SCHEDULES
-from orders import ORDER_KINDS
+from orders import ORDER_KINDS, group_sizes, parse_group_sizes
 from util.errors import UserError
 from util.lr_sched import LR_SCHEDULES
 
@@ -53,6 +57,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--data_path", type=Path, help="image folder, one subfolder per class")
     add("--use_cached", action="store_true", help="train on the codes in --cached_path instead of images")
     add("--cached_path", type=Path, help="cache of codes made by main_cache.py")
+    add("--flip_prob", type=float, default=0.5, help="share of samples mirrored; 0 for pictures such as text")
     add("--skip_broken", action="store_true", help="train on without images that cannot be read")
 
     group = parser.add_argument_group("training")
@@ -90,8 +95,14 @@ def build_parser() -> argparse.ArgumentParser:
     add("--temperature", type=float, default=1.0)
     add("--top_k", type=int, default=0, help="0 is off")
     add("--top_p", type=float, default=1.0, help="1 is off")
-    add("--num_images", type=int, default=50_000)
+    add("--num_images", type=int, default=50_000, help="balanced over the classes")
     add("--eval_bsz", type=int, default=64, help="images per process and batch")
+    add("--feature_extractor", default=INCEPTION, help=f"{INCEPTION}, a file of python -m engine.classifier, or none")
+    add("--inception_path", type=Path, help="Inception weights (default: torch's hub cache, downloaded if missing)")
+    add("--reference_statistics", type=Path, help="npz with mu and sigma; without it no Fréchet distance (FID)")
+    add("--adm_suite", action="store_true", help="sFID, precision and recall too, where the reference holds its images")
+    add("--save_images", action="store_true", help="keep the images as PNG files")
+    add("--save_npz", action="store_true", help="write samples.npz for the ADM evaluation suite")
     return parser
 
 
@@ -104,9 +115,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     recipes, kind = (EVAL_RECIPES, "evaluation") if first.evaluate else (TRAIN_RECIPES, "training")
     if first.recipe not in recipes:
         raise UserError(f"there is no {kind} recipe {first.recipe!r}; choose one of {', '.join(recipes)}.")
-    paths = {"output_dir", "pretrained_ckpt", "reference_statistics"}
-    recipe = recipes[first.recipe]
-    parser.set_defaults(**{key: Path(value) if key in paths else value for key, value in recipe.items()})
+    parser.set_defaults(**recipes[first.recipe])
     return parser.parse_args(arguments)
 
 
@@ -162,6 +171,21 @@ def train_config(args: argparse.Namespace) -> TrainConfig:
     if not args.online_eval:
         values["eval_freq"] = 0
     return TrainConfig(**values)
+
+
+def eval_config(args: argparse.Namespace, model: LPDConfig, classes: list[str] | None) -> EvalConfig:
+    """The evaluation's settings; `classes` are the names the checkpoint or the data set records."""
+    values = {name: getattr(args, name) for name in EvalConfig.__dataclass_fields__ if hasattr(args, name)}
+    if args.group_sizes is not None:
+        values["group_sizes"] = parse_group_sizes(args.group_sizes, model.num_tokens)
+    else:
+        values["group_sizes"] = group_sizes(model.img_size, args.generation_steps, model.stride)
+    if args.feature_extractor == "none":
+        values["feature_extractor"] = None
+    if classes is None and model.class_num == 1000:
+        # Sorted WordNet ids, the order of ImageNet's labels.
+        classes = ResNet18_Weights.IMAGENET1K_V1.meta["categories"]
+    return EvalConfig(**values, classes=None if classes is None else tuple(classes))
 
 
 def settings(args: argparse.Namespace) -> dict[str, Any]:

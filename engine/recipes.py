@@ -28,6 +28,7 @@ def _train(model: str, img_size: int, batch_size: int, **flags: Any) -> None:
     common = {"model": model, "img_size": img_size, "batch_size": batch_size, "use_cached": True, "bf16": True}
     common |= {"blr": 1e-4, "min_lr": 1e-5, "weight_decay": 0.02, "grad_clip": 3.0}
     common |= {"label_drop_prob": 0.1, "proj_dropout": 0.1}
+    common |= {"cached_path": f"cached/imagenet_{img_size}"}
     name = f"{model}_{img_size}"
     TRAIN_RECIPES[name] = common | flags | {"output_dir": f"runs/{name}"}
 
@@ -46,6 +47,7 @@ def _evaluate(model: str, img_size: int, steps: int, repulsion: int, cfg: float,
     EVAL_RECIPES[name] = {
         "model": model,
         "img_size": img_size,
+        "vqgan_path": "checkpoints/vq_ds16_c2i.pt",
         "pretrained_ckpt": f"checkpoints/{model}_{img_size}.pth",
         "generation_steps": steps,
         "order": "lpd",

@@ -60,6 +60,7 @@ class TrainConfig:
     lr_decay_start_epoch: float = 400
     weight_decay: float = 0.02
     grad_clip: float = 3.0
+    flip_prob: float = 0.5
     bf16: bool = False
     seed: int = 0
     num_workers: int = 8
@@ -79,6 +80,8 @@ class TrainConfig:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"--{name} is {value}; it must be positive.")
+        if not 0 <= self.flip_prob <= 1:
+            raise UserError(f"--flip_prob is {self.flip_prob}; it must be a probability between 0 and 1.")
         if self.lr_schedule not in LR_SCHEDULES:
             raise UserError(f"--lr_schedule is {self.lr_schedule!r}; choose one of {', '.join(LR_SCHEDULES)}.")
         if self.warmup_epochs > self.epochs:
@@ -117,19 +120,25 @@ class StopRequest:
 
 
 def draw_samples(
-    seed: int, step: int, first_row: int, batch: int, num_tokens: int, label_drop_prob: float, device: torch.device
+    seed: int,
+    step: int,
+    rows: range,
+    num_tokens: int,
+    flip_prob: float,
+    label_drop_prob: float,
+    device: torch.device,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What is random about rows `first_row … first_row + batch - 1` of the global batch of a step.
+    """What is random about some `rows` of the global batch of a step; other rows don't matter.
 
     Returns:
         orders (B, L) int64, uniformly random permutations; flip (B,) bool, mirrored or not; label_drop (B,) bool.
     """
     key = fold_in(torch.tensor(seed, device=device), step)
-    keys = fold_in(key, torch.arange(first_row, first_row + batch, device=device))
+    keys = fold_in(key, torch.arange(rows.start, rows.stop, device=device))
     bits = random_bits(keys, num_tokens + 2)
     orders = bits[:, :num_tokens].argsort(dim=1, stable=True)
     uniform = (bits[:, num_tokens:] >> 7).float() * 2.0**-24
-    return orders, uniform[:, 0] < 0.5, uniform[:, 1] < label_drop_prob
+    return orders, uniform[:, 0] < flip_prob, uniform[:, 1] < label_drop_prob
 
 
 def load_batches(
@@ -203,7 +212,7 @@ def train(
 
     steps_per_epoch = sampler(0, 0).steps_per_epoch
     total_steps = config.epochs * steps_per_epoch
-    first_row = dist.rank * config.batch_size
+    rows = range(dist.rank * config.batch_size, (dist.rank + 1) * config.batch_size)
     peak_lr = config.peak_lr(dist.world_size)
     logger.info(
         "%d samples, %d steps per epoch, global batch %d, peak learning rate %.3g, steps %d to %d",
@@ -230,8 +239,8 @@ def train(
         MetricsWriter(metrics_path, start_step) as metrics,
         tqdm(initial=start_step, total=total_steps, desc="train", unit="step", disable=not dist.is_main) as bar,
     ):
-        rows = sampler(start_step, max(0, total_steps - start_step))
-        batches = load_batches(dataset, rows, config.num_workers, device)
+        remaining = sampler(start_step, max(0, total_steps - start_step))
+        batches = load_batches(dataset, remaining, config.num_workers, device)
         for step, (*data, labels) in enumerate(batches, start=start_step):
             epoch = step / steps_per_epoch
             lr = learning_rate(
@@ -249,7 +258,7 @@ def train(
             group_sizes = schedules[int(draws.integers(len(schedules)))]
             torch.manual_seed(int(draws.integers(2**62)) + dist.rank)  # dropout
             orders, flip, label_drop = draw_samples(
-                config.seed, step, first_row, len(labels), L, model.config.label_drop_prob, device
+                config.seed, step, rows, L, config.flip_prob, model.config.label_drop_prob, device
             )
             tokens = mirrored_codes(data, flip, encoder)
             with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):

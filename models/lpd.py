@@ -196,7 +196,9 @@ def load_weights(model: LPD, state: dict[str, torch.Tensor], source: str) -> Non
     if missing := sorted(own.keys() - state.keys()):
         raise UserError(f"{source} is no checkpoint of this model: {missing[0]} is missing ({len(missing)} in all).")
     if unknown := sorted(state.keys() - own.keys()):
-        raise UserError(f"{source} is no checkpoint of this model: it has {unknown[0]} ({len(unknown)} unknown in all).")
+        raise UserError(
+            f"{source} is no checkpoint of this model: it has {unknown[0]} ({len(unknown)} unknown in all)."
+        )
     state = dict(state)
     if state["pos_embed"].ndim == 3 and state["pos_embed"].shape[2] == model.config.embed_dim:
         state["pos_embed"] = resize_pos_embed(state["pos_embed"], model.config.num_tokens)

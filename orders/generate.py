@@ -1,11 +1,140 @@
+"""The one way to orders: settings checked, work cut into chunks, chunks spread over threads."""
+
 from __future__ import annotations
-from collections.abc import Sequence
+
+import math
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
 import numpy as np
-from orders.schedule import check_group_sizes
+from tqdm import tqdm
+
+from orders.baselines import FIXED_ORDERS, random_orders
+from orders.lpd_order import MAX_SIDE, lpd_orders
+from orders.schedule import GridSize, check_group_sizes, grid_shape
 from util.errors import UserError
 
-ORDER_KINDS = ("lpd", "raster", "random")
-GridSize = int | tuple[int, int]
+LPD_KINDS = ("lpd", "lpd_near_only", "lpd_far_only")
+
+#: Names of all orders, as the command lines' ``--order`` takes them.
+ORDER_KINDS: tuple[str, ...] = ("lpd", "raster", "random", "halton", "par", "zipar", "nar", *LPD_KINDS[1:])
+
+# Cells × orders of a chunk: its arrays fit a CPU's cache, or occupy a GPU.
+_CHUNK_CELLS = {"cpu": 1 << 18, "cuda": 1 << 24}
+
+
+def default_repulsion(grid_size: GridSize) -> int:
+    """Repulsion threshold where none is given: an eighth of the grid's shorter side, rounded down, at least 1.
+
+    That is the published 2 at 256 px and 4 at 512 px. (LPD-XXL was evaluated with 3.)
+    """
+    return max(1, min(grid_shape(grid_size)) // 8)
+
+
+@dataclass(frozen=True)
+class OrderSettings:
+    """All that decides what order ``i`` is; checked on construction (``UserError``). See :func:`generate_orders`."""
+
+    kind: str
+    grid: tuple[int, int]
+    group_sizes: tuple[int, ...]
+    proximity_threshold: float
+    repulsion_threshold: int
+    seed: int
+
+    def __post_init__(self) -> None:
+        h, w = self.grid
+        if self.kind not in ORDER_KINDS:
+            raise UserError(f"order {self.kind!r} must be one of {', '.join(ORDER_KINDS)}.")
+        if max(h, w) > MAX_SIDE:
+            raise UserError(f"grid {h}×{w} is larger than {MAX_SIDE}×{MAX_SIDE}.")
+        object.__setattr__(self, "group_sizes", check_group_sizes(self.group_sizes, h * w))
+        if self.kind in LPD_KINDS and self.group_sizes[0] != 1:
+            raise UserError(f"order {self.kind!r} needs 1 as the first group size, got {self.group_sizes[0]}.")
+        if not math.isfinite(self.proximity_threshold):
+            raise UserError(f"proximity threshold {self.proximity_threshold} must be a finite number.")
+        if self.repulsion_threshold < 0 or self.repulsion_threshold != int(self.repulsion_threshold):
+            raise UserError(f"repulsion threshold {self.repulsion_threshold} must be a whole number, 0 or more.")
+        if not 0 <= self.seed < 1 << 63:
+            raise UserError(f"seed {self.seed} must lie between 0 and 2^63 − 1.")
+
+    def draw(self, indices: np.ndarray, gpu: Any = None) -> np.ndarray:
+        """The orders of these numbers, int16 (N, L), with NumPy or on a torch device."""
+        num_cells = self.grid[0] * self.grid[1]
+        if self.kind in FIXED_ORDERS:
+            return np.broadcast_to(FIXED_ORDERS[self.kind](self.grid).astype(np.int16), (len(indices), num_cells))
+        if self.kind == "random":
+            return random_orders(indices, num_cells, self.seed).astype(np.int16)
+        xp: Any = np
+        numbers: Any = indices
+        if gpu is not None:
+            import torch
+
+            xp, numbers = torch, torch.from_numpy(indices).to(gpu)
+        near_only = self.kind == "lpd_near_only"
+        orders = lpd_orders(
+            xp,
+            numbers,
+            self.group_sizes,
+            self.grid,
+            0.0 if near_only else self.proximity_threshold,
+            0 if near_only else int(self.repulsion_threshold),
+            self.seed,
+            use_proximity=self.kind != "lpd_far_only",
+            device="cpu" if gpu is None else gpu,
+        )
+        return np.ascontiguousarray(orders if gpu is None else orders.cpu().numpy())
+
+    def chunks(
+        self,
+        indices: np.ndarray,
+        *,
+        device: str = "cpu",
+        workers: int | None = None,
+        chunk_size: int | None = None,
+    ) -> Iterator[np.ndarray]:
+        """The same orders, a chunk after the other, so that any number fits the memory."""
+        gpu = _gpu(device)
+        if chunk_size is None:
+            chunk_size = max(1, _CHUNK_CELLS["cpu" if gpu is None else "cuda"] // (self.grid[0] * self.grid[1]))
+        if chunk_size < 1:
+            raise UserError(f"chunk size {chunk_size} must be at least 1.")
+        if workers is None:
+            workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if workers < 1:
+            raise UserError(f"number of workers {workers} must be at least 1.")
+        parts = [indices[start : start + chunk_size] for start in range(0, len(indices), chunk_size)]
+        if gpu is not None or min(workers, len(parts)) < 2:
+            return (self.draw(part, gpu) for part in parts)
+        return _threaded_map(self.draw, parts, workers)
+
+
+def _gpu(device: str) -> Any:
+    """The torch device of this name, or None for the CPU, which needs no torch."""
+    if device == "cpu":
+        return None
+    from util.dist import resolve_device
+
+    resolved = resolve_device(device)
+    return None if resolved.type == "cpu" else resolved
+
+
+def _threaded_map(
+    function: Callable[[np.ndarray], np.ndarray], parts: Iterable[np.ndarray], workers: int
+) -> Iterator[np.ndarray]:
+    """``map`` on threads (NumPy's array operations release the interpreter lock), never far ahead of its reader."""
+    with ThreadPoolExecutor(workers) as pool:
+        running: deque[Future[np.ndarray]] = deque()
+        for part in parts:
+            running.append(pool.submit(function, part))
+            if len(running) > 2 * workers:
+                yield running.popleft().result()
+        while running:
+            yield running.popleft().result()
 
 
 def generate_orders(
@@ -17,54 +146,55 @@ def generate_orders(
     repulsion_threshold: int | None = None,
     seed: int = 0,
     *,
-    indices: Sequence[int] | None = None,
+    indices: Sequence[int] | np.ndarray | None = None,
     device: str = "cpu",
     workers: int | None = None,
+    chunk_size: int | None = None,
+    progress: bool = False,
 ) -> np.ndarray:
-    h, w = (grid_size, grid_size) if isinstance(grid_size, int) else grid_size
-    L = h * w
-    sizes = check_group_sizes(group_sizes, L)
-    if kind not in ORDER_KINDS:
-        raise UserError(f"order {kind!r} must be one of {', '.join(ORDER_KINDS)}")
-    rho = max(1, min(h, w) // 8) if repulsion_threshold is None else repulsion_threshold
-    out = np.empty((num, L), np.int16)
-    for k, i in enumerate(range(num) if indices is None else indices):
-        rng = np.random.default_rng([seed, int(i)])
-        if kind == "raster":
-            out[k] = np.arange(L)
-        elif kind == "random":
-            out[k] = rng.permutation(L)
-        else:
-            out[k] = _one(rng, sizes, h, w, proximity_threshold, rho)
-    return out
+    """Generation orders: int16 (num, L), each row a permutation of the raster indices of the grid.
 
+    Order ``i`` follows from (seed, i) and the arguments before ``seed``: not from the device, the chunks, the workers
+    or the orders drawn beside it.
 
-def _one(rng, sizes, h, w, tau, rho):
-    L = h * w
-    sel = np.zeros((h + 2, w + 2))
-    order = [int(rng.integers(L))]
-    sel[order[0] // w + 1, order[0] % w + 1] = 1
-    for g in sizes[1:]:
-        e = sel[:-2, 1:-1] + sel[2:, 1:-1] + sel[1:-1, :-2] + sel[1:-1, 2:]
-        c = sel[:-2, :-2] + sel[2:, 2:] + sel[2:, :-2] + sel[:-2, 2:]
-        p = np.round(e + c / np.sqrt(2), 6).ravel()
-        cells = [x for x in rng.permutation(L) if not sel[x // w + 1, x % w + 1]]
-        cells.sort(key=lambda x: -p[x])
-        taken, B, rest = [], [x for x in cells if p[x] < tau], []
-        for x in (x for x in cells if p[x] >= tau):
-            if len(taken) < g and all(max(abs(x // w - y // w), abs(x % w - y % w)) > rho for y in taken):
-                taken.append(x)
-            else:
-                rest.append(x)
-        B += rest
-        while len(taken) < g:
-            if not taken:
-                x = B[rng.integers(len(B))]
-            else:
-                x = max(B, key=lambda x: min((x // w - y // w) ** 2 + (x % w - y % w) ** 2 for y in taken))
-            taken.append(x)
-            B.remove(x)
-        for x in taken:
-            sel[x // w + 1, x % w + 1] = 1
-        order += taken
-    return order
+    Args:
+        kind: one of ``ORDER_KINDS``. ``lpd`` is locality-aware (arXiv:2507.01957). ``lpd_near_only`` is the same
+            without repulsion: the cells closest to what is known, however close to each other. ``lpd_far_only`` is
+            the same without proximity: cells far from each other, wherever they are. :mod:`orders.baselines` has the
+            rest, of which only ``random`` varies from order to order.
+        num: number of orders.
+        group_sizes: sizes that sum to L. The ``lpd`` kinds follow them and need 1 as the first.
+        grid_size: side of a square grid, or (rows, columns); at most 128 per side.
+        proximity_threshold: τ of ``lpd``: the proximity (Σ 1/distance over the selected of the eight neighbours) from
+            which a cell is a candidate.
+        repulsion_threshold: ρ of ``lpd`` and ``lpd_far_only``: the Chebyshev distance within which the candidates of a
+            group exclude each other; :func:`default_repulsion` where it is None.
+        seed: 0 … 2^63 − 1.
+        indices: the ``num`` order numbers to draw, instead of 0 … num − 1: an evaluation process asks for its own.
+        device: where the ``lpd`` kinds are computed: ``cpu`` (NumPy) or ``cuda[:k]`` (torch), with the same result,
+            which is a NumPy array in either case.
+        workers: threads on a CPU; all available cores where it is None.
+        chunk_size: orders computed at once; what fits the cache where it is None.
+        progress: show a progress bar.
+
+    Raises:
+        UserError: an argument out of range, named.
+    """
+    grid = grid_shape(grid_size)
+    repulsion = default_repulsion(grid) if repulsion_threshold is None else repulsion_threshold
+    settings = OrderSettings(kind, grid, tuple(group_sizes), proximity_threshold, repulsion, seed)
+    if num < 0:
+        raise UserError(f"number of orders {num} must be 0 or more.")
+    numbers = np.arange(num) if indices is None else np.asarray(indices, np.int64)
+    if numbers.shape != (num,):
+        raise UserError(f"indices must be {num} order numbers, as num says, got an array of shape {numbers.shape}.")
+    if num and numbers.min() < 0:
+        raise UserError(f"order numbers start at 0, got {numbers.min()}.")
+    orders = np.empty((num, grid[0] * grid[1]), np.int16)
+    done = 0
+    with tqdm(total=num, unit=" orders", disable=not progress) as bar:
+        for chunk in settings.chunks(numbers, device=device, workers=workers, chunk_size=chunk_size):
+            orders[done : done + len(chunk)] = chunk
+            done += len(chunk)
+            bar.update(len(chunk))
+    return orders

@@ -6,11 +6,13 @@ A schedule is a tuple of positive integers that sum to the number of tokens ``L`
 
 from __future__ import annotations
 
-import json
 import math
+import operator
 import re
 from collections.abc import Sequence
 from pathlib import Path
+
+import numpy as np
 
 from util.errors import UserError
 
@@ -52,6 +54,20 @@ _PUBLISHED: dict[int, dict[int, str]] = {
 }
 
 
+GridSize = int | tuple[int, int]
+
+
+def grid_shape(grid_size: GridSize) -> tuple[int, int]:
+    """(rows, columns) of a token grid given as the side of a square or as that pair; ``UserError`` otherwise."""
+    try:
+        sides = tuple(operator.index(side) for side in np.broadcast_to(np.asarray(grid_size), 2))
+    except (TypeError, ValueError):
+        sides = ()
+    if len(sides) != 2 or min(sides) < 1:
+        raise UserError(f"grid size {grid_size!r} must be a positive integer or a pair of them (rows, columns).")
+    return sides[0], sides[1]
+
+
 def _expand(row: str) -> tuple[int, ...]:
     pairs = (item.split("×") for item in row.split())
     return tuple(int(size) for size, count in pairs for _ in range(int(count)))
@@ -59,7 +75,7 @@ def _expand(row: str) -> tuple[int, ...]:
 
 def _grid_side(img_size: int, stride: int) -> int:
     if stride < 1 or img_size < stride or img_size % stride:
-        raise UserError(f"image size {img_size} must be a positive multiple of the tokenizer's stride {stride}")
+        raise UserError(f"image size {img_size} must be a positive multiple of the tokenizer's stride {stride}.")
     return img_size // stride
 
 
@@ -70,9 +86,24 @@ def group_sizes(img_size: int, steps: int, stride: int = 16) -> tuple[int, ...]:
     :func:`cosine_group_sizes`. Raises ``UserError`` for a size that is no multiple of the stride and for a number of
     steps outside 1 … L.
     """
-    side = _grid_side(img_size, stride)
-    row = _PUBLISHED.get(side, {}).get(steps)
-    return _expand(row) if row else cosine_group_sizes(side * side, steps)
+    return grid_group_sizes(_grid_side(img_size, stride), steps)
+
+
+def grid_group_sizes(grid_size: GridSize, steps: int) -> tuple[int, ...]:
+    """The same for a token grid, which need not be square."""
+    h, w = grid_shape(grid_size)
+    row = _PUBLISHED.get(h, {}).get(steps) if h == w else None
+    return _expand(row) if row else cosine_group_sizes(h * w, steps)
+
+
+def default_steps(grid_size: GridSize) -> int:
+    """Steps for a grid when nobody asks for a number: those of the main published results.
+
+    20 for 16×16 and 48 for 32×32; any other grid the 12.8 tokens per step of the former, at least two steps.
+    """
+    grid = grid_shape(grid_size)
+    tokens = grid[0] * grid[1]
+    return {(16, 16): 20, (32, 32): 48}.get(grid, min(tokens, max(2, round(tokens * 20 / 256))))
 
 
 def published_group_sizes(img_size: int, stride: int = 16) -> list[tuple[int, ...]]:
@@ -133,34 +164,39 @@ def uniform_group_sizes(num_tokens: int, steps: int) -> tuple[int, ...]:
 
 
 def parse_group_sizes(text: str, num_tokens: int) -> tuple[int, ...]:
-    """A user's own group sizes: a JSON list, a comma-separated list, or the path of a file that holds either.
+    """Group sizes that a user asks for: ``1,3,5``, a JSON list, a file (.json, .txt) with either, or ``uniform:STEPS``.
 
     Raises ``UserError`` unless the result is a list of positive integers that sum to ``num_tokens``.
     """
     text = text.strip()
+    if uniform := re.fullmatch(r"uniform:(\d+)", text):
+        return uniform_group_sizes(num_tokens, int(uniform[1]))
     if text.endswith((".json", ".txt")):
         path = Path(text)
         if not path.is_file():
-            raise UserError(f"group-sizes file {text!r} does not exist")
+            raise UserError(f"group-sizes file {text!r} does not exist.")
         text = path.read_text().strip()
     if not re.fullmatch(r"\[?\s*\d+(\s*,\s*\d+)*\s*\]?", text) or text.startswith("[") != text.endswith("]"):
         shown = text if len(text) <= 60 else text[:57] + "..."
-        raise UserError(f"group sizes {shown!r} must be positive integers such as '1,3,5,7' or '[1, 3, 5, 7]'")
-    return check_group_sizes(json.loads(text if text.startswith("[") else f"[{text}]"), num_tokens)
+        raise UserError(f"group sizes {shown!r} must be positive integers such as '1,3,5,7' or '[1, 3, 5, 7]'.")
+    return check_group_sizes([int(size) for size in re.findall(r"\d+", text)], num_tokens)
 
 
 def check_group_sizes(sizes: Sequence[int], num_tokens: int) -> tuple[int, ...]:
     """``sizes`` as a tuple; ``UserError`` unless they are positive integers that sum to ``num_tokens``."""
-    result = tuple(int(size) for size in sizes)
-    if not result or any(size < 1 or size != given for size, given in zip(result, sizes, strict=True)):
-        raise UserError(f"group sizes must be positive integers, got {list(sizes)}")
+    try:
+        result = tuple(operator.index(size) for size in sizes)
+    except TypeError:
+        result = ()
+    if not result or min(result) < 1:
+        raise UserError(f"group sizes must be positive integers, got {list(sizes)}.")
     if sum(result) != num_tokens:
-        raise UserError(f"group sizes sum to {sum(result)}, but the grid has {num_tokens} tokens")
+        raise UserError(f"group sizes sum to {sum(result)}, but the grid has {num_tokens} tokens.")
     return result
 
 
 def _check_steps(num_tokens: int, steps: int) -> None:
     if num_tokens < 1:
-        raise UserError(f"a grid needs at least one token, got {num_tokens}")
+        raise UserError(f"a grid needs at least one token, got {num_tokens}.")
     if not 1 <= steps <= num_tokens:
-        raise UserError(f"number of steps {steps} must lie between 1 and the {num_tokens} tokens of the grid")
+        raise UserError(f"number of steps {steps} must lie between 1 and the {num_tokens} tokens of the grid.")

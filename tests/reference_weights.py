@@ -13,8 +13,8 @@ _HALF_SCALE = ("class_emb.weight", "token_emb.weight", "mask_token", "fake_laten
 def reference_state_dict(shapes: dict[str, list[int]], seed: int) -> dict[str, torch.Tensor]:
     """Parameter names and shapes → the float32 weights that the reference vectors were made with.
 
-    Names are visited in sorted order, each drawing one standard normal array; ``quantize.codebook_used`` draws nothing and
-    is all zeros.
+    Names are visited in sorted order, each drawing one standard normal array; ``quantize.codebook_used`` draws nothing
+    and is all zeros.
     """
     rng = np.random.default_rng(seed)
     state = {}

@@ -15,12 +15,13 @@ import pytest
 import torch
 from PIL import Image
 
+import main_cache
 from engine import cache as cache_module
 from engine.cache import cache_codes, convert_npz, verify_cache
 from tokenizers import VQConfig, VQModel, load_tokenizer, save_tokenizer
 from util.data import PARTS, CacheHeader, ImageFolder, open_codes
 from util.dist import Dist
-from util.errors import UserError
+from util.errors import UserError, exit_on_user_error
 from util.files import sha256
 from util.images import to_float
 
@@ -254,14 +255,25 @@ def test_published_layout_is_packed(images: Path, vqgan: Path, tmp_path: Path) -
         convert_npz(npz, tmp_path / "bad", vqgan, SIZE, ONE, num_workers=0)
 
 
-def test_command_line_reports_mistakes_in_one_line(images: Path, vqgan: Path, tmp_path: Path) -> None:
-    """Guards against tracebacks for a user's mistake in main_cache.py."""
+def test_command_line(
+    images: Path, vqgan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against a flag of main_cache.py that does not arrive, and a traceback for a user's mistake."""
     flags = [
-        f"--img_size={SIZE + 1}",
+        "main_cache.py",
         f"--vqgan_path={vqgan}",
-        f"--data_path={images}",
         f"--cached_path={tmp_path / 'c'}",
+        "--num_workers=0",
+        "--device=cpu",
     ]
-    result = subprocess.run([sys.executable, "main_cache.py", *flags], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 2
-    assert result.stderr.splitlines() == ["error: --img_size 9 must be a multiple of the tokenizer's stride, 2."]
+    monkeypatch.setattr(sys, "argv", [*flags, f"--data_path={images}", f"--img_size={SIZE + 1}"])
+    with pytest.raises(SystemExit) as exit_info:
+        exit_on_user_error(main_cache.main)
+    assert exit_info.value.code == 2
+    assert capsys.readouterr().err == "error: --img_size 9 must be a multiple of the tokenizer's stride, 2.\n"
+    monkeypatch.setattr(sys, "argv", [*flags, f"--data_path={images}", f"--img_size={SIZE}", "--batch_size=2"])
+    main_cache.main()
+    npz = _npz_layout(images, vqgan, tmp_path / "npz")
+    monkeypatch.setattr(sys, "argv", [*flags, f"--convert_from={npz}", f"--img_size={SIZE}"])
+    with pytest.raises(UserError, match="list of files"):  # --cached_path holds the cache made from images
+        main_cache.main()

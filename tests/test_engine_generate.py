@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,7 +27,7 @@ def small_model(grid: int = 4) -> LPD:
 
 
 def random_schedule(L: int, generator: torch.Generator) -> list[int]:
-    sizes = []
+    sizes: list[int] = []
     while sum(sizes) < L:
         sizes.append(int(torch.randint(1, min(6, L - sum(sizes)) + 1, (), generator=generator)))
     return sizes
@@ -49,7 +51,7 @@ def test_cached_decode_is_the_masked_training_pass(trial: int, monkeypatch: pyte
 
     recorded = []
 
-    def recording_sample(logits: torch.Tensor, *args: object) -> torch.Tensor:
+    def recording_sample(logits: torch.Tensor, *args: Any) -> torch.Tensor:
         recorded.append(logits)
         return sample(logits, *args)
 

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -64,11 +65,13 @@ class SignalAt(PackedCodes):
         super().__init__(path)
         self.left, self.number = batch, number
 
-    def __getitems__(self, indices: list[int]) -> CodeBatch:
+    def get_batch(self, indices: Sequence[int] | np.ndarray) -> CodeBatch:
         self.left -= 1
         if self.left == 0:
             os.kill(os.getpid(), self.number)
-        return self.get_batch(indices)
+        return super().get_batch(indices)
+
+    __getitems__ = get_batch
 
 
 @pytest.mark.parametrize("stop_at", [2, 5, 8])
@@ -123,24 +126,31 @@ def test_two_processes_equal_one(cache: Path, tmp_path: Path) -> None:
     assert losses[0] == pytest.approx(losses[1], rel=1e-9)
 
 
+def draw(
+    seed: int, step: int, rows: range, num_tokens: int = L, flip: float = 0.5, drop: float = 0.3
+) -> tuple[torch.Tensor, ...]:
+    return draw_samples(seed, step, rows, num_tokens, flip, drop, torch.device("cpu"))
+
+
 def test_sample_draws_are_permutations_and_do_not_depend_on_the_process() -> None:
-    whole = draw_samples(5, 7, 0, 64, L, 0.3, torch.device("cpu"))
+    whole = draw(5, 7, range(64))
     orders = whole[0]
     assert torch.equal(orders.sort(dim=1).values, torch.arange(L).expand(64, L))
     assert len(orders.unique(dim=0)) == 64
-    for part, expected in zip(draw_samples(5, 7, 16, 8, L, 0.3, torch.device("cpu")), whole, strict=True):
+    for part, expected in zip(draw(5, 7, range(16, 24)), whole, strict=True):
         assert torch.equal(part, expected[16:24])
-    assert not torch.equal(orders, draw_samples(5, 8, 0, 64, L, 0.3, torch.device("cpu"))[0])
-    many = draw_samples(0, 0, 0, 20000, 2, 0.3, torch.device("cpu"))
+    assert not torch.equal(orders, draw(5, 8, range(64))[0])
+    many = draw(0, 0, range(20000), 2)
     assert many[1].double().mean().item() == pytest.approx(0.5, abs=0.02)
     assert many[2].double().mean().item() == pytest.approx(0.3, abs=0.02)
-    assert not draw_samples(0, 0, 0, 2000, 2, 0.0, torch.device("cpu"))[2].any()
-    assert draw_samples(0, 0, 0, 2000, 2, 1.0, torch.device("cpu"))[2].all()
+    assert not draw(0, 0, range(2000), 2, flip=0.0)[1].any()
+    assert not draw(0, 0, range(2000), 2, drop=0.0)[2].any()
+    assert draw(0, 0, range(2000), 2, drop=1.0)[2].all()
 
 
 def test_orders_are_uniform_over_positions() -> None:
     """Each position comes first equally often: a biased sort key would teach the model a preferred start."""
-    orders, _, _ = draw_samples(1, 0, 0, 16000, L, 0.1, torch.device("cpu"))
+    orders, _, _ = draw(1, 0, range(16000))
     for column in (0, L - 1):
         counts = orders[:, column].bincount(minlength=L).double()
         assert (counts - 1000).abs().max() < 5 * 1000**0.5

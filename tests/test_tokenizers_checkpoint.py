@@ -38,10 +38,14 @@ def test_saved_and_loaded_tokenizers_are_equal(model: VQModel, tmp_path: Path, n
 def test_files_without_a_config_are_of_the_released_size(
     model: VQModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, container: str
 ) -> None:
-    """Guards against refusing the released file: state dict under ``model`` or bare, maybe with a Namespace beside it."""
+    """Guards against refusing the released file: its state dict bare or under ``model``, maybe with a Namespace."""
     monkeypatch.setattr(checkpoint_module, "VQConfig", lambda: CONFIG)
     half = {name: tensor.half() for name, tensor in model.state_dict().items()}
-    content = {"bare": half, "model": {"model": half}, "with arguments": {"model": half, "args": argparse.Namespace(a=1)}}
+    content = {
+        "bare": half,
+        "model": {"model": half},
+        "with arguments": {"model": half, "args": argparse.Namespace(a=1)},
+    }
     torch.save(content[container], tmp_path / "vq.pt")
     loaded = load_tokenizer(tmp_path / "vq.pt")
     assert loaded.quantize.embedding.weight.dtype == torch.float32
@@ -104,7 +108,9 @@ def test_other_contents_are_refused(tmp_path: Path, content: object) -> None:
         load_tokenizer(tmp_path / "t.pt")
 
 
-def test_an_interrupted_save_keeps_the_old_file(model: VQModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_save_keeps_the_old_file(
+    model: VQModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "t.pt"
     save_tokenizer(model, path)
     before = path.read_bytes()

@@ -68,7 +68,7 @@ def test_truncated_file_is_one_sentence(tmp_path: Path, keep: int) -> None:
         load_checkpoint(path)
     assert "\n" not in str(caught.value)
     (tmp_path / "cut.safetensors").write_bytes(b"\x10")
-    with pytest.raises(UserError, match="cut.safetensors"):
+    with pytest.raises(UserError, match=r"cut\.safetensors"):
         load_checkpoint(tmp_path / "cut.safetensors")
 
 

@@ -78,7 +78,13 @@ def test_grid_writes_its_texts() -> None:
 
 @pytest.mark.parametrize(
     ("count", "columns", "texts"),
-    [(2, 0, {}), (0, 2, {}), (2, 2, {"labels": ["one"]}), (2, 1, {"row_titles": ["one"]}), (2, 2, {"column_titles": []})],
+    [
+        (2, 0, {}),
+        (0, 2, {}),
+        (2, 2, {"labels": ["one"]}),
+        (2, 1, {"row_titles": ["one"]}),
+        (2, 2, {"column_titles": []}),
+    ],
 )
 def test_grid_refuses_what_does_not_fit(count: int, columns: int, texts: dict) -> None:
     with pytest.raises(UserError, match="grid"):

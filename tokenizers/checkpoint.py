@@ -1,8 +1,8 @@
 """Tokenizers as files: the released one and those trained here.
 
-A ``.pt`` file is a dict with the state dict under ``model`` and, for those trained here, the plain-data ``config`` beside it;
-a ``.safetensors`` file holds the same tensors, the config as JSON in its metadata. Without a config the released size is
-assumed. Files are read without running code from them.
+A ``.pt`` file is a dict with the state dict under ``model`` and, for those trained here, the plain-data ``config``
+beside it; a ``.safetensors`` file holds the same tensors, the config as JSON in its metadata. Without a config the
+released size is assumed. Files are read without running code from them.
 """
 
 from __future__ import annotations

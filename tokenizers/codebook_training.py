@@ -8,6 +8,7 @@ from torch import Tensor
 
 from tokenizers.vq_model import Codebook
 
+_KMEANS_FEATURES = 2**17
 _DEAD_SHARE = 0.02  # an entry is dead when used less than this share of the average
 
 
@@ -15,8 +16,9 @@ _DEAD_SHARE = 0.02  # an entry is dead when used less than this share of the ave
 def kmeans_start(codebook: Codebook, features: Tensor, iterations: int = 10) -> None:
     """Set the entries to the spherical k-means centres of unit vectors ``features`` (N, K), N ≥ 1, in place.
 
-    Centres that attract nothing move to random features.
+    A random part of very many features is used. Centres that attract nothing move to random features.
     """
+    features = _sample(features, min(len(features), _KMEANS_FEATURES))
     size = codebook.embedding.num_embeddings
     weight = codebook.embedding.weight
     weight.copy_(_sample(features, size))
@@ -39,7 +41,8 @@ class DeadCodeRevival:
         self._counts = torch.zeros(codebook.embedding.num_embeddings, device=codebook.embedding.weight.device)
 
     def count(self, indices: Tensor) -> None:
-        self._counts += torch.bincount(indices.flatten(), minlength=len(self._counts))
+        flat = indices.flatten()
+        self._counts.index_add_(0, flat, torch.ones_like(flat, dtype=self._counts.dtype))
 
     @torch.no_grad()
     def revive(self, features: Tensor, optimizer: torch.optim.Optimizer) -> int:

@@ -1,8 +1,8 @@
 """The VQ tokenizer: an image becomes a square grid of code indices, and back.
 
 Same network, parameter names and shapes as LlamaGen's VQ-16 (Sun et al., "Autoregressive Model Beats Diffusion: Llama
-for Scalable Image Generation", arXiv:2406.06525, section 3.1), so the released ``vq_ds16_c2i.pt`` loads unchanged; other
-widths, strides and codebook sizes by :class:`VQConfig`.
+for Scalable Image Generation", arXiv:2406.06525, section 2.1), so the released ``vq_ds16_c2i.pt`` loads unchanged;
+other widths, strides and codebook sizes by :class:`VQConfig`.
 
 Shapes: ``B`` batch, ``C`` channels, ``H W`` pixels, ``h w`` token grid, ``L = h*w`` tokens, ``V`` codebook entries,
 ``K`` code_dim.
@@ -27,9 +27,9 @@ _CODEBOOK_USED_SIZE = 65536  # length of the buffer in the released file
 class VQConfig:
     """Size of a tokenizer; the defaults are the released ``vq_ds16_c2i``.
 
-    ``multipliers`` gives the width of each resolution level as a multiple of ``base_width``; each level but the last halves
-    the picture, so the stride is ``2 ** (len(multipliers) - 1)``. The decoder has one residual block per level more than
-    ``res_blocks``. Raises UserError for values no tokenizer can be built from.
+    ``multipliers`` gives the width of each resolution level as a multiple of ``base_width``; each level but the last
+    halves the picture, so the stride is ``2 ** (len(multipliers) - 1)``. The decoder has one residual block per level
+    more than ``res_blocks``. Raises UserError for values no tokenizer can be built from.
     """
 
     base_width: int = 128
@@ -48,7 +48,9 @@ class VQConfig:
         if not self.multipliers or not all(_is_positive_int(m) for m in self.multipliers):
             raise UserError(f"Tokenizer multipliers {self.multipliers!r} must be positive integers, one per level.")
         if self.base_width % 4:
-            raise UserError(f"Tokenizer base_width {self.base_width} must be a multiple of 4 (channels per norm group).")
+            raise UserError(
+                f"Tokenizer base_width {self.base_width} must be a multiple of 4 (channels per norm group)."
+            )
 
     @property
     def stride(self) -> int:
@@ -100,8 +102,8 @@ class VQModel(nn.Module):
             raise UserError(f"Images must be floating point (B, 3, H, W), not {images.dtype} of shape {shape}.")
         if shape[2] != shape[3] or shape[2] % self.stride or shape[2] == 0:
             raise UserError(
-                f"Images of {shape[2]}×{shape[3]} pixels can't be encoded; this tokenizer takes square ones with a side "
-                f"that is a multiple of {self.stride}."
+                f"Images of {shape[2]}×{shape[3]} pixels can't be encoded; this tokenizer takes square ones with a "
+                f"side that is a multiple of {self.stride}."
             )
         return _unit(self.quant_conv(self.encoder(images)).flatten(2).transpose(1, 2))
 

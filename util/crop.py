@@ -1,4 +1,4 @@
-"""Image files → upright RGB pictures → square crops, as in the ADM data pipeline (Dhariwal & Nichol, arXiv:2105.05233)."""
+"""Image files → upright RGB pictures → square crops, as ADM does it (Dhariwal & Nichol, arXiv:2105.05233)."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from util.errors import UserError
 def center_crop_arr(image: Image.Image, size: int) -> Image.Image:
     """ADM's centre crop: an RGB image of any size → its centre, ``size``×``size`` pixels.
 
-    The picture is halved by a box filter while its short side is at least ``2 * size``, resized bicubically until the short
-    side is ``size``, and cut. Byte for byte the published one, which the reference statistics were made with.
+    The picture is halved by a box filter while its short side is at least ``2 * size``, resized bicubically until the
+    short side is ``size``, and cut. Byte for byte the published one, which the reference statistics were made with.
 
     Raises:
         UserError: when ``size`` is not positive.
@@ -32,9 +32,9 @@ def center_crop_arr(image: Image.Image, size: int) -> Image.Image:
 def load_rgb(path: str | Path) -> Image.Image:
     """Read any image file as an upright 8-bit RGB picture, decoded completely.
 
-    Grey, palette and CMYK pictures become RGB as in ADM's loader, which also drops an alpha channel. Two things differ from
-    it: a rotation noted in EXIF (phone photographs) is applied, and 16-bit grey is scaled to 8 bits where the plain
-    conversion would clip everything above 255 to white. Of an animation the first frame is taken.
+    Grey, palette and CMYK pictures become RGB as in ADM's loader, which also drops an alpha channel. Two things differ
+    from it: a rotation noted in EXIF (phone photographs) is applied, and 16-bit grey is scaled to 8 bits where the
+    plain conversion would clip everything above 255 to white. Of an animation the first frame is taken.
 
     Raises:
         UserError: naming the file, when it is missing, damaged, no image, or of a pixel type without a defined white

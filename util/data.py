@@ -20,7 +20,7 @@ import os
 import zipfile
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -37,6 +37,7 @@ PARTS = ".parts"  # subfolder of an unfinished cache; hidden, so that it is no c
 CODES, CODES_FLIP, LABELS = "codes.npy", "codes_flip.npy", "labels.npy"
 CACHE_FORMAT, CACHE_VERSION = "lpd-codes", 1
 
+T = TypeVar("T")
 CodeBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -326,7 +327,7 @@ def check_labels(labels: np.ndarray, class_num: int, source: str | Path) -> None
         raise UserError(f"{source} has label {bad}; --class_num {class_num} allows 0 to {class_num - 1}.")
 
 
-def whole_batch(batch: CodeBatch) -> CodeBatch:
+def whole_batch(batch: T) -> T:
     """``collate_fn`` of a :class:`CodeDataset`, whose ``__getitems__`` returns a whole batch already."""
     return batch
 

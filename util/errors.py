@@ -19,7 +19,9 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        # A DataLoader worker's exception arrives with its traceback as the message; the sentence is at the end.
+        sentence = str(error).rsplit("UserError: ", 1)[-1].strip()
+        print(f"error: {sentence}", file=sys.stderr)
         raise SystemExit(2) from None
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

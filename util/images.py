@@ -20,7 +20,7 @@ _FONT_SIZE = 14
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Floating point (N, 3, H, W), meant to be in [-1, 1] → uint8 (N, H, W, 3): round(clip((x + 1)/2 · 255, 0, 255))."""
+    """Floating point (N, 3, H, W), about [-1, 1] → uint8 (N, H, W, 3): round(clip((x + 1)/2 · 255, 0, 255))."""
     scaled = (images.float() + 1) / 2 * 255
     return scaled.clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 

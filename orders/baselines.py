@@ -1,0 +1,149 @@
+"""The rival schedules: orders that look at no randomness but the seed's, and the group sizes natural to each.
+
+All cells are raster indices (row·w + column) of an (h, w) grid.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from orders.counter_rng import order_states, sub_states
+from orders.schedule import GridSize, default_steps, grid_group_sizes, grid_shape
+from util.errors import UserError
+
+PAR_REGIONS = 4  # per side: the 16-fold setting of the PAR paper
+ZIPAR_WINDOW = 2
+
+Grid = tuple[int, int]
+
+
+def raster_order(grid: Grid) -> np.ndarray:
+    """Row by row, one token per step: the order of VQGAN (arXiv:2012.09841) and LlamaGen (arXiv:2406.06525)."""
+    return np.arange(grid[0] * grid[1])
+
+
+def halton_order(grid: Grid) -> np.ndarray:
+    """Low-discrepancy order of Halton-MaskGIT (arXiv:2503.17076).
+
+    The points 1, 2, … of the two-dimensional Halton sequence in bases 2 (rows) and 3 (columns), each naming the cell
+    that holds it, without repetitions: every prefix covers the image evenly.
+    """
+    h, w = grid
+    cells, count = np.empty(0, np.int64), 8 * h * w
+    while len(cells) < h * w:
+        points = np.arange(1, count + 1)
+        rows, cols = (_radical_inverse(points, base) * side for base, side in ((2, h), (3, w)))
+        visited = rows.astype(np.int64) * w + cols.astype(np.int64)
+        first = np.sort(np.unique(visited, return_index=True)[1])
+        cells, count = visited[first], 2 * count
+    return cells
+
+
+def _radical_inverse(numbers: np.ndarray, base: int) -> np.ndarray:
+    """The digits of ``numbers`` mirrored at the radix point: in [0, 1), float64."""
+    result, weight = np.zeros(len(numbers)), 1.0
+    while numbers.any():
+        numbers, digits = np.divmod(numbers, base)
+        weight /= base
+        result += weight * digits
+    return result
+
+
+def par_order(grid: Grid) -> np.ndarray:
+    """Region-parallel order of PAR (arXiv:2412.15119).
+
+    The grid is cut into 4×4 regions; the first token of each comes one by one, then every step generates the next
+    token, in raster order of the region, of all regions at once.
+    """
+    return np.concatenate(_par_groups(grid))
+
+
+def _par_groups(grid: Grid) -> list[list[int]]:
+    bands, stripes = (np.array_split(np.arange(side), min(PAR_REGIONS, side)) for side in grid)
+    first, later = [], dict[tuple[int, int], list[int]]()
+    for rows in bands:
+        for cols in stripes:
+            for i, row in enumerate(rows):
+                for j, col in enumerate(cols):
+                    cell = int(row * grid[1] + col)
+                    if i == j == 0:
+                        first.append([cell])
+                    else:
+                        later.setdefault((i, j), []).append(cell)
+    return first + [later[position] for position in sorted(later)]
+
+
+def zipar_order(grid: Grid) -> np.ndarray:
+    """Diagonal order of ZipAR (arXiv:2412.04062).
+
+    Every row is generated from left to right and starts as soon as the row above is two tokens (the window) ahead, so
+    that a slanted front of one token per row moves over the image.
+    """
+    return _by_time(_zipar_times(grid))
+
+
+def _zipar_times(grid: Grid) -> np.ndarray:
+    return min(ZIPAR_WINDOW, grid[1]) * np.arange(grid[0])[:, None] + np.arange(grid[1])
+
+
+def nar_order(grid: Grid) -> np.ndarray:
+    """Neighbouring expansion of NAR (arXiv:2503.10696): by Manhattan distance from the top left corner."""
+    return _by_time(_nar_times(grid))
+
+
+def _nar_times(grid: Grid) -> np.ndarray:
+    return np.arange(grid[0])[:, None] + np.arange(grid[1])
+
+
+def _by_time(times: np.ndarray) -> np.ndarray:
+    return np.argsort(times.ravel(), kind="stable")
+
+
+FIXED_ORDERS: dict[str, Callable[[Grid], np.ndarray]] = {
+    "raster": raster_order,
+    "halton": halton_order,
+    "par": par_order,
+    "zipar": zipar_order,
+    "nar": nar_order,
+}
+
+
+def random_orders(indices: np.ndarray, num_cells: int, seed: int) -> np.ndarray:
+    """Uniformly random permutations, as RandAR (arXiv:2412.01827) and ARPG (arXiv:2503.10568) decode: int64 (N, L).
+
+    ``indices`` (N,), int64, are the order numbers; each order follows from (seed, number).
+    """
+    states = order_states(indices, seed)
+    index_bits = (num_cells - 1).bit_length()
+    bits = sub_states(states[:, None], np.arange(num_cells))
+    bits = (bits & ~((1 << index_bits) - 1)) | np.arange(num_cells)  # the cell's number in place of the low bits
+    bits.sort(axis=1)
+    return bits & ((1 << index_bits) - 1)
+
+
+def natural_group_sizes(kind: str, grid_size: GridSize, steps: int | None = None) -> tuple[int, ...]:
+    """The group sizes with which the paper of this order decodes, for any grid.
+
+    Raster order takes one token per step; PAR, ZipAR and NAR take what their geometry makes independent, so that the
+    number of steps follows from the grid and ``steps`` must be absent or agree. The other kinds are free to choose:
+    :func:`orders.schedule.grid_group_sizes` of ``steps``, or of the published number where there is none. (MaskGIT,
+    RandAR, ARPG and Halton-MaskGIT use the same cosine.) Raises ``UserError`` for an unknown kind or number of steps.
+    """
+    grid = grid_shape(grid_size)
+    if kind == "raster":
+        sizes = [1] * (grid[0] * grid[1])
+    elif kind == "par":
+        sizes = [len(group) for group in _par_groups(grid)]
+    elif kind in ("zipar", "nar"):
+        times = _zipar_times(grid) if kind == "zipar" else _nar_times(grid)
+        sizes = np.bincount(times.ravel()).tolist()
+    else:
+        return grid_group_sizes(grid, default_steps(grid) if steps is None else steps)
+    if steps not in (None, len(sizes)):
+        raise UserError(
+            f"order {kind!r} takes {len(sizes)} steps of its own on a {grid[0]}×{grid[1]} grid, not {steps}; "
+            "give group sizes to cut it otherwise."
+        )
+    return tuple(sizes)

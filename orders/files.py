@@ -1,0 +1,171 @@
+"""Files of orders: the published JSON, and a binary form that is a fifth of its size and loads at once.
+
+The binary form is a safetensors file with one int16 tensor ``orders`` (num, L); its metadata says how the orders came
+about, so that a file meant for another grid or schedule is recognised. A JSON file is a list of lists of raster
+indices and says nothing else, but published names carry resolution and steps (``res256_steps20_repulsion2.json``).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from orders.generate import OrderSettings
+from orders.schedule import GridSize, grid_shape
+from util.errors import UserError
+from util.files import atomic_write
+
+_SETTINGS = "settings"  # the metadata's key
+_BLOCK = 4096  # orders checked at once
+_PUBLISHED_NAME = re.compile(r"res(\d+)_steps(\d+)(_repulsion\d+)?\.(json|safetensors)")
+
+# The published JSON, lexically: "[" or "," before every inner list, "]" after the last.
+_ROW = re.compile(rb"\s*([\[,])\s*(\[[^\[\]]*\])")
+_END = re.compile(rb"\s*\]\s*\Z")
+_EMPTY = re.compile(rb"\s*\[\s*\]\s*\Z")
+
+
+def load_orders(path: str | Path, grid_size: GridSize, group_sizes: Sequence[int] | None = None) -> np.ndarray:
+    """The orders of a ``.json`` or ``.safetensors`` file, int16 (num, L).
+
+    Raises ``UserError``, naming the file and the row, for a file that is missing, cut short, no list of permutations of
+    the grid's cells, or made for other group sizes (as far as its metadata or published name tell; unchecked without
+    ``group_sizes``).
+    """
+    path = Path(path)
+    h, w = grid_shape(grid_size)
+    check_suffix(path)
+    if not path.is_file():
+        raise UserError(f"order file {path} does not exist.")
+    orders = _read_json(path, h * w) if path.suffix == ".json" else _read_binary(path, (h, w), group_sizes)
+    name = _PUBLISHED_NAME.fullmatch(path.name)
+    if name and group_sizes is not None and int(name[2]) != len(group_sizes):
+        raise UserError(f"order file {path} is for {name[2]} steps, but {len(group_sizes)} are asked for.")
+    _check_permutations(orders, path)
+    return orders
+
+
+def _read_json(path: Path, num_cells: int) -> np.ndarray:
+    rows = []
+    for number, text in enumerate(_json_rows(path)):
+        try:
+            row = np.array(json.loads(text))
+        except (ValueError, OverflowError):
+            row = np.array(None)
+        if row.dtype.kind != "i" or row.shape != (num_cells,):
+            raise UserError(f"order file {path}, row {number}: expected {num_cells} integers, the cells of the grid.")
+        if row.min() < 0 or row.max() >= num_cells:
+            raise UserError(_no_permutation(path, number, num_cells))
+        rows.append(row.astype(np.int16))
+    if not rows:
+        raise UserError(f"order file {path} holds no orders.")
+    return np.stack(rows)
+
+
+def _json_rows(path: Path) -> Iterator[bytes]:
+    """The inner lists, one by one: parsing 60,000 × 1024 numbers at once would need gigabytes."""
+    number, position = 0, 0
+    with open(path, "rb") as file:
+        text = file.read()
+    while match := _ROW.match(text, position):
+        if (match[1] == b"[") != (number == 0):
+            break
+        yield match[2]
+        number, position = number + 1, match.end()
+    if not (_END if number else _EMPTY).match(text, position):
+        raise UserError(f"order file {path} is cut short, or no JSON list of lists, after {number} rows.")
+
+
+def _read_binary(path: Path, grid: tuple[int, int], group_sizes: Sequence[int] | None) -> np.ndarray:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            metadata = file.metadata() or {}
+            orders = file.get_tensor("orders")
+    except SafetensorError as error:
+        raise UserError(f"order file {path} is cut short or no file of orders ({error}).") from None
+    made_for = json.loads(metadata.get(_SETTINGS, "{}"))
+    for name, value in (("grid", grid), ("group_sizes", group_sizes)):
+        if value is not None and made_for.get(name, list(value)) != list(value):
+            raise UserError(f"order file {path} is for {name} {made_for[name]}, but {list(value)} are asked for.")
+    if orders.dtype != np.int16 or orders.ndim != 2 or orders.shape[1] != grid[0] * grid[1]:
+        raise UserError(
+            f"order file {path} holds {orders.dtype} {orders.shape}, expected int16 (num, {grid[0] * grid[1]})."
+        )
+    return orders
+
+
+def read_settings(path: Path) -> OrderSettings | None:
+    """The settings that a binary file was drawn with, if it says."""
+    if path.suffix == ".json":
+        return None
+    with safe_open(path, framework="numpy") as file:
+        metadata = file.metadata() or {}
+    if _SETTINGS not in metadata:
+        return None
+    values = json.loads(metadata[_SETTINGS])
+    values |= {name: tuple(values[name]) for name in ("grid", "group_sizes")}
+    return OrderSettings(**values)
+
+
+def _check_permutations(orders: np.ndarray, path: Path) -> None:
+    num_cells = orders.shape[1]
+    for start in range(0, len(orders), _BLOCK):
+        block = orders[start : start + _BLOCK]
+        wrong = (block.min(axis=1) < 0) | (block.max(axis=1) >= num_cells)
+        if not wrong.any():
+            seen = np.zeros(block.shape, bool)
+            np.put_along_axis(seen, block.astype(np.int64), True, axis=1)
+            wrong = ~seen.all(axis=1)
+        if wrong.any():
+            raise UserError(_no_permutation(path, start + int(wrong.argmax()), num_cells))
+
+
+def _no_permutation(path: Path, row: int, num_cells: int) -> str:
+    return f"order file {path}, row {row}: no permutation of the cells 0 … {num_cells - 1} of the grid."
+
+
+def save_orders(path: str | Path, orders: np.ndarray, settings: OrderSettings | None = None) -> None:
+    """Write orders (num, L) as ``.json`` or ``.safetensors``, whole or not at all.
+
+    The binary form also takes the ``settings`` that the orders were drawn with. ``UserError`` for another suffix.
+    """
+    write_orders(path, iter([np.asarray(orders)]), orders.shape, settings)
+
+
+def write_orders(
+    path: str | Path, chunks: Iterable[np.ndarray], shape: tuple[int, ...], settings: OrderSettings | None = None
+) -> None:
+    """The same for orders that come in chunks (n, L) and make up ``shape`` (num, L)."""
+    path = Path(path)
+    check_suffix(path)
+    with atomic_write(path) as file:
+        if path.suffix == ".json":
+            separator = b"["
+            for chunk in chunks:
+                for row in chunk.tolist():
+                    file.write(separator + json.dumps(row).encode())
+                    separator = b", "
+            file.write(b"]" if separator == b", " else b"[]")
+            return
+        # The safetensors library writes whole tensors only; its format is a length, a JSON header and the numbers.
+        metadata = {} if settings is None else {_SETTINGS: json.dumps(asdict(settings))}
+        tensor = {"dtype": "I16", "shape": shape, "data_offsets": [0, 2 * math.prod(shape)]}
+        header = json.dumps({"__metadata__": metadata, "orders": tensor}).encode()
+        header += b" " * (-len(header) % 8)
+        file.write(struct.pack("<Q", len(header)) + header)
+        for chunk in chunks:
+            file.write(chunk.astype("<i2").tobytes())
+
+
+def check_suffix(path: Path) -> None:
+    """``UserError`` unless the name ends in .json or .safetensors."""
+    if path.suffix not in (".json", ".safetensors"):
+        raise UserError(f"order file {path} must end in .json or .safetensors.")

@@ -1,0 +1,201 @@
+"""The demo: every stage of the project, on digits small enough for two CPU cores. Run it by `bash scripts/demo.sh`.
+
+Each stage is an ordinary command of the project, printed before it runs; the last one scores several generation orders
+with one model and draws the pictures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from engine.evaluate import EvalConfig, evaluate
+from engine.features import load_feature_extractor
+from engine.metrics import FeatureStatistics, load_reference_statistics, score
+from models.lpd import LPD, LPDConfig, load_weights
+from orders import group_sizes
+from scripts.digits import IMG_SIZE
+from tokenizers import load_tokenizer
+from util.checkpoint import LAST, load_checkpoint
+from util.data import ImageFolder
+from util.dist import Dist, resolve_device
+from util.errors import UserError, exit_on_user_error
+from util.images import to_float, to_uint8
+from util.logger import setup_logging
+
+STRIDE = 4
+CFG = 4.0
+NUM_IMAGES = 500
+ROWS = (("raster", 64), ("random", 64), ("random", 16), ("random", 8), ("lpd", 64), ("lpd", 16), ("lpd", 8))
+ORDER_NAMES = {"raster": "raster, one by one", "random": "random", "lpd": "locality-aware"}
+
+
+# What small pictures and two cores call for; everything else is the project's defaults.
+TOKENIZER_FLAGS = (
+    "--base_width", "8", "--res_blocks", "1", "--z_channels", "32", "--codebook_size", "64", "--code_dim", "3",
+    "--steps", "450", "--batch_size", "16", "--lr", "4e-3", "--num_workers", "0",
+)  # fmt: skip
+LPD_FLAGS = (
+    "--model", "lpd_tiny", "--epochs", "20", "--batch_size", "64", "--lr", "2e-3", "--lr_schedule", "cosine",
+    "--warmup_epochs", "2", "--flip_prob", "0", "--num_workers", "0",
+)  # fmt: skip
+CLASSIFIER_FLAGS: tuple[str, ...] = ()
+
+
+class Stages:
+    """The commands that lead up to the table; what an earlier run finished is not done again."""
+
+    def __init__(self, out: Path, device: str) -> None:
+        self.out, self.device = out, device
+
+    def run(self, title: str, *command: str | Path) -> None:
+        """Run one command, its output passing through.
+
+        Raises:
+            UserError: if it fails.
+        """
+        words = [str(word) for word in command]
+        finished = self.out / "stages" / title.replace(" ", "_")
+        if finished.exists():
+            print(f"== {title}: done before", flush=True)
+            return
+        print(f"\n== {title}\n$ python {shlex.join(words)}", flush=True)
+        start = time.perf_counter()
+        status = subprocess.run([sys.executable, *words]).returncode
+        if status:
+            raise UserError(f"the stage '{title}' ended with status {status}; run the demo again to go on from there.")
+        finished.parent.mkdir(exist_ok=True)
+        finished.touch()
+        print(f"== {title}: {time.perf_counter() - start:.0f} s", flush=True)
+
+    def run_all(self) -> None:
+        out, tokenizer = self.out, self.out / "tokenizer" / "tokenizer.pt"
+        train, test = out / "digits" / "train", out / "digits" / "test"
+        common = ("--img_size", str(IMG_SIZE), "--device", self.device)
+        self.run("digits", "-m", "scripts.digits", out / "digits")
+        self.run(
+            "tokenizer", "-m", "tokenizers.train", "--data_path", train, "--output_dir", tokenizer.parent,
+            *common, "--stride", str(STRIDE), *TOKENIZER_FLAGS,
+        )  # fmt: skip
+        self.run(
+            "codes", "main_cache.py", "--data_path", train, "--vqgan_path", tokenizer,
+            "--cached_path", out / "codes", *common, "--num_workers", "0",
+        )  # fmt: skip
+        self.run(
+            "LPD", "main_lpd.py", "--use_cached", "--cached_path", out / "codes", "--vqgan_path", tokenizer,
+            "--output_dir", out / "lpd", *common, *LPD_FLAGS,
+        )  # fmt: skip
+        self.run(
+            "digit classifier", "-m", "engine.classifier", "--data_path", train, "--test_path", test,
+            "--output", out / "classifier.pt", *common, *CLASSIFIER_FLAGS,
+        )  # fmt: skip
+        self.run(
+            "reference statistics", "-m", "engine.metrics", "--data_path", train,
+            "--feature_extractor", out / "classifier.pt", "--output", out / "reference.npz", *common,
+        )  # fmt: skip
+
+
+class Comparison:
+    """One model, several generation orders: the table and the pictures."""
+
+    def __init__(self, out: Path, dist: Dist) -> None:
+        self.out, self.dist = out, dist
+        checkpoint = load_checkpoint(out / "lpd" / LAST)
+        self.model = LPD(LPDConfig(**checkpoint["config"]))
+        load_weights(self.model, checkpoint["model"], "the demo's checkpoint")
+        self.model.to(dist.device).eval()
+        self.classes = tuple(checkpoint["classes"])
+        self.tokenizer = load_tokenizer(out / "tokenizer" / "tokenizer.pt", dist.device)
+        self.extractor = load_feature_extractor(str(out / "classifier.pt"), dist.device)
+        self.test_digits = ImageFolder(out / "digits" / "test", IMG_SIZE)
+
+    def generated(self, order: str, steps: int) -> dict[str, float]:
+        """Scores of one order and number of steps; results and pictures go to `eval/<order>_<steps>`."""
+        config = EvalConfig(
+            output_dir=self.out / "eval" / f"{order}_{steps}",
+            group_sizes=group_sizes(IMG_SIZE, steps, STRIDE),
+            num_images=NUM_IMAGES,
+            eval_bsz=100,
+            cfg=CFG,
+            order=order,
+            feature_extractor=str(self.out / "classifier.pt"),
+            reference_statistics=self.out / "reference.npz",
+            classes=self.classes,
+        )
+        return evaluate(self.model, self.tokenizer, config, self.dist, extractor=self.extractor)
+
+    @torch.no_grad()
+    def real(self, reconstructed: bool) -> dict[str, float]:
+        """The floor: scores of the held-out digits themselves, or of what the tokenizer makes of them."""
+        images = torch.stack([self.test_digits.load(i) for i in range(len(self.test_digits))]).to(self.dist.device)
+        labels = torch.from_numpy(self.test_digits.labels)
+        if reconstructed:
+            images = to_uint8(self.tokenizer.decode(self.tokenizer.encode(to_float(images))))
+        features, logits = self.extractor(images.permute(0, 3, 1, 2))
+        statistics = FeatureStatistics(self.extractor.feature_dim)
+        statistics.update(features.cpu())
+        scores = score(statistics, logits, load_reference_statistics(self.out / "reference.npz"), self.extractor.name)
+        accuracy = (logits.cpu().argmax(1) == labels).double().mean().item()
+        return {"class_accuracy": accuracy, "frechet_distance": scores["frechet_distance"]}
+
+    def table(self) -> str:
+        """The table as Markdown."""
+        lines = [
+            "| digits | decoding steps | read as the class asked for | Fréchet distance | seconds per image |",
+            "|---|---|---|---|---|",
+        ]
+
+        def add(name: str, steps: str, scores: dict[str, float]) -> None:
+            seconds = f"{scores['sec_per_image']:.4f}" if "sec_per_image" in scores else "–"
+            accuracy, distance = scores["class_accuracy"], scores["frechet_distance"]
+            lines.append(f"| {name} | {steps} | {accuracy:.1%} | {distance:.2f} | {seconds} |")
+
+        for order, steps in ROWS:
+            add(ORDER_NAMES[order], str(steps), self.generated(order, steps))
+        add("real, held out", "–", self.real(reconstructed=False))
+        add("real, held out, through the tokenizer", "–", self.real(reconstructed=True))
+        return "\n".join(lines)
+
+
+def conditions(device: torch.device) -> str:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
+    return f"{name}, Python {platform.python_version()}, torch {torch.__version__}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="bash scripts/demo.sh", description="The whole path on handwritten digits.")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="(default: runs/demo)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--fresh", action="store_true", help="start over instead of going on")
+    args = parser.parse_args()
+    device = resolve_device(args.device)
+    out = args.output_dir
+    if out.exists() and any(out.iterdir()) and not (out / "stages").exists():
+        raise UserError(f"--output_dir {out} holds something else than a demo; name a new or empty folder.")
+    if args.fresh:
+        shutil.rmtree(out, ignore_errors=True)
+    (out / "stages").mkdir(parents=True, exist_ok=True)
+    setup_logging()
+    start = time.perf_counter()
+    Stages(out, args.device).run_all()
+    comparison = Comparison(out, Dist(0, 1, device))
+    print(f"\n== generation orders compared: {NUM_IMAGES} digits each, guidance {CFG:g}", flush=True)
+    table = comparison.table()
+    shutil.copy(out / "eval" / "lpd_16" / "grid.png", out / "samples.png")
+    text = f"{table}\n\n{NUM_IMAGES} digits per row, guidance {CFG:g}; {conditions(device)}.\n"
+    (out / "results.md").write_text(text)
+    print(f"\n{text}\nTable: {out / 'results.md'}\nPictures: {out / 'samples.png'}, {out / 'orders.png'}")
+    print(f"{time.perf_counter() - start:.0f} s in all", flush=True)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

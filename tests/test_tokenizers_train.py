@@ -1,0 +1,293 @@
+"""Training small tokenizers: it learns, the codebook stays alive, files are whole, mistakes are named."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+
+from tokenizers import VQConfig, load_tokenizer
+from tokenizers import train as train_module
+from tokenizers.codebook_training import DeadCodeRevival, codebook_use, kmeans_start
+from tokenizers.train import TrainConfig, evaluate, main, train_tokenizer
+from tokenizers.vq_model import Codebook, VQModel
+from util.errors import UserError
+
+MODEL = VQConfig(base_width=8, multipliers=(1, 2), res_blocks=1, z_channels=16, codebook_size=32, code_dim=4)
+CPU = torch.device("cpu")
+
+
+class Blobs:
+    """48 pictures, 8×8: a square on a background, both black, grey or white."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator().manual_seed(0)
+        self.images = torch.zeros(48, 8, 8, 3, dtype=torch.uint8)
+        for image in self.images:
+            background, square = torch.randperm(3, generator=generator).tolist()[:2]
+            row, column = torch.randint(0, 5, (2,), generator=generator).tolist()
+            image[:] = 127 * background
+            image[row : row + 4, column : column + 4] = 127 * square
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        return self.images[index], 0
+
+
+def _clusters(number: int, per_cluster: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Unit vectors close to ``number`` orthogonal centres."""
+    centres = torch.eye(number)
+    return centres, F.normalize(
+        centres.repeat(per_cluster, 1) + 0.01 * torch.randn(number * per_cluster, number), dim=1
+    )
+
+
+def test_training_improves_reconstructions_and_uses_the_codebook(tmp_path: Path) -> None:
+    """Guards against a gradient that does not pass the quantiser and against a collapsing codebook."""
+    config = TrainConfig(60, batch_size=16, lr=4e-3, eval_freq=10, held_out=0.3)
+    metrics = train_tokenizer(Blobs(), MODEL, config, tmp_path, CPU)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(10, 61, 10))
+    assert metrics["psnr_db"] > lines[0]["psnr_db"] + 3
+    assert metrics["codebook_share"] > 0.6
+    assert metrics["codebook_perplexity"] > 8
+    saved = json.loads((tmp_path / "metrics.json").read_text())
+    assert saved.items() >= metrics.items()
+    assert saved["training"]["lr"] == 4e-3
+    assert (metrics["train_images"], metrics["held_out_images"]) == (34, 14)
+    with Image.open(tmp_path / "reconstructions.png") as picture:
+        assert picture.size[0] > 12 * 64
+
+    model = load_tokenizer(tmp_path / "tokenizer.pt")
+    assert model.config == MODEL
+    _, held_out_set = train_module._split(Blobs(), config)
+    held_out = torch.stack([held_out_set[i][0] for i in range(14)])
+    assert evaluate(model, held_out, 2)["psnr_db"] == pytest.approx(metrics["psnr_db"], abs=2e-3)
+
+
+def test_the_seed_decides_the_result(tmp_path: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        train_tokenizer(Blobs(), MODEL, TrainConfig(3, batch_size=8, seed=seed), tmp_path / name, CPU)
+    a, b, c = (load_tokenizer(tmp_path / name / "tokenizer.pt").state_dict() for name in "abc")
+    assert all(torch.equal(a[name], b[name]) for name in a)
+    assert not torch.equal(a["encoder.conv_in.weight"], c["encoder.conv_in.weight"])
+
+
+def test_psnr_is_that_of_the_definition() -> None:
+    model = VQModel(MODEL).eval()
+    pixels = torch.stack([image for image, _ in (Blobs()[i] for i in range(3))])
+    with torch.no_grad():
+        decoded = model.decode(model.encode(pixels.permute(0, 3, 1, 2) / 127.5 - 1)).clamp(-1, 1)
+    error = ((decoded + 1) * 127.5 - pixels.permute(0, 3, 1, 2)).double().square().mean((1, 2, 3))
+    expected = (10 * torch.log10(255**2 / error)).mean().item()
+    assert evaluate(model, pixels, 2)["psnr_db"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_a_large_data_set_is_streamed_in_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against the two ways of reading showing the network different images."""
+    train_set, _ = train_module._split(Blobs(), TrainConfig(1))
+    config = TrainConfig(steps=7, batch_size=10, seed=3)
+    in_memory = list(train_module._batches(train_set, config, CPU))
+    monkeypatch.setattr(train_module, "_IN_MEMORY_BYTES", 0)
+    streamed = list(train_module._batches(train_set, config, CPU))
+    assert len(in_memory) == len(streamed) == 7
+    assert all(torch.equal(a, b) for a, b in zip(in_memory, streamed, strict=True))
+    every = torch.stack([train_set[i][0] for i in range(43)])
+    assert torch.equal(torch.cat(in_memory)[:43].unique(dim=0), every.unique(dim=0))
+
+
+def test_flip_mirrors_left_and_right_only() -> None:
+    train_set, _ = train_module._split(Blobs(), TrainConfig(1))
+    plain = next(train_module._batches(train_set, TrainConfig(1, batch_size=40), CPU))
+    flipped = next(train_module._batches(train_set, TrainConfig(1, batch_size=40, flip=True), CPU))
+    mirrored = [torch.equal(a, b.flip(1)) and not torch.equal(a, b) for a, b in zip(plain, flipped, strict=True)]
+    same = [torch.equal(a, b) for a, b in zip(plain, flipped, strict=True)]
+    assert all(m or s for m, s in zip(mirrored, same, strict=True))
+    assert any(mirrored)
+    assert any(same)
+
+
+def test_an_interrupted_training_leaves_the_last_saved_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against a half-written tokenizer, or figures that belong to another one."""
+    real = train_module._losses
+    calls = iter(range(100))
+
+    def interrupted(*args: Any, **kwargs: Any) -> Any:
+        if next(calls) == 5:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(train_module, "_losses", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train_tokenizer(Blobs(), MODEL, TrainConfig(100, batch_size=4, eval_freq=4), tmp_path, CPU)
+    assert json.loads((tmp_path / "metrics.json").read_text())["step"] == 4
+    assert load_tokenizer(tmp_path / "tokenizer.pt").config == MODEL
+    assert {file.name for file in tmp_path.iterdir()} == {
+        "tokenizer.pt",
+        "metrics.json",
+        "metrics.jsonl",
+        "reconstructions.png",
+    }
+
+
+def test_kmeans_finds_separate_clusters() -> None:
+    """Guards against a start in which two entries share a cluster and another has none."""
+    centres, features = _clusters(8, 50)
+    codebook = Codebook(32, 8)
+    kmeans_start(codebook, features)
+    assert (centres @ codebook.entries().T).amax(1).min() > 0.99
+    assert torch.bincount(codebook.nearest(features), minlength=32).min() > 0
+
+
+def test_kmeans_takes_fewer_features_than_entries() -> None:
+    codebook = Codebook(32, 8)
+    _, features = _clusters(8, 1)
+    kmeans_start(codebook, features)
+    assert torch.allclose((features @ codebook.entries().T).amax(1), torch.ones(8))
+
+
+def test_dead_entries_move_to_badly_served_features_and_live_ones_stay() -> None:
+    """Guards against collapse: all entries but one sit where no feature is."""
+    centres, features = _clusters(8, 50)
+    codebook = Codebook(8, 8)
+    with torch.no_grad():
+        codebook.embedding.weight.copy_(-torch.ones(8, 8))
+        codebook.embedding.weight[2] = centres[0]
+    optimizer = torch.optim.AdamW(codebook.parameters())
+    codebook.lookup(torch.arange(8)).sum().backward()
+    optimizer.step()
+    codebook.embedding.weight.data[2] = centres[0]
+    revival = DeadCodeRevival(codebook)
+    revival.count(codebook.nearest(features))
+    used = codebook_use(torch.bincount(codebook.nearest(features), minlength=8))[1]
+    alive = torch.bincount(codebook.nearest(features), minlength=8) > 0
+    assert revival.revive(features, optimizer) == 8 - int(alive.sum())
+    assert torch.equal(codebook.embedding.weight[2], centres[0])
+    assert codebook_use(torch.bincount(codebook.nearest(features), minlength=8))[1] > 2 * used
+    moments = optimizer.state[codebook.embedding.weight]["exp_avg_sq"]
+    assert (moments[~alive] == 0).all()
+    assert (moments[alive] > 0).any()
+
+
+def test_revival_counts_anew_after_each_check() -> None:
+    """Guards against counts of long ago keeping a dead entry."""
+    codebook = Codebook(4, 4)
+    with torch.no_grad():
+        codebook.embedding.weight.copy_(torch.eye(4))
+    optimizer = torch.optim.AdamW(codebook.parameters())
+    revival = DeadCodeRevival(codebook)
+    features = F.normalize(torch.randn(100, 4), dim=1)
+    revival.count(torch.arange(4).repeat(50))
+    assert revival.revive(features, optimizer) == 0
+    revival.count(torch.tensor([0, 1, 2] * 50))
+    assert revival.revive(features, optimizer) == 1
+    assert torch.equal(codebook.embedding.weight[:3], torch.eye(4)[:3])
+
+
+def test_codebook_use_of_known_counts() -> None:
+    assert codebook_use(torch.tensor([5, 5, 5, 5])) == pytest.approx((1.0, 4.0))
+    assert codebook_use(torch.tensor([7, 0, 0, 0])) == pytest.approx((0.25, 1.0))
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for number in range(6):
+        path = tmp_path / "images" / f"class{number % 2}" / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (20, 24, 3), dtype=np.uint8)).save(path)
+    return tmp_path / "images"
+
+
+def _run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    base = "--base_width 8 --res_blocks 1 --z_channels 8 --codebook_size 8 --img_size 16 --device cpu --num_workers 0"
+    monkeypatch.setattr("sys.argv", ["train", *base.split(), *map(str, arguments)])
+    main()
+
+
+@pytest.fixture(autouse=True)
+def _restore_logging() -> Iterator[None]:
+    import logging
+
+    handlers, level = logging.root.handlers[:], logging.root.level
+    yield
+    logging.root.handlers[:] = handlers
+    logging.root.setLevel(level)
+
+
+@pytest.mark.parametrize(
+    ("flags", "stride", "steps"),
+    [
+        (["--stride", 8, "--epochs", 2, "--batch_size", 2], 8, 5),
+        (["--stride", 2, "--multipliers", 1, 1, "--steps", 2, "--bf16", "--flip"], 2, 2),
+    ],
+)
+def test_the_command_trains_a_loadable_tokenizer(
+    folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    flags: list[object],
+    stride: int,
+    steps: int,
+) -> None:
+    _run(monkeypatch, "--data_path", folder, "--output_dir", tmp_path / "out", *flags)
+    assert load_tokenizer(tmp_path / "out" / "tokenizer.pt").stride == stride
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["step"] == steps
+    assert "dB" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--steps", 0], "--steps 0"),
+        (["--epochs", 0], "--epochs 0"),
+        (["--steps", 1, "--batch_size", 0], "--batch_size 0"),
+        (["--steps", 1, "--lr", 0], "--lr 0"),
+        (["--steps", 1, "--held_out", 1], "--held_out 1"),
+        (["--steps", 1, "--eval_freq", 0], "--eval_freq 0"),
+        (["--steps", 1, "--num_workers", -1], "--num_workers -1"),
+        (["--steps", 1, "--base_width", 6], "base_width 6"),
+        (["--steps", 1, "--codebook_size", 0], "codebook_size 0"),
+        (["--steps", 1, "--multipliers", 1, 2], "--multipliers"),
+        (["--steps", 1, "--img_size", 24], "--img_size 24"),
+        (["--steps", 1, "--device", "tpu"], "tpu"),
+        (["--steps", 1, "--data_path", "nowhere"], "nowhere"),
+    ],
+)
+def test_a_wrong_argument_is_named(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[object], message: str
+) -> None:
+    """Each must end with one sentence before anything is written."""
+    with pytest.raises(UserError, match=message):
+        _run(monkeypatch, "--data_path", folder, "--output_dir", tmp_path / "out", *flags)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_broken_image_is_named_and_skipped_only_on_request(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "class0" / "0.png").write_bytes(b"broken")
+    arguments = ["--data_path", folder, "--output_dir", tmp_path / "out", "--steps", 1, "--num_workers", 2]
+    with pytest.raises(UserError, match=r"0\.png"):
+        _run(monkeypatch, *arguments)
+    _run(monkeypatch, *arguments, "--skip_broken")
+    assert (tmp_path / "out" / "tokenizer.pt").exists()
+
+
+def test_too_few_images_are_refused(tmp_path: Path) -> None:
+    class One(Blobs):
+        def __len__(self) -> int:
+            return 1
+
+    with pytest.raises(UserError, match=r"1 image\(s\)"):
+        train_tokenizer(One(), MODEL, TrainConfig(1), tmp_path, CPU)
