@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
+import importlib.util
 import json
 import logging
 import sys
@@ -13,7 +15,7 @@ from typing import Any
 
 import torch
 
-from engine.evaluate import evaluate
+from engine.evaluate import evaluate, prepare
 from engine.options import eval_config, parse, resolve_model, settings, train_config
 from engine.recipes import EXPECTED
 from engine.train import train
@@ -21,10 +23,10 @@ from models.lpd import LPD, LPDConfig, load_weights
 from orders import published_group_sizes
 from tokenizers import VQModel, load_tokenizer
 from util.checkpoint import load_checkpoint, load_newest
-from util.data import CodeDataset, ImageFolder, open_codes
+from util.data import CodeDataset, GlobalBatchSampler, ImageFolder, open_codes
 from util.dist import Dist, distributed
 from util.errors import UserError, exit_on_user_error
-from util.files import sha256, write_json
+from util.files import check_output_dir, sha256, write_json
 from util.logger import setup_logging
 
 logger = logging.getLogger("lpd")
@@ -33,12 +35,11 @@ logger = logging.getLogger("lpd")
 PUBLISHED_STRIDE, PUBLISHED_VOCAB = 16, 16384
 
 
-def announce(args: argparse.Namespace, model: LPD, dist: Dist, file_name: str) -> None:
+def announce(args: argparse.Namespace, config: LPDConfig, dist: Dist, file_name: str) -> None:
     """Print the resolved settings and save them in the run's folder, before any work starts."""
-    resolved = {"settings": settings(args), "model": vars(model.config), "world_size": dist.world_size}
+    resolved = {"settings": settings(args), "model": vars(config), "world_size": dist.world_size}
     if dist.is_main:
         print(json.dumps(resolved, indent=2), flush=True)
-        logger.info("%.1fM parameters on %s", sum(p.numel() for p in model.parameters()) / 1e6, dist.device)
         if not args.dry_run:
             write_json(args.output_dir / file_name, resolved)
 
@@ -49,102 +50,129 @@ def open_tokenizer(args: argparse.Namespace, dist: Dist) -> VQModel:
     return load_tokenizer(args.vqgan_path, dist.device)
 
 
-def build(config: LPDConfig, checkpoint: dict[str, Any] | None, source: Path | None, dist: Dist) -> LPD:
-    """The network on its device, with the checkpoint's weights if there is one."""
-    model = LPD(config)
-    if checkpoint is not None:
-        load_weights(model, checkpoint["model"], str(source))
-    return model.to(dist.device)
-
-
-def open_dataset(args: argparse.Namespace) -> CodeDataset | ImageFolder:
+def open_dataset(args: argparse.Namespace, recorded: dict[str, Any]) -> CodeDataset | ImageFolder:
+    """The training data, at --img_size or else the size the checkpoint records."""
+    img_size = args.img_size if args.img_size is not None else recorded.get("img_size")
     if not args.use_cached:
         if args.data_path is None:
             raise UserError("give training data: --data_path IMAGES, or --use_cached --cached_path CODES.")
-        return ImageFolder(args.data_path, args.img_size or 256, skip_broken=args.skip_broken)
+        return ImageFolder(args.data_path, 256 if img_size is None else img_size, skip_broken=args.skip_broken)
     if args.cached_path is None:
         raise UserError("--use_cached needs --cached_path, a cache of codes made by main_cache.py.")
     tokenizer_hash = None if args.vqgan_path is None else sha256(args.vqgan_path)
-    dataset = open_codes(args.cached_path, img_size=args.img_size, tokenizer_hash=tokenizer_hash)
-    if args.img_size is None:
+    return open_codes(args.cached_path, img_size=img_size, tokenizer_hash=tokenizer_hash)
+
+
+def code_geometry(dataset: CodeDataset | ImageFolder, tokenizer: VQModel | None) -> tuple[int, int, int]:
+    """(image size, stride, number of codes) of the training data."""
+    if isinstance(dataset, ImageFolder):
+        assert tokenizer is not None
+        return dataset.img_size, tokenizer.stride, tokenizer.config.codebook_size
+    if dataset.header is not None:
         header = dataset.header
-        args.img_size = header.img_size if header is not None else PUBLISHED_STRIDE * dataset.grid_size
-    return dataset
+        return header.img_size, header.img_size // header.grid_size, header.vocab_size
+    return PUBLISHED_STRIDE * dataset.grid_size, PUBLISHED_STRIDE, PUBLISHED_VOCAB
 
 
-def find_resume(args: argparse.Namespace) -> tuple[Path, dict[str, Any]] | None:
-    """What the run goes on from: --resume, else the newest checkpoint of the output folder, else nothing."""
-    path = args.resume or args.output_dir
-    if args.resume is not None and not path.exists():
-        raise UserError(f"--resume {path} is neither a checkpoint nor a folder of checkpoints.")
-    found = (path, load_checkpoint(path)) if path.is_file() else load_newest(path)
-    if found is None and args.resume is not None:
-        raise UserError(f"--resume {path} holds no checkpoint-*.pth.")
-    if found is not None and not {"optimizer", "step", "config"} <= found[1].keys():
-        raise UserError(f"checkpoint {found[0]} holds weights only; give it as --pretrained_ckpt, not to resume.")
-    return found
+def find_resume(args: argparse.Namespace, dist: Dist) -> tuple[Path, dict[str, Any]] | None:
+    """What the run goes on from: the newest checkpoint of the output folder, else --resume, else nothing."""
+    found = None
+    if dist.is_main:
+        found = load_newest(args.output_dir)
+        if found is None and args.resume is not None:
+            path = args.resume
+            found = (path, load_checkpoint(path)) if path.is_file() else load_newest(path)
+            if found is None:
+                raise UserError(f"--resume {path} is neither a checkpoint nor a folder of checkpoints.")
+    path = dist.broadcast(None if found is None else found[0])
+    if path is None:
+        return None
+    checkpoint = found[1] if found is not None else load_checkpoint(path)
+    if not {"optimizer", "step", "config", "global_batch"} <= checkpoint.keys():
+        raise UserError(f"checkpoint {path} can't be resumed, only used as --pretrained_ckpt: it holds weights only.")
+    return path, checkpoint
 
 
-def wandb_log(args: argparse.Namespace) -> Callable[[dict[str, float]], None]:
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("--use_wandb needs the package wandb; install it with: pip install wandb.") from None
-    run = wandb.init(project=args.wandb_project, name=args.wandb_run_name, config=settings(args), resume="allow")
-    return run.log
+def check_tokenizer(checkpoint: dict[str, Any], source: Path, tokenizer_hash: str | None) -> None:
+    """Refuse codes of another tokenizer than those the checkpoint was trained on, where both are known."""
+    trained_with = checkpoint.get("tokenizer_sha256")
+    if trained_with is not None and tokenizer_hash is not None and trained_with != tokenizer_hash:
+        raise UserError(
+            f"{source} was trained on codes of another tokenizer (SHA-256 {trained_with[:12]}…) than the one given "
+            f"({tokenizer_hash[:12]}…)."
+        )
+
+
+def wandb_log(args: argparse.Namespace, dist: Dist) -> Callable[[dict[str, float]], None] | None:
+    if not args.use_wandb:
+        return None
+    if importlib.util.find_spec("wandb") is None:
+        raise UserError("--use_wandb needs the package wandb; install it with: pip install wandb.")
+    if not dist.is_main or args.dry_run:
+        return None
+    import wandb
+
+    run_id = hashlib.sha256(str(args.output_dir.absolute()).encode()).hexdigest()[:16]  # a resumed run goes on
+    name = args.wandb_run_name or args.output_dir.name
+    return wandb.init(project=args.wandb_project, name=name, id=run_id, resume="allow", config=settings(args)).log
 
 
 def run_training(args: argparse.Namespace, dist: Dist) -> int:
     config = train_config(args)
-    resume = find_resume(args)
-    pretrained = None if args.pretrained_ckpt is None else load_checkpoint(args.pretrained_ckpt)
-    dataset = open_dataset(args)
-    tokenizer = open_tokenizer(args, dist) if args.online_eval or not args.use_cached else None
+    config.peak_lr(dist.world_size)
+    check_output_dir(args.output_dir)
+    resume = find_resume(args, dist)
+    source, checkpoint = resume or (args.pretrained_ckpt, None)
+    if resume is None and args.pretrained_ckpt is not None:
+        checkpoint = load_checkpoint(args.pretrained_ckpt)
+    recorded = (checkpoint or {}).get("config")
+    dataset = open_dataset(args, recorded or {})
+    cached = isinstance(dataset, CodeDataset)
+    global_batch = config.batch_size * dist.world_size
+    GlobalBatchSampler(len(dataset), global_batch, dist.rank, dist.world_size, config.seed)
+    tokenizer = open_tokenizer(args, dist) if args.online_eval or not cached else None
+    img_size, stride, vocab_size = code_geometry(dataset, tokenizer)
     header = dataset.header if isinstance(dataset, CodeDataset) else None
-    if tokenizer is not None:
-        stride, vocab_size = tokenizer.stride, tokenizer.config.codebook_size
-    elif header is not None:
-        stride, vocab_size = header.img_size // header.grid_size, header.vocab_size
-    else:
-        stride, vocab_size = PUBLISHED_STRIDE, PUBLISHED_VOCAB
-    recorded = (resume[1] if resume else pretrained or {}).get("config")
+    tokenizer_hash = header.tokenizer_sha256 if header else None
+    if args.vqgan_path is not None:
+        tokenizer_hash = sha256(args.vqgan_path)
+    if checkpoint is not None:
+        check_tokenizer(checkpoint, source, tokenizer_hash)
+    args.img_size = img_size
     model_config = resolve_model(args, recorded, stride, vocab_size, len(dataset.classes), resizable=resume is None)
     if isinstance(dataset, CodeDataset):
-        if dataset.num_tokens != model_config.num_tokens:
-            raise UserError(
-                f"cache {args.cached_path} holds {dataset.num_tokens} codes per image, the model has "
-                f"{model_config.num_tokens} (image size {model_config.img_size}, stride {model_config.stride})."
-            )
         dataset.vocab_size = vocab_size
-    torch.manual_seed(args.seed)
-    source, checkpoint = resume or (args.pretrained_ckpt, pretrained)
-    model = build(model_config, checkpoint, source, dist)
     evaluation = eval_config(args, model_config, dataset.classes) if args.online_eval else None
-    announce(args, model, dist, "train_settings.json")
+    inputs = None if evaluation is None else prepare(evaluation, model_config, dist)
+    log = wandb_log(args, dist)
+    announce(args, model_config, dist, "train_settings.json")
     if args.dry_run:
         return 0
-    if resume:
+    torch.manual_seed(args.seed)
+    model = LPD(model_config)
+    if checkpoint is not None:
+        load_weights(model, checkpoint.pop("model"), str(source), resize=resume is None)
+    if resume is not None:
         logger.info("going on from %s, step %d", source, resume[1]["step"])
 
     def evaluate_now(model: LPD, epoch: int) -> None:
         assert evaluation is not None
         assert tokenizer is not None
-        evaluate(model, tokenizer, evaluation.for_epoch(epoch), dist)
+        config = evaluation.for_epoch(epoch)
+        if not (config.output_dir / "results.json").exists():
+            evaluate(model, tokenizer, config, dist, inputs=inputs)
 
-    metadata: dict[str, Any] = {"args": settings(args), "classes": dataset.classes}
-    tokenizer_hash = header.tokenizer_sha256 if header else None
-    metadata["tokenizer_sha256"] = sha256(args.vqgan_path) if tokenizer is not None else tokenizer_hash
     stopped_by = train(
-        model,
+        model.to(dist.device),
         dataset,
         published_group_sizes(model_config.img_size, model_config.stride),
         config,
         dist,
         tokenizer=tokenizer,
         resume=resume[1] if resume else None,
-        metadata=metadata,
-        evaluate=evaluate_now if args.online_eval else None,
-        log=wandb_log(args) if args.use_wandb and dist.is_main else None,
+        metadata={"args": settings(args), "classes": dataset.classes, "tokenizer_sha256": tokenizer_hash},
+        evaluate=evaluate_now if evaluation else None,
+        log=log,
     )
     return 0 if stopped_by is None else 128 + stopped_by
 
@@ -152,26 +180,26 @@ def run_training(args: argparse.Namespace, dist: Dist) -> int:
 def run_evaluation(args: argparse.Namespace, dist: Dist) -> int:
     if args.pretrained_ckpt is None:
         raise UserError("--evaluate needs --pretrained_ckpt, the checkpoint to evaluate.")
+    check_output_dir(args.output_dir)
     checkpoint = load_checkpoint(args.pretrained_ckpt)
     tokenizer = open_tokenizer(args, dist)
-    trained_with = checkpoint.get("tokenizer_sha256")
-    if trained_with is not None and trained_with != sha256(args.vqgan_path):
-        raise UserError(
-            f"{args.pretrained_ckpt} was trained on codes of another tokenizer (SHA-256 {trained_with[:12]}…) than "
-            f"{args.vqgan_path}."
-        )
+    check_tokenizer(checkpoint, args.pretrained_ckpt, sha256(args.vqgan_path))
     config = resolve_model(args, checkpoint.get("config"), tokenizer.stride, tokenizer.config.codebook_size)
     evaluation = eval_config(args, config, checkpoint.get("classes"))
-    model = build(config, checkpoint, args.pretrained_ckpt, dist).eval()
-    announce(args, model, dist, "eval_settings.json")
+    inputs = prepare(evaluation, config, dist)
+    model = LPD(config)
+    load_weights(model, checkpoint["model"], str(args.pretrained_ckpt))
+    announce(args, config, dist, "eval_settings.json")
     if args.dry_run:
         return 0
     record: dict[str, Any] = {"recipe": args.recipe, "expected": None}
     if args.recipe is not None:
         record["expected"] = dataclasses.asdict(EXPECTED[args.recipe])
-    for name in ("pretrained_ckpt", "vqgan_path"):
-        record[name] = {"path": str(getattr(args, name)), "sha256": sha256(getattr(args, name))}
-    results = evaluate(model, tokenizer, evaluation, dist, record=record)
+    if dist.is_main:
+        for name in ("pretrained_ckpt", "vqgan_path"):
+            record[name] = {"path": str(getattr(args, name)), "sha256": sha256(getattr(args, name))}
+    model = model.to(dist.device).eval()
+    results = evaluate(model, tokenizer, evaluation, dist, inputs=inputs, record=record)
     if dist.is_main:
         print(json.dumps({key: value for key, value in results.items() if isinstance(value, int | float)}, indent=2))
     return 0

@@ -304,7 +304,7 @@ class _Builder:
             desc="caching",
             disable=not self.dist.is_main,
         )
-        with progress, _exact():
+        with progress, torch.inference_mode(), exact_precision():
             # In rounds of one part per process, after which errors and progress meet: nobody waits long for another.
             for first in range(0, len(todo), world_size):
                 index = first + self.dist.rank
@@ -400,7 +400,7 @@ class _Builder:
 
 
 @contextlib.contextmanager
-def _exact() -> Iterator[None]:
+def exact_precision() -> Iterator[None]:
     """Float32 without TF32 or autotuning: the nearest of thousands of codes must not depend on a choice of kernels."""
-    with torch.inference_mode(), torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
         yield

@@ -28,6 +28,7 @@ from util.data import ImageFolder
 from util.dist import resolve_device
 from util.errors import UserError, exit_on_user_error
 from util.files import atomic_write
+from util.help import HelpFormatter
 from util.logger import setup_logging
 
 logger = logging.getLogger(__name__)
@@ -207,7 +208,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m engine.classifier",
         description="Train a small classifier on an image folder; held-out accuracy is stored with it.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add = parser.add_argument
     add("--data_path", type=Path, required=True, help="training images, one subfolder per class")

@@ -33,14 +33,15 @@ from engine.generate import check_sampling, generate
 from engine.metrics import (
     NEIGHBOURS,
     FeatureStatistics,
+    ReferenceStatistics,
     adm_scores,
     load_reference_statistics,
     score,
 )
 from engine.partial_results import BatchResult, PartialResults, read_parts, weights_summary
-from models.lpd import LPD
-from orders import ORDER_KINDS, generate_orders, load_orders
-from orders.schedule import check_group_sizes
+from models.lpd import LPD, LPDConfig
+from orders import ORDER_KINDS, default_repulsion, generate_orders, load_orders
+from orders.generate import OrderSettings
 from tokenizers import VQModel
 from util.counter_rng import fold_in
 from util.dist import Dist
@@ -116,6 +117,60 @@ def image_seeds(seed: int, indices: Tensor) -> Tensor:
     return fold_in(torch.tensor(seed), indices)
 
 
+@dataclass(frozen=True)
+class EvalInputs:
+    """The files of an evaluation, loaded and checked."""
+
+    reference: ReferenceStatistics | None
+    orders: NDArray[np.integer] | None  # (num, L) of a file; None: drawn on the fly
+    extractor: FeatureExtractor | None
+
+
+def prepare(config: EvalConfig, model: LPDConfig, dist: Dist, extractor: FeatureExtractor | None = None) -> EvalInputs:
+    """Check everything about an evaluation that can be checked without the model's weights.
+
+    Args:
+        extractor: ``config.feature_extractor``, where it is loaded already.
+
+    Raises:
+        UserError: for settings or files that don't fit each other or the model.
+    """
+    path = config.reference_statistics
+    reference = None if path is None else load_reference_statistics(path)
+    check_sampling(config.cfg, config.cfg_schedule, config.temperature, config.top_k, config.top_p, model.vocab_size)
+    grid = (model.grid_size, model.grid_size)
+    repulsion = config.repulsion_threshold
+    repulsion = default_repulsion(grid) if repulsion is None else repulsion
+    OrderSettings(config.order, grid, config.group_sizes, config.proximity_threshold, repulsion, config.seed)
+    if config.classes is not None and len(config.classes) != model.class_num:
+        raise UserError(f"{len(config.classes)} class names are given for a model of {model.class_num} classes.")
+    orders = None
+    if config.lpd_order_file is not None:
+        orders = load_orders(config.lpd_order_file, model.grid_size, config.group_sizes)
+        if len(orders) < config.num_images:
+            raise UserError(
+                f"{config.lpd_order_file} holds {len(orders)} orders, too few for {config.num_images} images."
+            )
+    if config.save_images:
+        check_replaceable(config.output_dir / "images")
+    if extractor is None and config.feature_extractor is not None:
+        extractor = _load_extractor(config.feature_extractor, config.inception_path, dist)
+    if reference is not None and extractor is not None:
+        reference.check(extractor, model.img_size)
+        if config.adm_suite:
+            reference.check_adm_suite(model.img_size)
+    return EvalInputs(reference, orders, extractor)
+
+
+def _load_extractor(name: str, inception_path: Path | None, dist: Dist) -> FeatureExtractor:
+    if not dist.is_main:
+        dist.barrier()  # rank 0 downloads what is missing
+    extractor = load_feature_extractor(name, dist.device, inception_path)
+    if dist.is_main:
+        dist.barrier()
+    return extractor
+
+
 def evaluate(
     model: LPD,
     tokenizer: VQModel,
@@ -123,7 +178,7 @@ def evaluate(
     dist: Dist,
     *,
     record: Mapping[str, Any] | None = None,
-    extractor: FeatureExtractor | None = None,
+    inputs: EvalInputs | None = None,
     generate_tokens: Callable[..., Tensor] = generate,
 ) -> dict[str, Any]:
     """Generate ``config.num_images`` images, score them, and write everything to ``config.output_dir``.
@@ -135,7 +190,7 @@ def evaluate(
     Args:
         model, tokenizer: on ``dist.device``. The model is evaluated as it is and left in the mode it came in.
         record: plain data to keep with the results: recipe, checkpoint, its hash, expected figures.
-        extractor: ``config.feature_extractor``, already loaded; for several evaluations one after the other.
+        inputs: of :func:`prepare`, for a check long before or for several evaluations one after the other.
         generate_tokens: a decode loop with the signature of :func:`engine.generate.generate`.
 
     Returns:
@@ -150,7 +205,8 @@ def evaluate(
     Raises:
         UserError: for settings or files that don't fit, before anything is generated.
     """
-    evaluation = _Evaluation(model, tokenizer, config, dist, extractor, generate_tokens)
+    inputs = inputs or prepare(config, model.config, dist)
+    evaluation = _Evaluation(model, tokenizer, config, dist, inputs, generate_tokens)
     training = model.training
     model.eval()
     try:
@@ -169,53 +225,18 @@ class _Evaluation:
         tokenizer: VQModel,
         config: EvalConfig,
         dist: Dist,
-        extractor: FeatureExtractor | None,
+        inputs: EvalInputs,
         generate_tokens: Callable[..., Tensor],
     ) -> None:
         self.model, self.tokenizer, self.config, self.dist = model, tokenizer, config, dist
+        self.reference, self.orders, self.extractor = inputs.reference, inputs.orders, inputs.extractor
         self.generate_tokens = generate_tokens
-        size = model.config
-        # The files that are read last are checked first.
-        path = config.reference_statistics
-        self.reference = None if path is None else load_reference_statistics(path)
-        check_sampling(config.cfg, config.cfg_schedule, config.temperature, config.top_k, config.top_p, size.vocab_size)
-        check_group_sizes(config.group_sizes, size.num_tokens)
-        if config.classes is not None and len(config.classes) != size.class_num:
-            raise UserError(f"{len(config.classes)} class names are given for a model of {size.class_num} classes.")
-        self.orders = None if config.lpd_order_file is None else self._load_orders(config.lpd_order_file)
         self.images_dir = config.output_dir / "images"
-        if config.save_images:
-            check_replaceable(self.images_dir)
-        self.extractor = extractor or self._load_extractor()
-        if self.reference is not None and self.extractor is not None:
-            self.reference.check(self.extractor, size.img_size)
-            if config.adm_suite:
-                self.reference.check_adm_suite(size.img_size)
-
-        self.labels = image_labels(config.num_images, size.class_num)
+        self.labels = image_labels(config.num_images, model.config.class_num)
         self.grid_indices = grid_indices(self.labels.numpy())
         fingerprint = dist.broadcast(self._fingerprint())
         self.partial = PartialResults(config.output_dir / f"partial-{fingerprint}")
         self.png_dir = self.partial.folder / "png"
-
-    def _load_orders(self, path: Path) -> NDArray[np.integer]:
-        orders = load_orders(path, self.model.config.grid_size, self.config.group_sizes)
-        if len(orders) < self.config.num_images:
-            raise UserError(
-                f"{path} holds {len(orders)} orders, fewer than the {self.config.num_images} images asked for."
-            )
-        return orders
-
-    def _load_extractor(self) -> FeatureExtractor | None:
-        name = self.config.feature_extractor
-        if name is None:
-            return None
-        if not self.dist.is_main:
-            self.dist.barrier()  # rank 0 downloads what is missing
-        extractor = load_feature_extractor(name, self.dist.device, self.config.inception_path)
-        if self.dist.is_main:
-            self.dist.barrier()
-        return extractor
 
     def _fingerprint(self) -> str:
         """What the images and features depend on: only an evaluation with the same one is continued."""
@@ -333,8 +354,9 @@ class _Evaluation:
     def finish(self, record: dict[str, Any]) -> dict[str, Any]:
         """Score what all processes made, write the results and drop the partial state."""
         dist, config = self.dist, self.config
-        files = self.partial.files()
-        if not np.array_equal(self.partial.done(), np.arange(config.num_images)):
+        # One listing for all: a network file system may show processes different ones.
+        files, done = dist.broadcast((self.partial.files(), self.partial.done()))
+        if not np.array_equal(done, np.arange(config.num_images)):
             raise UserError(
                 f"{self.partial.folder} does not hold each of the {config.num_images} images once; all processes must "
                 "share its file system and no second evaluation may use it. Delete it to start again."
@@ -398,6 +420,7 @@ class _Evaluation:
         with open(folder / "results.jsonl", "a") as file:
             file.write(json.dumps(results) + "\n")
         finished = self.partial.folder.with_suffix(".finished")  # no half-deleted state is ever continued
+        shutil.rmtree(finished, ignore_errors=True)
         os.replace(self.partial.folder, finished)
         shutil.rmtree(finished)
         figures = {key: value for key, value in results.items() if isinstance(value, float)}

@@ -5,6 +5,7 @@ Shape legend: `B` images, `L` tokens of an image, `N` rows or tokens of a step, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -42,11 +43,11 @@ def check_sampling(
     cfg: float, cfg_schedule: str, temperature: float, top_k: int, top_p: float, vocab_size: int
 ) -> None:
     """Raise UserError for a sampling setting that makes no sense."""
-    if not cfg >= 1.0:
+    if not 1.0 <= cfg < math.inf:
         raise UserError(f"cfg is {cfg}; it must be at least 1 (1 means no guidance).")
     if cfg_schedule not in CFG_SCHEDULES:
         raise UserError(f"cfg_schedule is {cfg_schedule!r}; choose one of {', '.join(CFG_SCHEDULES)}.")
-    if not temperature > 0.0:
+    if not 0.0 < temperature < math.inf:
         raise UserError(f"temperature is {temperature}; it must be positive (for greedy decoding use top_k = 1).")
     if not 0 <= top_k <= vocab_size:
         raise UserError(f"top_k is {top_k}; it must be 0 (off) to {vocab_size}, the number of codes.")
@@ -89,13 +90,13 @@ def generate(
 
     Args:
         model: in eval mode; it decides device and dtype (autocast is honoured).
-        labels: int64 (B,) classes, or None to decode without a class (then `cfg` must be 1).
-        orders: int64 (B, L), each row a permutation of raster indices.
+        labels: integer (B,) classes, or None to decode without a class (then `cfg` must be 1).
+        orders: integer (B, L), each row a permutation of raster indices.
         group_sizes: tokens per step, summing to L.
         cfg: guidance scale ≥ 1; above 1 the batch is doubled, second half without class.
         cfg_schedule: "linear" (grows to `cfg` along the order) or "constant".
         temperature, top_k, top_p: applied in this order; top_k 0 and top_p 1 are off.
-        seeds: int64 (B,). An image's draws follow its seed and nothing else in the batch. By default drawn from
+        seeds: integer (B,). An image's draws follow its seed and nothing else in the batch. By default drawn from
             torch's generator.
 
     Returns:
@@ -119,12 +120,12 @@ def generate(
                 f"labels have shape {tuple(labels.shape)}, orders {tuple(orders.shape)}; give one per order."
             )
         check_labels(labels, config.class_num)
-        labels = labels.to(device)
+        labels = labels.to(device, torch.int64)
     if seeds is None:
         seeds = torch.randint(2**62, (B,))
     elif seeds.shape != (B,):
         raise UserError(f"seeds have shape {tuple(seeds.shape)}; there are {B} orders, so give ({B},).")
-    orders, seeds = orders.to(device), seeds.to(device)
+    orders, seeds = orders.to(device, torch.int64), seeds.to(device, torch.int64)
 
     guided = cfg != 1.0
     steps = plan_steps(group_sizes, device)

@@ -31,6 +31,7 @@ from util.data import IMAGE_EXTENSIONS
 from util.dist import Dist, resolve_device
 from util.errors import UserError, exit_on_user_error
 from util.files import atomic_write, sha256
+from util.help import HelpFormatter
 from util.logger import setup_logging
 
 logger = logging.getLogger(__name__)
@@ -294,7 +295,7 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m engine.metrics",
         description="Feature statistics of an image folder (--output), or its scores (--reference_statistics).",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add = parser.add_argument
     add("--data_path", type=Path, required=True, help="folder of images, in subfolders or not")

@@ -6,8 +6,6 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from torchvision.models import ResNet18_Weights
-
 from engine.evaluate import EvalConfig
 from engine.features import INCEPTION
 from engine.recipes import EVAL_RECIPES, TRAIN_RECIPES
@@ -17,10 +15,8 @@ from models.lpd import LPDConfig
 from models.sampling import CFG_SCHEDULES
 from orders import ORDER_KINDS, group_sizes, parse_group_sizes
 from util.errors import UserError
+from util.help import HelpFormatter
 from util.lr_sched import LR_SCHEDULES
-
-# Defaults of a model that neither flags nor a checkpoint describe: LPD-L at 256 px on ImageNet.
-_MODEL_DEFAULTS: dict[str, Any] = {"model": "lpd_l", "img_size": 256}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -28,49 +24,56 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="main_lpd.py",
         description="Train LPD (locality-aware parallel decoding), or evaluate a checkpoint with --evaluate.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     add = parser.add_argument
     add("--evaluate", action="store_true", help="generate and score images instead of training")
     add("--recipe", help=f"a published run: {', '.join(TRAIN_RECIPES)}; with --evaluate {', '.join(EVAL_RECIPES)}")
     add("--output_dir", type=Path, default=Path("runs/lpd"), help="checkpoints, metrics, results, pictures")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--seed", type=int, default=0)
-    add("--bf16", action="store_true", help="bfloat16 autocast")
+    add("--seed", type=int, default=0, help="of weights, data order, orders, dropout; of the images in an evaluation")
+    add("--bf16", action=argparse.BooleanOptionalAction, default=False, help="bfloat16 autocast")
     add("--num_workers", type=int, default=8, help="processes that load images; cached codes need none")
     add("--dry_run", action="store_true", help="check everything, print the resolved settings and stop")
 
-    group = parser.add_argument_group("model", "taken from the checkpoint where it records them")
+    group = parser.add_argument_group(
+        "model", "size, pixels and classes come from the checkpoint where it records them"
+    )
     add = group.add_argument
     add("--model", choices=MODEL_SIZES, help="size (default: lpd_l)")
-    add("--img_size", type=int, help="pixels; a multiple of the tokenizer's stride (default: 256)")
+    add("--img_size", type=int, help="pixels; a multiple of the tokenizer's stride (default: the cache's, else 256)")
     add("--class_num", type=int, help="number of classes (default: the data set's; 1000 without one)")
     add("--vqgan_path", type=Path, help="tokenizer: LlamaGen's vq_ds16_c2i.pt or one of tokenizers.train")
     add("--pretrained_ckpt", type=Path, help="weights to evaluate or to start training from (.pth or .safetensors)")
     add("--label_drop_prob", type=float, default=0.1, help="share of samples trained without class, for guidance")
-    add("--proj_dropout", type=float, default=0.1)
+    add("--proj_dropout", type=float, default=0.1, help="after attention and in the MLP")
     add("--attn_dropout", type=float, default=0.0, help="on attention weights; the published models used none")
     add("--grad_checkpointing", action="store_true", help="recompute activations in the backward pass: less memory")
 
     group = parser.add_argument_group("data")
     add = group.add_argument
     add("--data_path", type=Path, help="image folder, one subfolder per class")
-    add("--use_cached", action="store_true", help="train on the codes in --cached_path instead of images")
+    add(
+        "--use_cached",
+        action=argparse.BooleanOptionalAction,
+        default=False,
+        help="train on the codes in --cached_path instead of images",
+    )
     add("--cached_path", type=Path, help="cache of codes made by main_cache.py")
     add("--flip_prob", type=float, default=0.5, help="share of samples mirrored; 0 for pictures such as text")
     add("--skip_broken", action="store_true", help="train on without images that cannot be read")
 
     group = parser.add_argument_group("training")
     add = group.add_argument
-    add("--epochs", type=int, default=450)
+    add("--epochs", type=int, default=450, help="passes over the data")
     add("--batch_size", type=int, default=64, help="samples per process")
     add("--lr", type=float, help="peak learning rate (default: blr · global batch / 256)")
     add("--blr", type=float, default=1e-4, help="learning rate per 256 samples of the global batch")
-    add("--min_lr", type=float, default=1e-5)
-    add("--lr_schedule", choices=LR_SCHEDULES, default="constant+cosine")
-    add("--warmup_epochs", type=float, default=50)
-    add("--lr_decay_start_epoch", type=float, default=400, help="for constant+cosine")
-    add("--weight_decay", type=float, default=0.02)
+    add("--min_lr", type=float, default=1e-5, help="learning rate at the end of a cosine")
+    add("--lr_schedule", choices=LR_SCHEDULES, default="constant+cosine", help="what follows the warm-up")
+    add("--warmup_epochs", type=float, default=50, help="epochs in which the learning rate rises from 0")
+    add("--lr_decay_start_epoch", type=float, default=400, help="where the cosine of constant+cosine starts")
+    add("--weight_decay", type=float, default=0.02, help="on parameters of two and more dimensions")
     add("--grad_clip", type=float, default=3.0, help="largest norm of the gradient")
     add("--resume", type=Path, help="checkpoint, or folder of checkpoints (default: --output_dir, if it has any)")
     add("--log_freq", type=int, default=50, help="steps between lines of metrics.jsonl")
@@ -79,8 +82,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--online_eval", action="store_true", help="evaluate during training and at its end")
     add("--eval_freq", type=int, default=40, help="epochs between evaluations with --online_eval")
     add("--use_wandb", action="store_true", help="log to Weights & Biases as well")
-    add("--wandb_project", default="lpd")
-    add("--wandb_run_name")
+    add("--wandb_project", default="lpd", help="where --use_wandb logs to")
+    add("--wandb_run_name", help="(default: the name of the output folder)")
 
     group = parser.add_argument_group("generation and scores")
     add = group.add_argument
@@ -88,11 +91,13 @@ def build_parser() -> argparse.ArgumentParser:
     add("--group_sizes", help="tokens per step instead: '1,3,5' or a JSON list, or a file with either")
     add("--order", choices=ORDER_KINDS, default="lpd", help="schedule of positions, drawn on the fly")
     add("--lpd_order_file", type=Path, help="file of orders; image i uses order i")
-    add("--proximity_threshold", type=float, default=1.0)
-    add("--repulsion_threshold", type=int, help="(default: by grid size)")
+    add("--proximity_threshold", type=float, default=1.0, help="proximity that makes a position a candidate")
+    add("--repulsion_threshold", type=int, help="distance positions of a step keep (default: grid side / 8)")
     add("--cfg", type=float, default=1.0, help="guidance scale; 1 is none")
-    add("--cfg_schedule", choices=CFG_SCHEDULES, default="linear")
-    add("--temperature", type=float, default=1.0)
+    add(
+        "--cfg_schedule", choices=CFG_SCHEDULES, default="linear", help="along the order: growing to --cfg, or constant"
+    )
+    add("--temperature", type=float, default=1.0, help="divides the logits")
     add("--top_k", type=int, default=0, help="0 is off")
     add("--top_p", type=float, default=1.0, help="1 is off")
     add("--num_images", type=int, default=50_000, help="balanced over the classes")
@@ -142,13 +147,16 @@ def resolve_model(
     dropouts = {name: getattr(args, name) for name in ("label_drop_prob", "proj_dropout", "attn_dropout")}
     dropouts |= {"grad_checkpointing": args.grad_checkpointing}
     if recorded is None:
-        classes = args.class_num or class_num or 1000
-        name = args.model or _MODEL_DEFAULTS["model"]
-        size = args.img_size or _MODEL_DEFAULTS["img_size"]
+        given = (args.class_num, class_num, 1000)
+        classes = next(count for count in given if count is not None)
+        name = "lpd_l" if args.model is None else args.model
+        size = 256 if args.img_size is None else args.img_size
         config = model_config(name, img_size=size, stride=stride, vocab_size=vocab_size, class_num=classes, **dropouts)
         if class_num is not None and classes < class_num:
             raise UserError(f"--class_num is {classes}, but the data set has {class_num} classes.")
         return config
+    if recorded.keys() != LPDConfig.__dataclass_fields__.keys():
+        raise UserError("the checkpoint is of something else than an LPD model: its 'config' does not describe one.")
     wanted: dict[str, Any] = {"stride": stride, "vocab_size": vocab_size}
     wanted |= {key: value for key in ("img_size", "class_num") if (value := getattr(args, key)) is not None}
     if args.model is not None:
@@ -183,8 +191,13 @@ def eval_config(args: argparse.Namespace, model: LPDConfig, classes: list[str] |
     if args.feature_extractor == "none":
         values["feature_extractor"] = None
     if classes is None and model.class_num == 1000:
+        from torchvision.models import ResNet18_Weights
+
         # Sorted WordNet ids, the order of ImageNet's labels.
         classes = ResNet18_Weights.IMAGENET1K_V1.meta["categories"]
+    if classes is not None:
+        # A model may have more classes than the data it was last trained on.
+        classes = [*classes, *(f"class {i}" for i in range(len(classes), model.class_num))]
     return EvalConfig(**values, classes=None if classes is None else tuple(classes))
 
 

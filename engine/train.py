@@ -8,6 +8,7 @@ Shape legend: `B` samples of this process, `L` tokens of an image.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -25,6 +26,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from engine.cache import exact_precision
 from models.lpd import LPD
 from tokenizers import VQModel
 from util.checkpoint import LAST, save_checkpoint
@@ -36,7 +38,7 @@ from util.files import write_json
 from util.images import to_float
 from util.logger import MetricsWriter
 from util.lr_sched import LR_SCHEDULES, learning_rate
-from util.optim import build_adamw
+from util.optim import build_adamw, load_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -73,13 +75,18 @@ class TrainConfig:
         for name in ("epochs", "batch_size", "log_freq", "save_last_freq"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("save_intermediate_freq", "eval_freq", "num_workers", "seed", "weight_decay", "warmup_epochs"):
+        for name in ("save_intermediate_freq", "eval_freq", "num_workers", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must not be negative.")
         for name in ("lr", "blr", "grad_clip"):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise UserError(f"--{name} is {value}; it must be positive.")
+        for name in ("min_lr", "weight_decay", "warmup_epochs", "lr_decay_start_epoch"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise UserError(f"--{name} is {getattr(self, name)}; it must be a number of at least 0.")
+        if self.seed >= 2**63:
+            raise UserError(f"--seed is {self.seed}; it must be below 2^63.")
         if not 0 <= self.flip_prob <= 1:
             raise UserError(f"--flip_prob is {self.flip_prob}; it must be a probability between 0 and 1.")
         if self.lr_schedule not in LR_SCHEDULES:
@@ -94,7 +101,15 @@ class TrainConfig:
             )
 
     def peak_lr(self, world_size: int) -> float:
-        return self.lr if self.lr is not None else self.blr * self.batch_size * world_size / 256
+        """Highest learning rate; UserError if a schedule that decays would rise from it to `min_lr`."""
+        peak = self.lr if self.lr is not None else self.blr * self.batch_size * world_size / 256
+        if self.lr_schedule != "constant" and peak < self.min_lr:
+            raise UserError(f"--min_lr {self.min_lr} is above the peak learning rate, {peak:.3g}; lower it.")
+        return peak
+
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+STOP_CHECK_STEPS = 10  # steps after which several processes agree on whether one of them was told to stop
 
 
 class StopRequest:
@@ -110,13 +125,27 @@ class StopRequest:
         self.signal = number
 
     def __enter__(self) -> StopRequest:
-        numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-        self._previous = {number: signal.signal(number, self._handle) for number in numbers}
+        self._previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
         return self
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Let signals act as usual, while something runs that can be interrupted at any time."""
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self.__enter__()
+
+
+def _ignore_stop_signals(worker: int) -> None:
+    """A launcher signals its whole process group; loading must go on until the step is finished."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def draw_samples(
@@ -145,13 +174,15 @@ def load_batches(
     dataset: CodeDataset | ImageFolder, sampler: GlobalBatchSampler, num_workers: int, device: torch.device
 ) -> Iterator[list[torch.Tensor]]:
     """Batches on the device: codes (B, L), mirrored codes (B, L), labels (B,); or images (B, H, W, 3), labels (B,)."""
-    collate: Any = whole_batch if isinstance(dataset, CodeDataset) else None
+    cached = isinstance(dataset, CodeDataset)
+    collate: Any = whole_batch if cached else None
     loader: DataLoader[Any] = DataLoader(
         dataset,
         batch_sampler=sampler,
         collate_fn=collate,
-        num_workers=num_workers,
+        num_workers=0 if cached else num_workers,  # a batch of codes is read faster than handed over
         pin_memory=device.type == "cuda",
+        worker_init_fn=_ignore_stop_signals,
     )
     for batch in loader:
         yield [tensor.to(device, non_blocking=True) for tensor in batch]
@@ -163,7 +194,7 @@ def mirrored_codes(data: list[torch.Tensor], flip: torch.Tensor, tokenizer: VQMo
         codes, codes_flip = data
         return torch.where(flip[:, None], codes_flip, codes)
     images = to_float(data[0])
-    with torch.no_grad():
+    with torch.no_grad(), exact_precision():
         return tokenizer.encode(torch.where(flip[:, None, None, None], images.flip(-1), images))
 
 
@@ -187,9 +218,10 @@ def train(
     Args:
         schedules: group sizes to draw from, each summing to L.
         tokenizer: encodes images; not needed for cached codes.
-        resume: a checkpoint of :func:`util.checkpoint.load_checkpoint` with `optimizer` and `step`.
+        resume: a checkpoint of an earlier run of this one; its `model` is loaded already.
         metadata: plain data stored in every checkpoint (settings, class names, tokenizer hash).
-        evaluate: called as (model in eval mode, epoch) every `eval_freq` epochs and after the last, on all processes.
+        evaluate: called as (model, epoch) every `eval_freq` epochs and after the last, on all processes; once more when
+            a run is resumed just there, since it may have been killed in the middle.
         log: called with every line of `metrics.jsonl`, on rank 0.
 
     Returns:
@@ -200,16 +232,24 @@ def train(
         FloatingPointError: when the loss is no longer finite; the last good checkpoint is kept.
     """
     device, L = dist.device, model.config.num_tokens
-    optimizer = build_adamw(model, config.weight_decay)
-    start_step = 0
-    if resume is not None:
-        optimizer.load_state_dict(resume["optimizer"])
-        start_step = resume["step"]
     global_batch = config.batch_size * dist.world_size
 
     def sampler(start: int, num_steps: int) -> GlobalBatchSampler:
         return GlobalBatchSampler(len(dataset), global_batch, dist.rank, dist.world_size, config.seed, start, num_steps)
 
+    optimizer = build_adamw(model, config.weight_decay)
+    start_step = 0
+    # What the number of a step means; a checkpoint counts its steps in these.
+    counted_in = {"global_batch": global_batch, "num_samples": len(dataset), "seed": config.seed}
+    if resume is not None:
+        for name, value in counted_in.items():
+            if resume[name] != value:
+                raise UserError(
+                    f"the checkpoint is of a run with {name} {resume[name]}, this one has {value}; go on with the "
+                    "same, or start anew from its weights with --pretrained_ckpt."
+                )
+        load_optimizer(optimizer, resume["optimizer"])
+        start_step = resume["step"]
     steps_per_epoch = sampler(0, 0).steps_per_epoch
     total_steps = config.epochs * steps_per_epoch
     rows = range(dist.rank * config.batch_size, (dist.rank + 1) * config.batch_size)
@@ -227,7 +267,18 @@ def train(
         if dist.is_main:
             payload = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
             payload |= {"epoch": step // steps_per_epoch, "config": dataclasses.asdict(model.config)}
-            save_checkpoint(config.output_dir / name, payload | (metadata or {}))
+            save_checkpoint(config.output_dir / name, payload | counted_in | (metadata or {}))
+
+    def due(epoch: int, frequency: int) -> bool:
+        return epoch == config.epochs or (frequency > 0 and epoch % frequency == 0)
+
+    if evaluate is not None and start_step and start_step % steps_per_epoch == 0:
+        epoch = start_step // steps_per_epoch
+        if due(epoch, config.eval_freq):
+            evaluate(model, epoch)
+    if start_step >= total_steps:
+        logger.info("the training is finished: all %d epochs are done", config.epochs)
+        return None
 
     metrics_path = config.output_dir / "metrics.jsonl" if dist.is_main else None
     loss_sum = torch.zeros((), device=device, dtype=torch.float64)
@@ -239,12 +290,11 @@ def train(
         MetricsWriter(metrics_path, start_step) as metrics,
         tqdm(initial=start_step, total=total_steps, desc="train", unit="step", disable=not dist.is_main) as bar,
     ):
-        remaining = sampler(start_step, max(0, total_steps - start_step))
+        remaining = sampler(start_step, total_steps - start_step)
         batches = load_batches(dataset, remaining, config.num_workers, device)
         for step, (*data, labels) in enumerate(batches, start=start_step):
-            epoch = step / steps_per_epoch
             lr = learning_rate(
-                epoch,
+                step / steps_per_epoch,
                 schedule=config.lr_schedule,
                 lr=peak_lr,
                 min_lr=config.min_lr,
@@ -274,55 +324,47 @@ def train(
             done = step + 1
             bar.update()
             at_epoch_end = done % steps_per_epoch == 0
-            stopping = stop.signal is not None and dist.world_size == 1
+            stopping = stop.signal is not None
+            if dist.world_size > 1 and (done % STOP_CHECK_STEPS == 0 or at_epoch_end):
+                stopping = dist.sum_(torch.tensor(float(stopping), device=device)).item() > 0
+            elif dist.world_size > 1:
+                stopping = False
             if done % config.log_freq == 0 or at_epoch_end or stopping:
-                # The only read-back from the device. Processes agree here on whether one of them was told to stop.
-                flags = torch.stack([loss_sum, loss_sum.new_tensor(stop.signal or 0)])
-                total_loss, signals = dist.sum_(flags).tolist()
-                mean_loss = total_loss / (dist.world_size * (done - logged_step))
-                stopping = signals > 0
-                if not math.isfinite(mean_loss):
+                # Besides the agreement to stop, the only read-back from the device.
+                mean_loss = dist.sum_(loss_sum).item() / (dist.world_size * (done - logged_step))
+                grad_norm = norm.item()
+                if not math.isfinite(mean_loss + grad_norm):
                     samples = list(sampler(logged_step, done - logged_step))
                     report = {"first_step": logged_step, "samples_of_each_step": samples}
                     write_json(config.output_dir / f"nonfinite-rank{dist.rank}.json", report)
                     raise FloatingPointError(
-                        f"the loss is {mean_loss} between steps {logged_step} and {done}; the last good checkpoint in "
-                        f"{config.output_dir} is kept, nonfinite-rank{dist.rank}.json names the samples."
+                        f"the loss is {mean_loss}, the norm of the gradient {grad_norm} between steps {logged_step} "
+                        f"and {done}; nothing was saved since, nonfinite-rank{dist.rank}.json in {config.output_dir} "
+                        "names the samples."
                     )
                 seconds = time.perf_counter() - clock
                 images_per_sec = (done - logged_step) * global_batch / seconds
                 bar.set_postfix(loss=f"{mean_loss:.4f}", img_s=f"{images_per_sec:.0f}")
                 values = {"step": done, "epoch": round(done / steps_per_epoch, 4), "loss": mean_loss, "lr": lr}
-                values |= {"grad_norm": norm.item(), "images_per_sec": round(images_per_sec, 2)}
+                values |= {"grad_norm": grad_norm, "images_per_sec": round(images_per_sec, 2)}
                 metrics.write(**values)
                 if log is not None and dist.is_main:
                     log(values)
                 loss_sum.zero_()
                 logged_step, clock = done, time.perf_counter()
-            if stopping:
-                save(LAST, done)
-                logger.warning("stopped at step %d of %d; run the same command again to go on", done, total_steps)
-                return stop.signal or signal.SIGTERM
-            if at_epoch_end:
-                _finish_epoch(done // steps_per_epoch, done, model, config, save, evaluate)
+            if at_epoch_end or stopping:
+                epoch = done // steps_per_epoch
+                keep = at_epoch_end and config.save_intermediate_freq and epoch % config.save_intermediate_freq == 0
+                evaluating = at_epoch_end and evaluate is not None and due(epoch, config.eval_freq)
+                if keep:
+                    save(f"checkpoint-{epoch}.pth", done)
+                if keep or stopping or evaluating or due(epoch, config.save_last_freq):
+                    save(LAST, done)
+                if stopping:
+                    logger.warning("stopped at step %d of %d; run the same command again to go on", done, total_steps)
+                    return stop.signal or signal.SIGTERM
+                if evaluating and evaluate is not None:
+                    with stop.suspended():
+                        evaluate(model, epoch)
                 clock = time.perf_counter()
     return None
-
-
-def _finish_epoch(
-    epoch: int,
-    step: int,
-    model: LPD,
-    config: TrainConfig,
-    save: Callable[[str, int], None],
-    evaluate: Callable[[LPD, int], None] | None,
-) -> None:
-    last = epoch == config.epochs
-    if config.save_intermediate_freq and epoch % config.save_intermediate_freq == 0:
-        save(f"checkpoint-{epoch}.pth", step)
-    if epoch % config.save_last_freq == 0 or last:
-        save(LAST, step)
-    if evaluate is not None and (last or (config.eval_freq and epoch % config.eval_freq == 0)):
-        model.eval()
-        evaluate(model, epoch)
-        model.train()

@@ -146,6 +146,8 @@ class LPD(nn.Module):
         """
         B, L = tokens_BL.shape
         self.check_inputs(orders_BL, group_sizes)
+        if tokens_BL.shape != orders_BL.shape:
+            raise UserError(f"tokens have shape {(B, L)}, orders {tuple(orders_BL.shape)}; they must be the same.")
         class_B1D = self.embed_class(labels_B, B)
         if label_drop_B is None and self.training and self.config.label_drop_prob > 0:
             label_drop_B = torch.rand(B, device=tokens_BL.device) < self.config.label_drop_prob
@@ -183,11 +185,12 @@ def resize_pos_embed(pos_embed: torch.Tensor, num_tokens: int) -> torch.Tensor:
     return torch.cat([pos_embed[:, :1], grid.flatten(2).transpose(1, 2).to(pos_embed.dtype)], dim=1)
 
 
-def load_weights(model: LPD, state: dict[str, torch.Tensor], source: str) -> None:
-    """Load a state dict; positions of another grid are resized, everything else must fit.
+def load_weights(model: LPD, state: dict[str, torch.Tensor], source: str, resize: bool = False) -> None:
+    """Load a state dict; everything must fit.
 
     Args:
         source: the file's name, for messages.
+        resize: let positions of another grid be resized, to go on training at another resolution.
 
     Raises:
         UserError: naming the first parameter that is missing, unknown or of another shape.
@@ -196,11 +199,9 @@ def load_weights(model: LPD, state: dict[str, torch.Tensor], source: str) -> Non
     if missing := sorted(own.keys() - state.keys()):
         raise UserError(f"{source} is no checkpoint of this model: {missing[0]} is missing ({len(missing)} in all).")
     if unknown := sorted(state.keys() - own.keys()):
-        raise UserError(
-            f"{source} is no checkpoint of this model: it has {unknown[0]} ({len(unknown)} unknown in all)."
-        )
+        raise UserError(f"{source} is no checkpoint of this model: {unknown[0]} is unknown ({len(unknown)} in all).")
     state = dict(state)
-    if state["pos_embed"].ndim == 3 and state["pos_embed"].shape[2] == model.config.embed_dim:
+    if resize and state["pos_embed"].ndim == 3 and state["pos_embed"].shape[2] == model.config.embed_dim:
         state["pos_embed"] = resize_pos_embed(state["pos_embed"], model.config.num_tokens)
     for name, value in own.items():
         if state[name].shape != value.shape:

@@ -23,9 +23,8 @@ def training_mask(group_sizes: Sequence[int], device: torch.device | str = "cpu"
     Returns:
         bool (R, R) with R = 1 + 2L - group_sizes[-1]; entry (i, j) is True where row i may attend to row j.
     """
-    group_of_token = torch.repeat_interleave(
-        torch.arange(1, len(group_sizes) + 1, device=device), torch.tensor(group_sizes, device=device)
-    )
+    # Made on the host: repeats that live on a device would have to be read back.
+    group_of_token = torch.arange(1, len(group_sizes) + 1).repeat_interleave(torch.tensor(group_sizes)).to(device)
     context = torch.cat([group_of_token.new_zeros(1), group_of_token[: len(group_of_token) - group_sizes[-1]]])
     group = torch.cat([context, group_of_token])
     is_query = torch.arange(len(group), device=device) >= len(context)

@@ -157,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
         return added.add_argument
 
     add = command("generate", generate, schedule, one)
-    add("output", type=Path, help=".json (the published form) or .safetensors (a fifth of it)")
+    add("output", type=Path, help=".json (the published form) or .safetensors (smaller, loads at once)")
     add("--num", type=int, default=60_000, help="number of orders (default: 60000)")
     add("--device", default="cpu", help="cpu (default), cuda or cuda:N")
     add("--workers", type=int, help="CPU threads (default: one per core)")

@@ -34,21 +34,20 @@ def halton_order(grid: Grid) -> np.ndarray:
     cells, count = np.empty(0, np.int64), 8 * h * w
     while len(cells) < h * w:
         points = np.arange(1, count + 1)
-        rows, cols = (_radical_inverse(points, base) * side for base, side in ((2, h), (3, w)))
-        visited = rows.astype(np.int64) * w + cols.astype(np.int64)
+        visited = _mirrored_cells(points, 2, h) * w + _mirrored_cells(points, 3, w)
         first = np.sort(np.unique(visited, return_index=True)[1])
         cells, count = visited[first], 2 * count
     return cells
 
 
-def _radical_inverse(numbers: np.ndarray, base: int) -> np.ndarray:
-    """The digits of ``numbers`` mirrored at the radix point: in [0, 1), float64."""
-    result, weight = np.zeros(len(numbers)), 1.0
+def _mirrored_cells(numbers: np.ndarray, base: int, side: int) -> np.ndarray:
+    """In which of ``side`` equal parts of [0, 1) the numbers' digits, mirrored at the radix point, lie: in integers,
+    as points fall exactly between two parts."""
+    numerator, denominator = np.zeros_like(numbers), 1
     while numbers.any():
         numbers, digits = np.divmod(numbers, base)
-        weight /= base
-        result += weight * digits
-    return result
+        numerator, denominator = numerator * base + digits, denominator * base
+    return numerator * side // denominator
 
 
 def par_order(grid: Grid) -> np.ndarray:

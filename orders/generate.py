@@ -24,7 +24,7 @@ LPD_KINDS = ("lpd", "lpd_near_only", "lpd_far_only")
 ORDER_KINDS: tuple[str, ...] = ("lpd", "raster", "random", "halton", "par", "zipar", "nar", *LPD_KINDS[1:])
 
 # Cells × orders of a chunk: its arrays fit a CPU's cache, or occupy a GPU.
-_CHUNK_CELLS = {"cpu": 1 << 18, "cuda": 1 << 24}
+_CHUNK_CELLS = {"cpu": 1 << 19, "cuda": 1 << 24}
 
 
 def default_repulsion(grid_size: GridSize) -> int:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from engine.evaluate import EvalConfig, evaluate
+from engine.evaluate import EvalConfig, evaluate, prepare
 from engine.features import load_feature_extractor
 from engine.metrics import FeatureStatistics, load_reference_statistics, score
 from models.lpd import LPD, LPDConfig, load_weights
@@ -29,6 +29,7 @@ from util.checkpoint import LAST, load_checkpoint
 from util.data import ImageFolder
 from util.dist import Dist, resolve_device
 from util.errors import UserError, exit_on_user_error
+from util.files import check_output_dir
 from util.images import to_float, to_uint8
 from util.logger import setup_logging
 
@@ -45,17 +46,22 @@ TOKENIZER_FLAGS = (
     "--steps", "450", "--batch_size", "16", "--lr", "4e-3", "--num_workers", "0",
 )  # fmt: skip
 LPD_FLAGS = (
-    "--model", "lpd_tiny", "--epochs", "20", "--batch_size", "64", "--lr", "2e-3", "--lr_schedule", "cosine",
-    "--warmup_epochs", "2", "--flip_prob", "0", "--num_workers", "0",
+    "--model", "lpd_tiny", "--epochs", "15", "--batch_size", "64", "--lr", "2e-3", "--lr_schedule", "cosine",
+    "--warmup_epochs", "2", "--proj_dropout", "0", "--flip_prob", "0", "--num_workers", "0",
 )  # fmt: skip
-CLASSIFIER_FLAGS: tuple[str, ...] = ()
+# The last of a repeated flag wins.
+QUICK = {
+    "tokenizer": ("--steps", "10"),
+    "LPD": ("--epochs", "1", "--warmup_epochs", "0"),
+    "digit classifier": ("--epochs", "1"),
+}
 
 
 class Stages:
     """The commands that lead up to the table; what an earlier run finished is not done again."""
 
-    def __init__(self, out: Path, device: str) -> None:
-        self.out, self.device = out, device
+    def __init__(self, out: Path, device: str, quick: bool) -> None:
+        self.out, self.device, self.quick = out, device, quick
 
     def run(self, title: str, *command: str | Path) -> None:
         """Run one command, its output passing through.
@@ -63,9 +69,9 @@ class Stages:
         Raises:
             UserError: if it fails.
         """
-        words = [str(word) for word in command]
+        words = [str(word) for word in (*command, *(QUICK.get(title, ()) if self.quick else ()))]
         finished = self.out / "stages" / title.replace(" ", "_")
-        if finished.exists():
+        if finished.exists() and finished.read_text() == shlex.join(words):
             print(f"== {title}: done before", flush=True)
             return
         print(f"\n== {title}\n$ python {shlex.join(words)}", flush=True)
@@ -74,7 +80,7 @@ class Stages:
         if status:
             raise UserError(f"the stage '{title}' ended with status {status}; run the demo again to go on from there.")
         finished.parent.mkdir(exist_ok=True)
-        finished.touch()
+        finished.write_text(shlex.join(words))
         print(f"== {title}: {time.perf_counter() - start:.0f} s", flush=True)
 
     def run_all(self) -> None:
@@ -96,19 +102,23 @@ class Stages:
         )  # fmt: skip
         self.run(
             "digit classifier", "-m", "engine.classifier", "--data_path", train, "--test_path", test,
-            "--output", out / "classifier.pt", *common, *CLASSIFIER_FLAGS,
+            "--output", out / "classifier.pt", *common,
         )  # fmt: skip
         self.run(
             "reference statistics", "-m", "engine.metrics", "--data_path", train,
             "--feature_extractor", out / "classifier.pt", "--output", out / "reference.npz", *common,
+        )  # fmt: skip
+        self.run(
+            "picture of the orders", "-m", "orders", "compare", out / "orders.png",
+            "--orders", "raster", "random", "lpd", "--grid", str(IMG_SIZE // STRIDE), "--steps", "16",
         )  # fmt: skip
 
 
 class Comparison:
     """One model, several generation orders: the table and the pictures."""
 
-    def __init__(self, out: Path, dist: Dist) -> None:
-        self.out, self.dist = out, dist
+    def __init__(self, out: Path, dist: Dist, num_images: int) -> None:
+        self.out, self.dist, self.num_images = out, dist, num_images
         checkpoint = load_checkpoint(out / "lpd" / LAST)
         self.model = LPD(LPDConfig(**checkpoint["config"]))
         load_weights(self.model, checkpoint["model"], "the demo's checkpoint")
@@ -123,15 +133,16 @@ class Comparison:
         config = EvalConfig(
             output_dir=self.out / "eval" / f"{order}_{steps}",
             group_sizes=group_sizes(IMG_SIZE, steps, STRIDE),
-            num_images=NUM_IMAGES,
-            eval_bsz=100,
+            num_images=self.num_images,
+            eval_bsz=self.num_images // 5,
             cfg=CFG,
             order=order,
             feature_extractor=str(self.out / "classifier.pt"),
             reference_statistics=self.out / "reference.npz",
             classes=self.classes,
         )
-        return evaluate(self.model, self.tokenizer, config, self.dist, extractor=self.extractor)
+        inputs = prepare(config, self.model.config, self.dist, self.extractor)
+        return evaluate(self.model, self.tokenizer, config, self.dist, inputs=inputs)
 
     @torch.no_grad()
     def real(self, reconstructed: bool) -> dict[str, float]:
@@ -155,7 +166,7 @@ class Comparison:
         ]
 
         def add(name: str, steps: str, scores: dict[str, float]) -> None:
-            seconds = f"{scores['sec_per_image']:.4f}" if "sec_per_image" in scores else "–"
+            seconds = f"{scores['sec_per_image']:.4f}" if scores.get("sec_per_image") else "–"
             accuracy, distance = scores["class_accuracy"], scores["frechet_distance"]
             lines.append(f"| {name} | {steps} | {accuracy:.1%} | {distance:.2f} | {seconds} |")
 
@@ -175,10 +186,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="bash scripts/demo.sh", description="The whole path on handwritten digits.")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="(default: runs/demo)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--quick", action="store_true", help="only see that everything runs; the scores mean nothing")
     parser.add_argument("--fresh", action="store_true", help="start over instead of going on")
     args = parser.parse_args()
     device = resolve_device(args.device)
     out = args.output_dir
+    check_output_dir(out)
     if out.exists() and any(out.iterdir()) and not (out / "stages").exists():
         raise UserError(f"--output_dir {out} holds something else than a demo; name a new or empty folder.")
     if args.fresh:
@@ -186,12 +199,13 @@ def main() -> None:
     (out / "stages").mkdir(parents=True, exist_ok=True)
     setup_logging()
     start = time.perf_counter()
-    Stages(out, args.device).run_all()
-    comparison = Comparison(out, Dist(0, 1, device))
-    print(f"\n== generation orders compared: {NUM_IMAGES} digits each, guidance {CFG:g}", flush=True)
+    Stages(out, args.device, args.quick).run_all()
+    num_images = 20 if args.quick else NUM_IMAGES
+    comparison = Comparison(out, Dist(0, 1, device), num_images)
+    print(f"\n== generation orders compared: {num_images} digits each, guidance {CFG:g}", flush=True)
     table = comparison.table()
     shutil.copy(out / "eval" / "lpd_16" / "grid.png", out / "samples.png")
-    text = f"{table}\n\n{NUM_IMAGES} digits per row, guidance {CFG:g}; {conditions(device)}.\n"
+    text = f"{table}\n\n{num_images} digits per row, guidance {CFG:g}; {conditions(device)}.\n"
     (out / "results.md").write_text(text)
     print(f"\n{text}\nTable: {out / 'results.md'}\nPictures: {out / 'samples.png'}, {out / 'orders.png'}")
     print(f"{time.perf_counter() - start:.0f} s in all", flush=True)

@@ -17,3 +17,5 @@ if ! _complete python; then
     fi
     export PATH=$_prefix/bin:$PATH
 fi
+# On a CPU, threads that wait by spinning take the cores from those that work: three times slower where cores are shared.
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}

@@ -18,7 +18,7 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine import partial_results
-from engine.evaluate import EvalConfig, evaluate
+from engine.evaluate import EvalConfig, evaluate, prepare
 from engine.features import FeatureExtractor
 from engine.generate import generate
 from engine.metrics import FeatureStatistics, save_reference_statistics
@@ -77,7 +77,9 @@ def run(
     model, tokenizer = networks()
     if "feature_extractor" not in fields:
         extractor = extractor or toy_extractor()
-    return evaluate(model, tokenizer, EvalConfig(**values), dist, extractor=extractor, generate_tokens=generate_tokens)
+    config = EvalConfig(**values)
+    inputs = prepare(config, model.config, dist, extractor)
+    return evaluate(model, tokenizer, config, dist, inputs=inputs, generate_tokens=generate_tokens)
 
 
 def main() -> None:

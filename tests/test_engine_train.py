@@ -132,6 +132,32 @@ def draw(
     return draw_samples(seed, step, rows, num_tokens, flip, drop, torch.device("cpu"))
 
 
+def stopped_worker(rank: int, world_size: int, cache: Path, folder: Path, port: int) -> None:
+    """One of two processes is told to stop; both finish the same step and agree."""
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    torch.set_num_threads(1)
+    with distributed("cpu") as dist:
+        data = SignalAt(cache, batch=3) if rank == 1 else PackedCodes(cache)
+        settings = config(folder, batch_size=4, log_freq=1000)
+        assert train(build(), data, SCHEDULES, settings, dist) == signal.SIGTERM
+
+
+def test_a_signal_to_one_of_two_processes_stops_both(cache: Path, tmp_path: Path) -> None:
+    mp.spawn(stopped_worker, (2, cache, tmp_path / "run", free_port()), nprocs=2)
+    assert load_checkpoint(tmp_path / "run" / LAST)["step"] == 5  # the end of the epoch, where they agree
+
+
+def test_resuming_in_other_units_is_refused(cache: Path, tmp_path: Path) -> None:
+    """Another batch size or seed would silently repeat and skip samples."""
+    train(build(), PackedCodes(cache), SCHEDULES, config(tmp_path, epochs=1), CPU)
+    resume = load_checkpoint(tmp_path / LAST)
+    for changes, named in (({"batch_size": 4}, "global_batch 8"), ({"seed": 1}, "seed 0")):
+        with pytest.raises(UserError, match=named):
+            train(build(), PackedCodes(cache), SCHEDULES, config(tmp_path, **changes), CPU, resume=resume)
+
+
 def test_sample_draws_are_permutations_and_do_not_depend_on_the_process() -> None:
     whole = draw(5, 7, range(64))
     orders = whole[0]
@@ -192,12 +218,16 @@ def test_frequencies_of_saving_and_evaluating(cache: Path, tmp_path: Path) -> No
     epochs = []
 
     def evaluate(model: LPD, epoch: int) -> None:
-        assert not model.training
+        """What an interruption of the evaluation would go on from is saved before it starts."""
+        assert load_checkpoint(tmp_path / LAST)["epoch"] == epoch
         epochs.append(epoch)
 
     settings = config(tmp_path, epochs=5, save_intermediate_freq=2, eval_freq=2, save_last_freq=10)
     train(build(), PackedCodes(cache), SCHEDULES, settings, CPU, evaluate=evaluate)
     assert epochs == [2, 4, 5]
+    resume = load_checkpoint(tmp_path / LAST)
+    train(build(), PackedCodes(cache), SCHEDULES, settings, CPU, evaluate=evaluate, resume=resume)
+    assert epochs == [2, 4, 5, 5]  # it may have been killed in the middle of the last
     assert sorted(path.name for path in tmp_path.glob("*.pth")) == [
         "checkpoint-2.pth",
         "checkpoint-4.pth",

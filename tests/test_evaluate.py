@@ -31,7 +31,7 @@ from PIL import Image
 
 from engine import evaluate as evaluate_module
 from engine import metrics, partial_results
-from engine.evaluate import EvalConfig, evaluate, image_labels, image_seeds
+from engine.evaluate import EvalConfig, evaluate, image_labels, image_seeds, prepare
 from engine.generate import generate
 from engine.metrics import FeatureStatistics, find_images, load_batches, load_reference_statistics, score
 from orders import generate_orders, save_orders
@@ -142,8 +142,9 @@ def test_other_settings_or_weights_do_not_go_on(output_dir: Path, monkeypatch: p
     with torch.no_grad():
         model.head.weight[0, 0] += 1e-3
     config = EvalConfig(output_dir, GROUP_SIZES, NUM_IMAGES, 4, cfg=2.0, seed=3, save_images=True)
+    inputs = prepare(config, model.config, ALONE, toy_extractor())
     with pytest.raises(RuntimeError, match="stopped"):
-        evaluate(model, tokenizer, config, ALONE, extractor=toy_extractor(), generate_tokens=stopping_after(2))
+        evaluate(model, tokenizer, config, ALONE, inputs=inputs, generate_tokens=stopping_after(2))
     assert len(list(output_dir.glob("partial-*"))) == 5
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from collections.abc import Callable
@@ -9,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
 import engine.classifier
@@ -17,11 +17,13 @@ import engine.metrics
 import main_cache
 import main_lpd
 import tokenizers.train
-from engine.options import parse
+from engine.options import parse, train_config
 from engine.recipes import EVAL_RECIPES, EXPECTED, TRAIN_RECIPES
 from models import model_config
-from orders import group_sizes
+from util.checkpoint import load_checkpoint, save_checkpoint
 from util.errors import exit_on_user_error
+
+ROOT = Path(__file__).parents[1]
 
 SIZE = ("--img_size", "16")
 
@@ -162,6 +164,14 @@ def test_dry_run_writes_nothing(workspace: Path) -> None:
         (("--flip_prob", 2), "--flip_prob is 2"),
         (("--label_drop_prob", -0.1), "label_drop_prob is -0.1"),
         (("--seed", -1), "--seed is -1"),
+        (("--min_lr", "nan"), "--min_lr is nan"),
+        (("--min_lr", 1), "--min_lr 1.0 is above"),
+        (("--img_size", 0), "0"),
+        (("--class_num", 0), "class_num is 0"),
+        (("--vqgan_path", "nowhere.pt"), "nowhere.pt"),
+        (("--online_eval", "--generation_steps", 4, "--reference_statistics", "nowhere.npz"), "nowhere.npz"),
+        (("--online_eval", "--generation_steps", 4, "--cfg", 0.5), "cfg is 0.5"),
+        (("--online_eval",), "number of steps 20"),
     ],
 )
 def test_wrong_training_flags(
@@ -174,7 +184,7 @@ def test_wrong_training_flags(
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert named in message
     assert "error: " in message
-    assert not list((workspace / "wrong").glob("*.pth"))
+    assert not (workspace / "wrong").exists()
 
 
 @pytest.mark.parametrize(
@@ -199,15 +209,49 @@ def test_wrong_training_flags(
         (("--vqgan_path", "nowhere.pt"), "nowhere.pt"),
         (("--reference_statistics", "nowhere.npz"), "nowhere.npz"),
         (("--feature_extractor", "nowhere.pt"), "nowhere.pt"),
+        (("--repulsion_threshold", -1), "-1"),
+        (("--cfg", "inf"), "cfg is inf"),
     ],
 )
 def test_wrong_evaluation_flags(
     workspace: Path, capsys: pytest.CaptureFixture[str], flags: tuple[object, ...], named: str
 ) -> None:
-    assert run(main_lpd.main, *evaluation(workspace, "wrong"), *flags) == 2
+    assert run(main_lpd.main, *evaluation(workspace, "wrong"), "--dry_run", *flags) == 2
     message = capsys.readouterr().err.strip().splitlines()[-1]
     assert named in message
     assert "error: " in message
+
+
+def test_swapped_files_and_unusable_folders(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A tokenizer or classifier in place of the checkpoint, a file in place of a folder."""
+    for name in ("tok/tokenizer.pt", "classifier.pt"):
+        assert run(main_lpd.main, *evaluation(workspace, "wrong"), "--pretrained_ckpt", workspace / name) == 2
+        assert "error: " in capsys.readouterr().err
+    for arguments in (training(workspace), evaluation(workspace, "wrong")):
+        assert run(main_lpd.main, *arguments, "--output_dir", workspace / "classifier.pt") == 2
+        assert "is a file" in capsys.readouterr().err
+
+
+def test_resuming_with_another_batch_or_tokenizer_is_refused(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The steps of a run are counted in its global batches; its codes belong to its tokenizer."""
+    assert run(main_lpd.main, *training(workspace), "--epochs", 3, "--batch_size", 4) == 2
+    assert "global_batch 8, this one has 4" in capsys.readouterr().err
+    other = load_checkpoint(workspace / "lpd" / "checkpoint-last.pth") | {"tokenizer_sha256": "f" * 64}
+    save_checkpoint(workspace / "other.pth", other)
+    arguments = (*training(workspace), "--output_dir", workspace / "wrong", "--epochs", 3)
+    assert run(main_lpd.main, *arguments, "--pretrained_ckpt", workspace / "other.pth") == 2
+    assert "another tokenizer" in capsys.readouterr().err
+
+
+def test_more_classes_than_the_data_has(workspace: Path) -> None:
+    """--class_num above the data set's trains and evaluates; the classes without pictures get numbers for names."""
+    folder = workspace / "classes"
+    arguments = (*training(workspace), "--output_dir", folder, "--epochs", 1, "--class_num", 4)
+    assert run(main_lpd.main, *arguments, "--bf16") == 0
+    flags = ("--pretrained_ckpt", folder / "checkpoint-last.pth", "--bf16")
+    assert run(main_lpd.main, *evaluation(workspace, "classes/eval"), *flags) == 0
 
 
 def test_missing_inputs_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
@@ -220,23 +264,53 @@ def test_missing_inputs_are_asked_for(capsys: pytest.CaptureFixture[str]) -> Non
         assert named in capsys.readouterr().err
 
 
+# Model, pixels, steps, repulsion, guidance; FID, Inception Score, seconds at batch 1, images/s at batch 64 (paper).
+PUBLISHED_ROWS = {
+    "lpd_l_res256_steps20": ("lpd_l", 256, 20, 2, 4.8, 2.40, 284.5, 0.28, 139.11),
+    "lpd_xl_res256_steps20": ("lpd_xl", 256, 20, 2, 4.9, 2.10, 326.7, 0.41, 75.20),
+    "lpd_xxl_res256_steps20": ("lpd_xxl", 256, 20, 3, 5.9, 2.00, 337.6, 0.55, 45.07),
+    "lpd_l_res256_steps32": ("lpd_l", 256, 32, 2, 5.4, 2.29, 282.7, 0.46, 110.34),
+    "lpd_xl_res256_steps32": ("lpd_xl", 256, 32, 2, 5.0, 1.92, 319.4, 0.66, 61.24),
+    "lpd_l_res512_steps48": ("lpd_l", 512, 48, 4, 7.3, 2.54, 292.2, 0.69, 35.16),
+    "lpd_xl_res512_steps48": ("lpd_xl", 512, 48, 4, 6.0, 2.10, 326.0, 1.01, 18.18),
+}
+# Model, pixels, epochs, warm-up, schedule, decay from, images per GPU.
+PUBLISHED_RUNS = {
+    "lpd_l_256": ("lpd_l", 256, 450, 50, "constant+cosine", 400, 64),
+    "lpd_xl_256": ("lpd_xl", 256, 450, 50, "constant+cosine", 400, 32),
+    "lpd_xxl_256": ("lpd_xxl", 256, 450, 50, "constant+cosine", 400, 32),
+    "lpd_l_512": ("lpd_l", 512, 50, 1, "cosine", None, 16),
+    "lpd_xl_512": ("lpd_xl", 512, 50, 1, "cosine", None, 8),
+}
+
+
 @pytest.mark.parametrize("name", EVAL_RECIPES)
-def test_evaluation_recipes_parse_and_build(name: str) -> None:
-    """Every published row is a valid command line for a model of its size."""
+def test_evaluation_recipes_are_the_published_rows(name: str) -> None:
+    """A mistyped guidance or step count would cost a night and look like a bad model."""
     args = parse(["--evaluate", "--recipe", name, "--eval_bsz", "8"])
-    assert args.eval_bsz == 8
+    sampling = (args.model, args.img_size, args.generation_steps, args.repulsion_threshold, args.cfg)
+    assert sampling + dataclasses.astuple(EXPECTED[name]) == PUBLISHED_ROWS[name]
+    assert (args.cfg_schedule, args.temperature, args.top_k, args.top_p) == ("linear", 1.0, 0, 1.0)
+    assert (args.num_images, args.bf16, args.eval_bsz) == (50_000, True, 8)
     assert isinstance(args.pretrained_ckpt, Path)
-    assert sum(group_sizes(args.img_size, args.generation_steps)) == (args.img_size // 16) ** 2
-    with torch.device("meta"):
-        assert model_config(args.model, img_size=args.img_size).num_tokens == (args.img_size // 16) ** 2
-    assert EXPECTED[name].fid < 3
-    assert (Path(__file__).parents[1] / "scripts" / "eval" / f"{name}.sh").is_file()
+    assert model_config(args.model, img_size=args.img_size).num_tokens == (args.img_size // 16) ** 2
+    script = (ROOT / "scripts" / "eval" / f"{name}.sh").read_text()
+    assert f"--evaluate --recipe {name}" in script
 
 
 @pytest.mark.parametrize("name", TRAIN_RECIPES)
-def test_training_recipes_parse(name: str) -> None:
-    from engine.options import train_config
+def test_training_recipes_are_the_published_runs(name: str) -> None:
+    args = parse(["--recipe", name])
+    config = train_config(args)
+    decay = config.lr_decay_start_epoch if config.lr_schedule == "constant+cosine" else None
+    run_of = (args.model, args.img_size, config.epochs, config.warmup_epochs, config.lr_schedule, decay)
+    assert (*run_of, config.batch_size) == PUBLISHED_RUNS[name]
+    optimisation = (config.lr, config.blr, config.min_lr, config.weight_decay, config.grad_clip, config.bf16)
+    assert optimisation == (None, 1e-4, 1e-5, 0.02, 3.0, True)
+    assert (args.label_drop_prob, args.proj_dropout, args.attn_dropout) == (0.1, 0.1, 0.0)
+    assert f"--recipe {name}" in (ROOT / "scripts" / "train" / f"{name}.sh").read_text()
 
-    config = train_config(parse(["--recipe", name]))
-    assert config.epochs in (50, 450)
-    assert (Path(__file__).parents[1] / "scripts" / "train" / f"{name}.sh").is_file()
+
+def test_recipes_cover_the_published_tables() -> None:
+    assert EVAL_RECIPES.keys() == PUBLISHED_ROWS.keys()
+    assert TRAIN_RECIPES.keys() == PUBLISHED_RUNS.keys()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -17,9 +18,7 @@ PUBLISHED = json.loads((Path(__file__).parent / "data" / "orders_group_sizes.jso
 
 def _cosine(num_tokens: int, steps: int) -> list[int]:
     angles = [math.pi * s / (2 * steps) for s in range(steps + 1)]
-    return [
-        math.floor(num_tokens * (math.cos(a) - math.cos(b)) + 0.5) for a, b in zip(angles, angles[1:], strict=False)
-    ]
+    return [math.floor(num_tokens * (math.cos(a) - math.cos(b)) + 0.5) for a, b in itertools.pairwise(angles)]
 
 
 @pytest.mark.parametrize("img_size", [256, 512])

@@ -34,6 +34,7 @@ from util.data import ImageFolder
 from util.dist import resolve_device
 from util.errors import UserError, exit_on_user_error
 from util.files import write_json
+from util.help import HelpFormatter
 from util.images import image_grid, save_png, to_float, to_uint8
 from util.logger import MetricsWriter, setup_logging
 from util.lr_sched import learning_rate
@@ -274,7 +275,7 @@ def _parser() -> argparse.ArgumentParser:
         prog="python -m tokenizers.train",
         description="Train a small VQ tokenizer on an image folder; writes tokenizer.pt, metrics.json, metrics.jsonl "
         "and reconstructions.png.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=HelpFormatter,
     )
     defaults = TrainConfig(steps=1)
     data = parser.add_argument_group("data")

@@ -33,7 +33,7 @@ def save_checkpoint(path: str | Path, payload: dict[str, Any]) -> None:
     write_json(path.with_suffix(".json"), {k: v for k, v in payload.items() if k not in ("model", "optimizer")})
 
 
-def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dict[str, Any]:
+def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a `.pth` or `.safetensors` file; a bare state dict comes back under the key `model`.
 
     Raises:
@@ -44,12 +44,12 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
         raise UserError(f"checkpoint {path} does not exist.")
     if path.suffix == ".safetensors":
         try:
-            return {"model": safetensors.torch.load_file(path, device=str(device))}
+            return {"model": safetensors.torch.load_file(path)}
         except (safetensors.SafetensorError, OSError) as error:
             raise UserError(f"checkpoint {path} is damaged or no safetensors file ({error}).") from None
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
-            payload = torch.load(path, map_location=device, weights_only=True)
+            payload = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).split(". ")[0]
         raise UserError(f"checkpoint {path} is damaged or holds more than plain data and tensors ({reason}).") from None
@@ -61,14 +61,15 @@ def load_checkpoint(path: str | Path, device: torch.device | str = "cpu") -> dic
             f"checkpoint {path} holds a {type(payload).__name__}; it must hold a dict with the key 'model'."
         )
     if "model" not in payload:
-        if not payload or not all(isinstance(value, torch.Tensor) for value in payload.values()):
-            raise UserError(f"checkpoint {path} has no key 'model' and is no state dict.")
         payload = {"model": payload}
+    state = payload["model"]
+    if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise UserError(f"checkpoint {path} holds no state dict, neither under the key 'model' nor by itself.")
     return payload
 
 
 def find_checkpoints(folder: str | Path) -> list[Path]:
-    """Checkpoints of a run, newest first: `checkpoint-last.pth`, then `checkpoint-<epoch>.pth` by falling epoch."""
+    """Checkpoints of a run, newest first: `checkpoint-last.pth`, which every save renews, then the others by epoch."""
     folder = Path(folder)
     numbered = [
         (int(match[1]), path)

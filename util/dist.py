@@ -10,6 +10,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
@@ -75,8 +76,10 @@ def resolve_device(name: str = "auto", local_rank: int = 0) -> torch.device:
         raise UserError(f"--device {name!r} is not supported; use auto, cpu, cuda or cuda:N.")
     if device.type == "cuda":
         count = torch.cuda.device_count()
+        if device.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+            raise UserError(f"--device {name!r} names one GPU for several processes; use cuda.")
         # A launcher may leave a single visible GPU per process while LOCAL_RANK keeps counting.
-        index = device.index if device.index is not None else (local_rank if local_rank < count else 0)
+        index = device.index if device.index is not None else (0 if count == 1 else local_rank)
         if index >= count:
             raise UserError(f"--device {name!r} asks for GPU {index}, but {count} GPU(s) are visible.")
         device = torch.device("cuda", index)
@@ -96,9 +99,12 @@ def distributed(device: str = "auto") -> Iterator[Dist]:
     if resolved.type == "cuda":
         torch.cuda.set_device(resolved)
     if world_size > 1:
-        torch_dist.init_process_group("nccl" if resolved.type == "cuda" else "gloo")
-    try:
-        yield Dist(rank, world_size, resolved)
-    finally:
-        if world_size > 1:
-            torch_dist.destroy_process_group()
+        cuda = resolved.type == "cuda"
+        # Long enough for rank 0 to write 50,000 images while the others wait.
+        torch_dist.init_process_group(
+            "nccl" if cuda else "gloo", timeout=timedelta(hours=2), device_id=resolved if cuda else None
+        )
+    yield Dist(rank, world_size, resolved)
+    # After an exception the peers may be waiting in a collective, and so would the leaving: the launcher ends them.
+    if world_size > 1:
+        torch_dist.destroy_process_group()

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from util.errors import UserError
+
 
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
@@ -31,6 +33,15 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
         raise
 
 
+def check_output_dir(path: Path) -> None:
+    """Raise UserError unless `path` is a folder that can be written to, or can be made; nothing is made."""
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not existing.is_dir():
+        raise UserError(f"--output_dir {path} can't be used: {existing} is a file.")
+    if not os.access(existing, os.W_OK):
+        raise UserError(f"--output_dir {path} can't be used: no permission to write to {existing}.")
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically."""
     with atomic_write(path) as file:
@@ -38,6 +49,8 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def sha256(path: str | Path) -> str:
-    """Hex SHA-256 of a file's bytes."""
+    """Hex SHA-256 of a file's bytes. UserError if there is no such file."""
+    if not Path(path).is_file():
+        raise UserError(f"{path} does not exist or is no file.")
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

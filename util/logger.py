@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +24,13 @@ def setup_logging(rank: int = 0) -> None:
     )
 
 
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf  # cut off or garbled by a crash
+
+
 class MetricsWriter:
     """Appends one JSON object per line to a file; a no-op when `path` is None (ranks other than 0).
 
@@ -35,7 +43,7 @@ class MetricsWriter:
         if path is None:
             return
         lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= resume_step]
+        kept = [line for line in lines if _step_of(line) <= resume_step]
         with atomic_write(path) as file:
             file.write("".join(line + "\n" for line in kept).encode())
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 - closed in __exit__

@@ -1,0 +1,125 @@
+"""How long orders take: the slow version of the rules, ours on the CPU, ours on a GPU if there is one; and their files.
+
+    python -m scripts.benchmark_orders [--num 60000] [--repeats 3] [--output RESULTS.json]
+
+Prints a table and, as the last line, everything as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from orders import generate_orders, group_sizes, load_orders, save_orders
+from util.errors import UserError, exit_on_user_error
+from util.files import write_json
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from orders_oracle import slow_order
+
+SETTINGS = ((256, 20, 2), (512, 48, 4))  # pixels, steps, repulsion threshold
+SLOW_ORDERS = 10
+CORES = len(os.sched_getaffinity(0))
+
+
+def measure(row: dict[str, Any], run: Callable[[], object], repeats: int) -> dict[str, Any]:
+    """``row`` with the median, least and largest seconds of ``repeats`` runs; prints it."""
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - start)
+    row |= {"median_sec": statistics.median(seconds), "min_sec": min(seconds), "max_sec": max(seconds)}
+    row["orders_per_sec"] = row["orders"] / row["median_sec"]
+    print(", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items()))
+    sys.stdout.flush()
+    return row
+
+
+def draw_slowly(sizes: tuple[int, ...], side: int, rho: int, num: int) -> None:
+    rng = np.random.default_rng(0)
+    for _ in range(num):
+        first = int(rng.integers(side * side))
+        slow_order(sizes, (side, side), 1.0, rho, first, lambda _: rng.random(side * side).tolist())
+
+
+def benchmark_drawing(num: int, repeats: int) -> list[dict[str, Any]]:
+    """A row per grid and implementation."""
+    rows = []
+    for img_size, steps, rho in SETTINGS:
+        side, sizes = img_size // 16, group_sizes(img_size, steps)
+        fast = partial(generate_orders, "lpd", num, sizes, side, 1.0, rho)
+        implementations: list[tuple[str, int, Callable[[], object]]] = [
+            (
+                "plain Python, one order after the other",
+                SLOW_ORDERS,
+                partial(draw_slowly, sizes, side, rho, SLOW_ORDERS),
+            ),
+            ("NumPy, 1 thread", num, partial(fast, workers=1)),
+        ]
+        if CORES > 1:
+            implementations.append((f"NumPy, {CORES} threads", num, partial(fast, workers=CORES)))
+        if torch.cuda.is_available():
+            on_gpu = partial(fast, device="cuda")
+            on_gpu()  # starts CUDA and its memory pool
+            implementations.append((f"torch, {torch.cuda.get_device_name()}", num, on_gpu))
+        for name, count, run in implementations:
+            row = {"img_size": img_size, "steps": steps, "implementation": name, "orders": count}
+            rows.append(measure(row, run, repeats))
+    return rows
+
+
+def benchmark_files(num: int, repeats: int) -> list[dict[str, Any]]:
+    """Rows for writing, and for loading with all checks, 32×32 orders in both forms."""
+    rows = []
+    orders = generate_orders("random", num, group_sizes(512, 48), 32)
+    with tempfile.TemporaryDirectory() as folder:
+        for form in ("json", "safetensors"):
+            path = Path(folder) / f"orders.{form}"
+            save_orders(path, orders)
+            row = {"form": form, "tokens": 1024, "orders": num, "megabytes": path.stat().st_size / 1e6}
+            rows.append(measure({"operation": "write"} | row, partial(save_orders, path, orders), repeats))
+            rows.append(measure({"operation": "load"} | row, partial(load_orders, path, 32), repeats))
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--num", type=int, default=60_000, help="orders per run (default: 60000)")
+    parser.add_argument("--repeats", type=int, default=3, help="runs, of which the median counts (default: 3)")
+    parser.add_argument("--output", type=Path, help="JSON file for the results")
+    args = parser.parse_args()
+    if args.num < 1 or args.repeats < 1:
+        raise UserError(f"--num {args.num} and --repeats {args.repeats} must be at least 1.")
+    result = {
+        "cores": CORES,
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "torch": torch.__version__,
+        "load_before": os.getloadavg()[0],
+        "drawing": benchmark_drawing(args.num, args.repeats),
+        "files": benchmark_files(args.num, args.repeats),
+        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
+    }
+    if args.output is not None:
+        write_json(args.output, result)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
