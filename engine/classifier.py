@@ -11,9 +11,7 @@ import argparse
 import json
 import logging
 import math
-import pickle
 import time
-import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from util.checkpoint import load_checkpoint
 from util.data import ImageFolder
 from util.dist import resolve_device
 from util.errors import UserError, exit_on_user_error
@@ -190,16 +189,14 @@ def load_classifier(path: str | Path, device: torch.device | str = "cpu") -> tup
     Raises:
         UserError: if the file is damaged or not one of :func:`save_classifier`.
     """
+    content = load_checkpoint(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
         config, classes = ClassifierConfig(**content["config"]), tuple(content["classes"])
         with torch.random.fork_rng(devices=[]):  # the constructor draws random weights first
             model = Classifier(config)
         model.load_state_dict(content["model"])
-    except (OSError, EOFError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise UserError(
-            f"{path} is not a whole classifier file ({type(error).__name__}); python -m engine.classifier makes one."
-        ) from error
+    except (RuntimeError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is no classifier; python -m engine.classifier makes one.") from error
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model.eval().requires_grad_(False), classes
 

@@ -1,6 +1,6 @@
 """How long orders take: the slow version of the rules, ours on the CPU, ours on a GPU if there is one; and their files.
 
-    python -m scripts.benchmark_orders [--num 60000] [--repeats 3] [--output RESULTS.json]
+    python -m scripts.benchmark_orders [--output RESULTS.json]
 
 Prints a table and, as the last line, everything as JSON.
 """
@@ -31,8 +31,7 @@ from util.files import write_json
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from orders_oracle import slow_order
 
-SETTINGS = ((256, 20, 2), (512, 48, 4))  # pixels, steps, repulsion threshold
-SLOW_ORDERS = 10
+SETTINGS = {256: (20, 2), 512: (48, 4)}  # image size: steps, repulsion threshold
 CORES = len(os.sched_getaffinity(0))
 
 
@@ -57,30 +56,30 @@ def draw_slowly(sizes: tuple[int, ...], side: int, rho: int, num: int) -> None:
         slow_order(sizes, (side, side), 1.0, rho, first, lambda _: rng.random(side * side).tolist())
 
 
-def benchmark_drawing(num: int, repeats: int) -> list[dict[str, Any]]:
-    """A row per grid and implementation."""
-    rows = []
-    for img_size, steps, rho in SETTINGS:
-        side, sizes = img_size // 16, group_sizes(img_size, steps)
-        fast = partial(generate_orders, "lpd", num, sizes, side, 1.0, rho)
-        implementations: list[tuple[str, int, Callable[[], object]]] = [
-            (
-                "plain Python, one order after the other",
-                SLOW_ORDERS,
-                partial(draw_slowly, sizes, side, rho, SLOW_ORDERS),
-            ),
-            ("NumPy, 1 thread", num, partial(fast, workers=1)),
-        ]
-        if CORES > 1:
-            implementations.append((f"NumPy, {CORES} threads", num, partial(fast, workers=CORES)))
-        if torch.cuda.is_available():
-            on_gpu = partial(fast, device="cuda")
-            on_gpu()  # starts CUDA and its memory pool
-            implementations.append((f"torch, {torch.cuda.get_device_name()}", num, on_gpu))
-        for name, count, run in implementations:
-            row = {"img_size": img_size, "steps": steps, "implementation": name, "orders": count}
-            rows.append(measure(row, run, repeats))
-    return rows
+def benchmark_drawing(img_size: int, steps: int, rho: int, num: int, repeats: int) -> list[dict[str, Any]]:
+    """A row per implementation; those that are slower draw fewer orders."""
+    side, sizes = img_size // 16, group_sizes(img_size, steps)
+
+    def fast(count: int, **where: Any) -> None:
+        generate_orders("lpd", count, sizes, side, 1.0, rho, **where)
+
+    implementations: list[tuple[str, int, Callable[[int], None]]] = [
+        ("plain Python, one order after the other", 10, partial(draw_slowly, sizes, side, rho)),
+        ("NumPy, 1 thread", max(1, num // 10), partial(fast, workers=1)),
+    ]
+    if CORES > 1:
+        implementations.append((f"NumPy, {CORES} threads", num, partial(fast, workers=CORES)))
+    if torch.cuda.is_available():
+        fast(num, device="cuda")  # starts CUDA and its memory pool
+        implementations.append((f"torch, {torch.cuda.get_device_name()}", num, partial(fast, device="cuda")))
+    return [
+        measure(
+            {"img_size": img_size, "steps": steps, "implementation": name, "orders": count},
+            partial(run, count),
+            repeats,
+        )
+        for name, count, run in implementations
+    ]
 
 
 def benchmark_files(num: int, repeats: int) -> list[dict[str, Any]]:
@@ -101,6 +100,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--num", type=int, default=60_000, help="orders per run (default: 60000)")
     parser.add_argument("--repeats", type=int, default=3, help="runs, of which the median counts (default: 3)")
+    parser.add_argument("--img_size", type=int, nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
+    parser.add_argument("--no_files", action="store_true", help="leave out writing and loading")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     args = parser.parse_args()
     if args.num < 1 or args.repeats < 1:
@@ -112,8 +113,12 @@ def main() -> None:
         "numpy": np.__version__,
         "torch": torch.__version__,
         "load_before": os.getloadavg()[0],
-        "drawing": benchmark_drawing(args.num, args.repeats),
-        "files": benchmark_files(args.num, args.repeats),
+        "drawing": [
+            row
+            for img_size in args.img_size
+            for row in benchmark_drawing(img_size, *SETTINGS[img_size], args.num, args.repeats)
+        ],
+        "files": [] if args.no_files else benchmark_files(args.num, args.repeats),
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }
     if args.output is not None:

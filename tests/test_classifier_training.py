@@ -129,7 +129,7 @@ def test_other_files_are_refused(tmp_path: Path, network: Classifier) -> None:
     torch.save({"config": Path("code")}, tmp_path / "objects.pt")
     (tmp_path / "text.pt").write_text("no classifier")
     for name in ("cut", "other", "objects", "text"):
-        with pytest.raises(UserError, match=f"{name}.pt is not a whole classifier file"):
+        with pytest.raises(UserError, match=rf"{name}\.pt "):
             load_classifier(tmp_path / f"{name}.pt")
 
 

@@ -7,10 +7,7 @@ released size is assumed. Files are read without running code from them.
 
 from __future__ import annotations
 
-import argparse
 import json
-import pickle
-import zipfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,6 +18,7 @@ import torch
 from torch import Tensor
 
 from tokenizers.vq_model import VQConfig, VQModel
+from util.checkpoint import load_checkpoint
 from util.errors import UserError
 from util.files import atomic_write
 
@@ -37,7 +35,7 @@ def load_tokenizer(path: str | Path, device: str | torch.device = "cpu") -> VQMo
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"Tokenizer file {str(path)!r} does not exist; {RELEASED}.")
+        raise UserError(f"tokenizer file {str(path)!r} does not exist; {RELEASED}.")
     state, raw_config = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pt(path)
     config = _parse_config(raw_config, path)
     with torch.device("meta"):  # shapes only: random weights would be thrown away
@@ -61,15 +59,10 @@ def save_tokenizer(model: VQModel, path: str | Path) -> None:
 
 def _read_pt(path: Path) -> tuple[dict[str, Tensor], Any]:
     try:
-        # Training checkpoints of the released family carry their arguments as a Namespace.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            content = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        raise _damaged(path) from error
-    state = content.get("model", content) if isinstance(content, dict) else None
-    if not isinstance(state, dict) or not state or not all(isinstance(value, Tensor) for value in state.values()):
-        raise UserError(f"Tokenizer file {str(path)!r} holds no state dict (bare or under 'model'); {RELEASED}.")
-    return state, content.get("config") if "model" in content else None
+        content = load_checkpoint(path)
+    except UserError as error:
+        raise UserError(f"tokenizer file: {str(error).rstrip('.')}; {RELEASED}.") from error
+    return content["model"], content.get("config")
 
 
 def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
@@ -78,11 +71,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
             config = (file.metadata() or {}).get("config")
             return {name: file.get_tensor(name) for name in file.keys()}, json.loads(config or "null")  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise _damaged(path) from error
-
-
-def _damaged(path: Path) -> UserError:
-    return UserError(f"Tokenizer file {str(path)!r} can't be read (truncated, or not a tokenizer file); {RELEASED}.")
+        raise UserError(f"tokenizer file {str(path)!r} is damaged or no safetensors file; {RELEASED}.") from error
 
 
 def _parse_config(raw: Any, path: Path) -> VQConfig:
@@ -91,7 +80,7 @@ def _parse_config(raw: Any, path: Path) -> VQConfig:
     try:
         return VQConfig(**raw)
     except (TypeError, UserError) as error:
-        raise UserError(f"Tokenizer file {str(path)!r} has a bad config {raw!r}: {error}") from error
+        raise UserError(f"tokenizer file {str(path)!r} has a bad config {raw!r}: {error}") from error
 
 
 def _check_parameters(state: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:
@@ -104,4 +93,4 @@ def _check_parameters(state: dict[str, Tensor], expected: dict[str, Tensor], pat
     ]
     if problems:
         more = f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else ""
-        raise UserError(f"Tokenizer file {str(path)!r} does not fit: {problems[0]}{more}; {RELEASED}.")
+        raise UserError(f"tokenizer file {str(path)!r} does not fit: {problems[0]}{more}; {RELEASED}.")
