@@ -122,9 +122,7 @@ def train_tokenizer(
     # On a CPU the default layout is the faster one for narrow networks.
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     model = VQModel(model_config).to(device).to(memory_format=layout)  # type: ignore[call-overload]
-    optimizer = torch.optim.AdamW(
-        model.parameters(), lr=config.lr, betas=(0.9, 0.99), weight_decay=1e-4, fused=device.type == "cuda"
-    )
+    optimizer = torch.optim.AdamW(model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=1e-4, fused=True)
     revival = DeadCodeRevival(model.quantize)
     tokens_per_step = config.batch_size * (side // model.stride) ** 2
     # Between two checks an entry of average use is chosen at least eight times.
