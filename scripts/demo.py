@@ -35,7 +35,7 @@ from util.logger import setup_logging
 
 STRIDE = 4
 CFG = 4.0
-NUM_IMAGES = 500
+NUM_IMAGES = 400
 ROWS = (("raster", 64), ("random", 64), ("random", 16), ("random", 8), ("lpd", 64), ("lpd", 16), ("lpd", 8))
 ORDER_NAMES = {"raster": "raster, one by one", "random": "random", "lpd": "locality-aware"}
 
@@ -43,10 +43,10 @@ ORDER_NAMES = {"raster": "raster, one by one", "random": "random", "lpd": "local
 # What small pictures and two cores call for; everything else is the project's defaults.
 TOKENIZER_FLAGS = (
     "--base_width", "8", "--res_blocks", "1", "--z_channels", "32", "--codebook_size", "64", "--code_dim", "3",
-    "--steps", "450", "--batch_size", "16", "--lr", "4e-3", "--num_workers", "0",
+    "--steps", "300", "--batch_size", "16", "--lr", "4e-3", "--num_workers", "0",
 )  # fmt: skip
 LPD_FLAGS = (
-    "--model", "lpd_tiny", "--epochs", "15", "--batch_size", "64", "--lr", "2e-3", "--lr_schedule", "cosine",
+    "--model", "lpd_tiny", "--epochs", "13", "--batch_size", "64", "--lr", "2e-3", "--lr_schedule", "cosine",
     "--warmup_epochs", "2", "--proj_dropout", "0", "--flip_prob", "0", "--num_workers", "0",
 )  # fmt: skip
 # The last of a repeated flag wins.
