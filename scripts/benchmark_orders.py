@@ -119,6 +119,7 @@ def main() -> None:
             for row in benchmark_drawing(img_size, *SETTINGS[img_size], args.num, args.repeats)
         ],
         "files": [] if args.no_files else benchmark_files(args.num, args.repeats),
+        "load_after": os.getloadavg()[0],
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }
     if args.output is not None:
