@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+# Runs main_lpd.py with the flags given, under torchrun with one process per GPU of this machine where there are several.
+# NPROC_PER_NODE overrides the number of processes. For several machines set NNODES, NODE_RANK and MASTER_ADDR (and
+# MASTER_PORT) on each.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source scripts/env.sh
+processes=${NPROC_PER_NODE:-$(python -c 'import torch; print(max(1, torch.cuda.device_count()))')}
+nodes=${NNODES:-1}
+if [[ $nodes == 1 && $processes == 1 ]]; then
+    exec python main_lpd.py "$@"
+elif [[ $nodes == 1 ]]; then
+    rendezvous=(--standalone)
+else
+    rendezvous=(--node_rank "${NODE_RANK:?}" --master_addr "${MASTER_ADDR:?}" --master_port "${MASTER_PORT:-29500}")
+fi
+exec torchrun --nnodes "$nodes" --nproc_per_node "$processes" "${rendezvous[@]}" main_lpd.py "$@"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -314,3 +316,16 @@ def test_training_recipes_are_the_published_runs(name: str) -> None:
 def test_recipes_cover_the_published_tables() -> None:
     assert EVAL_RECIPES.keys() == PUBLISHED_ROWS.keys()
     assert TRAIN_RECIPES.keys() == PUBLISHED_RUNS.keys()
+
+
+@pytest.mark.parametrize(
+    ("script", "named"),
+    [("eval/lpd_l_res256_steps20.sh", "checkpoints/lpd_l_256.pth"), ("train/lpd_l_256.sh", "cached/imagenet_256")],
+)
+def test_published_scripts_start_and_name_what_is_missing(script: str, named: str) -> None:
+    """Without weights or codes a published command ends at once with one sentence and status 2."""
+    command = ["bash", str(ROOT / "scripts" / script), "--device", "cpu"]
+    environment = os.environ | {"NPROC_PER_NODE": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert result.returncode == 2
+    assert named in result.stderr.splitlines()[-1]
