@@ -36,13 +36,15 @@ CORES = len(os.sched_getaffinity(0))
 
 
 def measure(row: dict[str, Any], run: Callable[[], object], repeats: int) -> dict[str, Any]:
-    """``row`` with the median, least and largest seconds of ``repeats`` runs; prints it."""
-    seconds = []
+    """``row`` with the median, least and largest seconds of ``repeats`` runs, and their CPU seconds; prints it."""
+    seconds, cpu_seconds = [], []
     for _ in range(repeats):
-        start = time.perf_counter()
+        start, cpu_start = time.perf_counter(), time.process_time()
         run()
         seconds.append(time.perf_counter() - start)
+        cpu_seconds.append(time.process_time() - cpu_start)
     row |= {"median_sec": statistics.median(seconds), "min_sec": min(seconds), "max_sec": max(seconds)}
+    row["cpu_sec"] = statistics.median(cpu_seconds)  # of all threads; less than threads × seconds if others compute too
     row["orders_per_sec"] = row["orders"] / row["median_sec"]
     print(", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items()))
     sys.stdout.flush()

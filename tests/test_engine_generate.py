@@ -208,3 +208,23 @@ def test_loss_of_a_copied_image_goes_down() -> None:
         losses.append(loss.item())
     assert losses[-1] < 0.8 * losses[0]
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.gpu
+def test_gpu_decodes_the_same_codes_as_the_cpu() -> None:
+    """The noise has the same bits on every device, so in float64 the codes agree."""
+    model = small_model()
+    orders = torch.rand(6, 16, generator=torch.Generator().manual_seed(0)).argsort(dim=1)
+    labels, seeds = torch.arange(6) % 5, torch.arange(6)
+    expected = generate(model, labels, orders, [1, 3, 5, 7], cfg=1.5, seeds=seeds)
+    tokens = generate(model.cuda(), labels, orders, [1, 3, 5, 7], cfg=1.5, seeds=seeds)
+    assert torch.equal(tokens.cpu(), expected)
+
+
+@pytest.mark.gpu
+def test_gpu_training_pass_equals_the_cpu() -> None:
+    model = small_model()
+    inputs = torch.randint(V, (2, 16)), torch.tensor([0, 3]), torch.arange(16).repeat(2, 1)
+    expected = model(*inputs, [1, 3, 5, 7])
+    logits = model.cuda()(*(tensor.cuda() for tensor in inputs), [1, 3, 5, 7])
+    torch.testing.assert_close(logits.cpu(), expected)
