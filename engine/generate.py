@@ -13,7 +13,6 @@ import torch
 
 from models.kv_cache import KVCache
 from models.lpd import LPD
-from models.mask import step_mask
 from models.sampling import CFG_SCHEDULES, exponential_noise, guidance_weights, guide, sample
 from util.errors import UserError
 
@@ -25,16 +24,14 @@ class Step:
     num_context: int
     start: int
     stop: int
-    mask: torch.Tensor
 
 
-def plan_steps(group_sizes: Sequence[int], device: torch.device) -> list[Step]:
+def plan_steps(group_sizes: Sequence[int]) -> list[Step]:
     """Everything about the steps that is known before the first one, from Python integers alone."""
     steps = []
-    num_cached, num_context, start = 0, 1, 0  # the first step's context is the class token
+    num_context, start = 1, 0  # the first step's context is the class token
     for size in group_sizes:
-        steps.append(Step(num_context, start, start + size, step_mask(num_cached, num_context, size, device)))
-        num_cached += num_context
+        steps.append(Step(num_context, start, start + size))
         num_context, start = size, start + size
     return steps
 
@@ -128,7 +125,7 @@ def generate(
     orders, seeds = orders.to(device, torch.int64), seeds.to(device, torch.int64)
 
     guided = cfg != 1.0
-    steps = plan_steps(group_sizes, device)
+    steps = plan_steps(group_sizes)
     weights_L = guidance_weights(cfg, cfg_schedule, L, device)
     orders_GL = orders.repeat(2, 1) if guided else orders
     context = model.embed_class(labels, B)
@@ -149,9 +146,7 @@ def generate(
     for step in steps:
         positions_GN = orders_GL[:, step.start : step.stop]
         rows = torch.cat([context, model.embed_queries(positions_GN)], dim=1)
-        rows = model.transform(rows, step.mask, cache)
-        cache.commit(step.num_context)
-        logits = model.predict(rows[:, step.num_context :])
+        logits = model.decode_step(rows, step.num_context, cache)
         logits = logits if logits.dtype == torch.float64 else logits.float()
         if guided:
             conditional, unconditional = logits.chunk(2)

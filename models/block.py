@@ -1,43 +1,39 @@
-"""Pre-norm transformer block with one attention forward for training and cached decoding.
+"""Pre-norm transformer block, one forward for training and cached decoding: who sees whom is the caller's.
 
 Shape legend: `B` batch, `N` rows, `H` heads, `K` head_dim, `D` width. Parameter names are those of the released files.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from models.kv_cache import KVCache
+# (query, key, value), each (B, H, N, K) → attended rows (B, H, M, K): those of all N rows, or of the last M only.
+Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with a fused qkv projection (output rows ordered q, k, v, each heads × head_dim).
+    """The projections around multi-head self-attention (fused qkv, output rows ordered q, k, v, each heads × K)."""
 
-    `attn_dropout` drops attention weights in training. The released models were trained with a fused kernel for which
-    that flag had no effect, hence the default of 0 everywhere.
-    """
-
-    def __init__(self, dim: int, num_heads: int, proj_dropout: float, attn_dropout: float) -> None:
+    def __init__(self, dim: int, num_heads: int, proj_dropout: float) -> None:
         super().__init__()
         self.num_heads = num_heads
-        self.attn_dropout = attn_dropout
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_dropout)
 
-    def forward(
-        self, x_BND: torch.Tensor, mask: torch.Tensor, cache: KVCache | None = None, layer: int = 0
-    ) -> torch.Tensor:
-        """`mask` is bool (N, rows attended to), True where attention is allowed; the cache's rows come first."""
-        B, N, D = x_BND.shape
-        query, key, value = self.qkv(x_BND).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # (B, H, N, K)
-        if cache is not None:
-            key, value = cache.update(layer, key, value)
-        dropout = self.attn_dropout if self.training else 0.0
-        out_BHNK = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, dropout_p=dropout)
-        return self.proj_drop(self.proj(out_BHNK.transpose(1, 2).reshape(B, N, D)))
+    def project_in(self, x_BND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query, key and value, each (B, H, N, K)."""
+        B, N, _ = x_BND.shape
+        query, key, value = self.qkv(x_BND).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        return query, key, value
+
+    def project_out(self, out_BHNK: torch.Tensor) -> torch.Tensor:
+        """Attended rows (B, N, D)."""
+        return self.proj_drop(self.proj(out_BHNK.transpose(1, 2).flatten(2)))
 
 
 class Mlp(nn.Module):
@@ -56,15 +52,21 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """x += attention(norm(x)); x += mlp(norm(x))."""
 
-    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, proj_dropout: float, attn_dropout: float) -> None:
+    def __init__(self, dim: int, num_heads: int, mlp_ratio: float, proj_dropout: float) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, num_heads, proj_dropout, attn_dropout)
+        self.attn = Attention(dim, num_heads, proj_dropout)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), proj_dropout)
 
-    def forward(
-        self, x_BND: torch.Tensor, mask: torch.Tensor, cache: KVCache | None = None, layer: int = 0
-    ) -> torch.Tensor:
-        x_BND = x_BND + self.attn(self.norm1(x_BND), mask, cache, layer)
-        return x_BND + self.mlp(self.norm2(x_BND))
+    def before_attention(self, x_BND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Query, key and value, each (B, H, N, K)."""
+        return self.attn.project_in(self.norm1(x_BND))
+
+    def after_attention(self, x_BND: torch.Tensor, out_BHMK: torch.Tensor) -> torch.Tensor:
+        """Rows (B, M, D) for the attended rows, the last M of the N in `x_BND`."""
+        x_BMD = x_BND[:, -out_BHMK.shape[2] :] + self.attn.project_out(out_BHMK)
+        return x_BMD + self.mlp(self.norm2(x_BMD))
+
+    def forward(self, x_BND: torch.Tensor, attend: Attend) -> torch.Tensor:
+        return self.after_attention(x_BND, attend(*self.before_attention(x_BND)))

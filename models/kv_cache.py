@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 
 class KVCache:
@@ -28,12 +29,27 @@ class KVCache:
         self.values = torch.empty_like(self.keys)
         self.length = 0
 
-    def update(self, layer: int, key: torch.Tensor, value: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Write a step's rows (batch, heads, N, head_dim) of one layer; returns all keys and values it may see."""
+    def attend(
+        self, layer: int, num_context: int, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """Attention of one layer of a step whose first `num_context` rows are context, the others queries.
+
+        Context rows see the kept rows and each other, queries see all (paper, section 3.3): two calls without a mask.
+        In the last layer, whose context rows nobody reads, only the queries are attended.
+
+        Args:
+            query, key, value: the step's rows (batch, heads, N, head_dim).
+        """
         stop = self.length + key.shape[2]
         self.keys[layer, :, :, self.length : stop] = key
         self.values[layer, :, :, self.length : stop] = value
-        return self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
+        keys, values = self.keys[layer, :, :, :stop], self.values[layer, :, :, :stop]
+        queries = F.scaled_dot_product_attention(query[:, :, num_context:], keys, values)
+        if layer == len(self.keys) - 1:
+            return queries
+        seen = self.length + num_context
+        context = F.scaled_dot_product_attention(query[:, :, :num_context], keys[:, :, :seen], values[:, :, :seen])
+        return torch.cat([context, queries], dim=2)
 
     def commit(self, num_context: int) -> None:
         """Keep the first `num_context` rows of the step that has just run through all layers."""

@@ -9,13 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from models.block import Block
+from models.block import Attend, Block
 from models.kv_cache import KVCache
 from models.mask import training_mask
 from util.errors import UserError
@@ -79,8 +80,7 @@ class LPD(nn.Module):
         self.pos_embed = nn.Parameter(torch.empty(1, config.num_tokens + 1, D))  # slot 0: class token
         self.z_proj_ln = nn.LayerNorm(D, eps=1e-6)
         self.blocks = nn.ModuleList(
-            Block(D, config.num_heads, config.mlp_ratio, config.proj_dropout, config.attn_dropout)
-            for _ in range(config.depth)
+            Block(D, config.num_heads, config.mlp_ratio, config.proj_dropout) for _ in range(config.depth)
         )
         self.norm = nn.LayerNorm(D, eps=1e-6)
         self.head = nn.Linear(D, config.vocab_size, bias=False)
@@ -110,14 +110,24 @@ class LPD(nn.Module):
         """Position queries (B, N, D) for raster indices `positions_BN`."""
         return self.z_proj_ln(self.mask_token + F.embedding(positions_BN + 1, self.pos_embed[0]))
 
-    def transform(self, rows_BND: torch.Tensor, mask: torch.Tensor, cache: KVCache | None = None) -> torch.Tensor:
-        """All blocks, without the final norm. `mask` as in :class:`models.block.Attention`."""
-        for layer, block in enumerate(self.blocks):
+    def transform(self, rows_BND: torch.Tensor, attend: Attend) -> torch.Tensor:
+        """All blocks of the training pass, without the final norm."""
+        for block in self.blocks:
             if self.config.grad_checkpointing and self.training:
-                rows_BND = checkpoint(block, rows_BND, mask, use_reentrant=False)
+                rows_BND = checkpoint(block, rows_BND, attend, use_reentrant=False)
             else:
-                rows_BND = block(rows_BND, mask, cache, layer)
+                rows_BND = block(rows_BND, attend)
         return rows_BND
+
+    def decode_step(self, rows_BND: torch.Tensor, num_context: int, cache: KVCache) -> torch.Tensor:
+        """One cached decoding step: rows of `num_context` new context tokens, then Q queries → logits (B, Q, V).
+
+        Keys and values of the context rows are kept in the cache, those of the queries are not.
+        """
+        for layer, block in enumerate(self.blocks):
+            rows_BND = block(rows_BND, partial(cache.attend, layer, num_context))
+        cache.commit(num_context)
+        return self.predict(rows_BND)
 
     def predict(self, queries_BND: torch.Tensor) -> torch.Tensor:
         """Logits (B, N, V) of transformed query rows."""
@@ -158,8 +168,13 @@ class LPD(nn.Module):
         known_BN = orders_BL[:, :num_known]
         context = self.embed_codes(tokens_BL.gather(1, known_BN), known_BN)
         rows = torch.cat([class_B1D, context, self.embed_queries(orders_BL)], dim=1)
-        rows = self.transform(rows, training_mask(group_sizes, device=rows.device))
-        return self.predict(rows[:, 1 + num_known :])
+        # Fused kernels of the released models' training ignored attention dropout, hence its default of 0.
+        attend = partial(
+            F.scaled_dot_product_attention,
+            attn_mask=training_mask(group_sizes, device=rows.device),
+            dropout_p=self.config.attn_dropout if self.training else 0.0,
+        )
+        return self.predict(self.transform(rows, attend)[:, 1 + num_known :])
 
     def check_inputs(self, orders_BL: torch.Tensor, group_sizes: Sequence[int]) -> None:
         """Raise UserError where shapes and schedule do not fit this model (no read-back of device values)."""

@@ -1,7 +1,4 @@
-"""Who may attend to whom: the query-attention mask of training and its slice for one cached decoding step.
-
-Shape legend: `L` tokens of an image, `R` rows of the training pass, `N` rows of a decoding step, `T` cached rows.
-"""
+"""Who may attend to whom in training. Shape legend: `L` tokens of an image, `R` rows of the training pass."""
 
 from __future__ import annotations
 
@@ -32,17 +29,3 @@ def training_mask(group_sizes: Sequence[int], device: torch.device | str = "cpu"
     sees_context = ~is_query[None, :] & (group[None, :] <= newest_visible_context[:, None])
     sees_query = is_query[None, :] & is_query[:, None] & (group[None, :] == group[:, None])
     return sees_context | sees_query
-
-
-def step_mask(num_cached: int, num_context: int, num_queries: int, device: torch.device | str = "cpu") -> torch.Tensor:
-    """Mask of one decoding step: its rows are `num_context` new context rows, then `num_queries` queries.
-
-    Everybody sees the cache and the new context; only queries see the queries.
-
-    Returns:
-        bool (N, T + N) with N = num_context + num_queries and T = num_cached.
-    """
-    num_rows = num_context + num_queries
-    mask = torch.ones(num_rows, num_cached + num_rows, dtype=torch.bool, device=device)
-    mask[:num_context, num_cached + num_context :] = False
-    return mask

@@ -13,8 +13,9 @@ from reference_weights import reference_state_dict
 
 from engine.generate import generate
 from models import MODEL_SIZES, build_model, model_config
+from models.kv_cache import KVCache
 from models.lpd import LPD, LPDConfig, resize_pos_embed
-from models.mask import step_mask, training_mask
+from models.mask import training_mask
 from util.errors import UserError
 
 DATA = Path(__file__).parent / "data"
@@ -110,17 +111,21 @@ def test_training_mask_is_the_visibility_table(group_sizes: list[int]) -> None:
 
 
 @pytest.mark.parametrize("group_sizes", [[1], [1, 3], [1, 2, 3, 4, 6], [3, 1, 2]])
-def test_step_masks_are_slices_of_the_training_mask(group_sizes: list[int]) -> None:
-    """Step s restricted to the rows it feeds must be what training taught the model."""
+def test_cached_attention_is_a_slice_of_the_training_mask(group_sizes: list[int]) -> None:
+    """Step s restricted to the rows it feeds must be what training taught the model; query keys must not survive."""
     table = brute_force_visibility(group_sizes)
-    num_context_rows = 1 + sum(group_sizes[:-1])
+    num_rows, num_context_rows = len(table), 1 + sum(group_sizes[:-1])
+    query, key, value = torch.randn(3, 2, 3, 4, num_rows, 5, dtype=torch.float64)  # (layers, B, H, rows, K)
+    expected = F.scaled_dot_product_attention(query, key, value, attn_mask=table)
+    cache = KVCache(2, 3, 4, 1 + sum(group_sizes), 5, torch.device("cpu"), torch.float64)
     cached, context, first_query = 0, 1, 0
     for size in group_sizes:
-        context_rows = torch.arange(cached, cached + context)
-        query_rows = num_context_rows + torch.arange(first_query, first_query + size)
-        rows = torch.cat([context_rows, query_rows])
-        columns = torch.cat([torch.arange(cached), rows])
-        assert torch.equal(step_mask(cached, context, size), table[rows][:, columns])
+        queries = num_context_rows + torch.arange(first_query, first_query + size)
+        rows = torch.cat([torch.arange(cached, cached + context), queries])
+        first, last = (cache.attend(i, context, *(x[i][:, :, rows] for x in (query, key, value))) for i in range(2))
+        cache.commit(context)
+        torch.testing.assert_close(first, expected[0][:, :, rows])
+        torch.testing.assert_close(last, expected[1][:, :, queries])  # nobody reads context rows of the last layer
         cached, context, first_query = cached + context, size, first_query + size
 
 
