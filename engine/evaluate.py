@@ -14,7 +14,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,9 +27,11 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from engine.decoder import Decoder, resolve_path
 from engine.eval_outputs import check_replaceable, describe_environment, draw_grid, grid_indices, write_adm_npz
 from engine.features import INCEPTION, SPATIAL_DIM, FeatureExtractor, load_feature_extractor
-from engine.generate import check_sampling, generate
+from engine.generate import Sampling
+from engine.latency import PUBLISHED_BATCH_SIZE, measure_latency, synchronize
 from engine.metrics import (
     NEIGHBOURS,
     FeatureStatistics,
@@ -47,7 +49,7 @@ from util.counter_rng import fold_in
 from util.dist import Dist
 from util.errors import UserError
 from util.files import sha256, write_json
-from util.images import save_png, to_uint8
+from util.images import save_png
 
 logger = logging.getLogger(__name__)
 
@@ -71,6 +73,8 @@ class EvalConfig:
     lpd_order_file: Path | None = None  # image i uses order i of it, whatever `order` says
     seed: int = 0
     bf16: bool = False
+    decode_path: str = "auto"  # see engine.decoder.Decoder
+    speed_runs: int = 0  # measured runs for latency (batch 1) and throughput (batch 64), after a fifth of warm-up
     feature_extractor: str | None = INCEPTION  # or a classifier file; None: images without scores
     inception_path: Path | None = None
     reference_statistics: Path | None = None  # None: no Fréchet distance
@@ -83,6 +87,8 @@ class EvalConfig:
         for name in ("num_images", "eval_bsz"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1.")
+        if self.speed_runs < 0:
+            raise UserError(f"--speed_runs is {self.speed_runs}; it must be at least 0 (not measured).")
         if self.order not in ORDER_KINDS:
             raise UserError(f"--order is {self.order!r}; choose one of {', '.join(ORDER_KINDS)}.")
         if not 0 <= self.seed < 2**63:
@@ -95,6 +101,10 @@ class EvalConfig:
             raise UserError(f"--adm_suite needs the feature extractor {INCEPTION} and --reference_statistics.")
         if self.adm_suite and self.num_images <= NEIGHBOURS:
             raise UserError(f"--adm_suite needs more images than --num_images {self.num_images}.")
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(self.cfg, self.cfg_schedule, self.temperature, self.top_k, self.top_p)
 
     def for_epoch(self, epoch: int) -> EvalConfig:
         """The same evaluation with results in a folder of this epoch's own."""
@@ -137,7 +147,8 @@ def prepare(config: EvalConfig, model: LPDConfig, dist: Dist, extractor: Feature
     """
     path = config.reference_statistics
     reference = None if path is None else load_reference_statistics(path)
-    check_sampling(config.cfg, config.cfg_schedule, config.temperature, config.top_k, config.top_p, model.vocab_size)
+    config.sampling.check(model.vocab_size)
+    resolve_path(config.decode_path, dist.device, torch.float32, config.bf16)
     grid = (model.grid_size, model.grid_size)
     repulsion = config.repulsion_threshold
     repulsion = default_repulsion(grid) if repulsion is None else repulsion
@@ -179,7 +190,6 @@ def evaluate(
     *,
     record: Mapping[str, Any] | None = None,
     inputs: EvalInputs | None = None,
-    generate_tokens: Callable[..., Tensor] = generate,
 ) -> dict[str, Any]:
     """Generate ``config.num_images`` images, score them, and write everything to ``config.output_dir``.
 
@@ -191,7 +201,6 @@ def evaluate(
         model, tokenizer: on ``dist.device``. The model is evaluated as it is and left in the mode it came in.
         record: plain data to keep with the results: recipe, checkpoint, its hash, expected figures.
         inputs: of :func:`prepare`, for a check long before or for several evaluations one after the other.
-        generate_tokens: a decode loop with the signature of :func:`engine.generate.generate`.
 
     Returns:
         The content of ``results.json``, on every process: ``frechet_distance`` (and ``fid``, the same number, where the
@@ -199,14 +208,15 @@ def evaluate(
         the class asked for, where its classes are the model's), ``sfid``, ``precision`` and ``recall`` (with
         ``adm_suite``), ``sec_per_image`` (generating and decoding one image of a batch of ``eval_bsz`` in one process,
         device synchronised, without each process's first batch; None where there is no second), ``images_per_sec`` (all
-        processes, scoring included), settings, files with hashes, and versions. A score that can't be computed (too few
+        processes, scoring included), ``latency_s`` and ``throughput_images_per_sec`` (one process, batch 1 and 64, with
+        ``speed_runs``), settings, files with hashes, and versions. A score that can't be computed (too few
         images, no reference) is left out.
 
     Raises:
         UserError: for settings or files that don't fit, before anything is generated.
     """
     inputs = inputs or prepare(config, model.config, dist)
-    evaluation = _Evaluation(model, tokenizer, config, dist, inputs, generate_tokens)
+    evaluation = _Evaluation(model, tokenizer, config, dist, inputs)
     training = model.training
     model.eval()
     try:
@@ -226,11 +236,9 @@ class _Evaluation:
         config: EvalConfig,
         dist: Dist,
         inputs: EvalInputs,
-        generate_tokens: Callable[..., Tensor],
     ) -> None:
         self.model, self.tokenizer, self.config, self.dist = model, tokenizer, config, dist
         self.reference, self.orders, self.extractor = inputs.reference, inputs.orders, inputs.extractor
-        self.generate_tokens = generate_tokens
         self.images_dir = config.output_dir / "images"
         self.labels = image_labels(config.num_images, model.config.class_num)
         self.grid_indices = grid_indices(self.labels.numpy())
@@ -241,7 +249,7 @@ class _Evaluation:
     def _fingerprint(self) -> str:
         """What the images and features depend on: only an evaluation with the same one is continued."""
         settings = self.config.settings()
-        for name in ("output_dir", "eval_bsz", "reference_statistics", "inception_path"):
+        for name in ("output_dir", "eval_bsz", "reference_statistics", "inception_path", "speed_runs"):
             del settings[name]
         settings["lpd_order_file"] = self.config.lpd_order_file and sha256(self.config.lpd_order_file)
         settings["feature_extractor"] = self.extractor and self.extractor.weights_hash
@@ -259,6 +267,7 @@ class _Evaluation:
         missing = np.setdiff1d(np.arange(config.num_images), done)
         batches = [missing[start : start + config.eval_bsz] for start in range(0, len(missing), config.eval_bsz)]
         mine = batches[dist.rank :: dist.world_size]
+        decoder = self._decoder(len(mine[0])) if mine else None
         orders = self._draw_orders(np.concatenate([*mine, missing[:0]]))
         with (
             ThreadPoolExecutor() as pool,
@@ -269,7 +278,8 @@ class _Evaluation:
             writing: list[Future[None]] = []
             first = 0
             for turn, indices in enumerate(mine):
-                images, seconds = self._generate(indices, orders[first : first + len(indices)])
+                assert decoder is not None
+                images, seconds = self._generate(decoder, indices, orders[first : first + len(indices)])
                 first += len(indices)
                 features, logits, spatial = self._extract(images)
                 if config.save_images or config.save_npz:
@@ -314,31 +324,32 @@ class _Evaluation:
             indices=indices.tolist(),
         )
 
-    @torch.no_grad()
-    def _generate(self, indices: NDArray[np.int64], orders: NDArray[np.integer]) -> tuple[Tensor, float]:
+    def _decoder(self, batch_size: int) -> Decoder:
+        config = self.config
+        return Decoder(
+            self.model,
+            config.group_sizes,
+            config.sampling,
+            batch_size,
+            tokenizer=self.tokenizer,
+            path=config.decode_path,
+            bf16=config.bf16,
+        )
+
+    def _generate(
+        self, decoder: Decoder, indices: NDArray[np.int64], orders: NDArray[np.integer]
+    ) -> tuple[Tensor, float]:
         """Images uint8 (B, H, W, 3) on the device, and the seconds that generating and decoding took."""
-        config, device = self.config, self.dist.device
-        rows = torch.from_numpy(indices)
-        labels, seeds = self.labels[rows].to(device), image_seeds(config.seed, rows).to(device)
-        orders_BL = torch.from_numpy(orders.astype(np.int64)).to(device)
-        _synchronize(device)
+        # A decoder runs at one batch size: the last batch is filled up with copies of its last image.
+        filled = np.minimum(np.arange(decoder.batch_size), len(indices) - 1)
+        rows = torch.from_numpy(indices[filled])
+        orders_BL = torch.from_numpy(orders[filled].astype(np.int64))
+        synchronize(self.dist.device)
         start = time.perf_counter()
-        with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-            tokens = self.generate_tokens(
-                self.model,
-                labels,
-                orders_BL,
-                config.group_sizes,
-                cfg=config.cfg,
-                cfg_schedule=config.cfg_schedule,
-                temperature=config.temperature,
-                top_k=config.top_k,
-                top_p=config.top_p,
-                seeds=seeds,
-            )
-            images = to_uint8(self.tokenizer.decode(tokens))
-        _synchronize(device)
-        return images, time.perf_counter() - start
+        images = decoder(self.labels[rows], orders_BL, image_seeds(self.config.seed, rows)).images
+        synchronize(self.dist.device)
+        assert images is not None
+        return images[: len(indices)], time.perf_counter() - start
 
     def _extract(self, images: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Features, logits and spatial features of images uint8 (B, H, W, 3); what is not asked for has no columns."""
@@ -368,6 +379,7 @@ class _Evaluation:
         results |= {
             "sec_per_image": timed_sec / timed_images if timed_images else None,
             "images_per_sec": self.made / self.wall_sec if self.made else None,
+            **self.dist.broadcast(self._speed() if dist.is_main else {}),
             "settings": config.settings(),
             "model": asdict(self.model.config),
             "extractor": self.extractor and {"name": self.extractor.name, "sha256": self.extractor.weights_hash},
@@ -380,6 +392,17 @@ class _Evaluation:
             self._write_outputs(results, files)
         dist.barrier()
         return results
+
+    def _speed(self) -> dict[str, Any]:
+        """Latency of one image and throughput at batch 64, with pixels; nothing where it is not asked for."""
+        runs = self.config.speed_runs
+        if runs == 0:
+            return {}
+        single, batch = (
+            measure_latency(self._decoder(size), runs // 5, runs, progress=f"timing batches of {size}")
+            for size in (1, PUBLISHED_BATCH_SIZE)
+        )
+        return {"latency_s": single.median_s, "throughput_images_per_sec": batch.images_per_sec}
 
     def _scores(self, files: list[Path], extractor: FeatureExtractor) -> dict[str, Any]:
         statistics = self._statistics(files, "features", extractor.feature_dim)
@@ -427,8 +450,3 @@ class _Evaluation:
         logger.info("%s: %s", folder / "results.json", ", ".join(f"{k} {v:.5g}" for k, v in figures.items()))
         if self.reference is not None:
             logger.info("scored against %s (SHA-256 %s…)", self.reference.path, self.reference.sha256[:12])
-
-
-def _synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

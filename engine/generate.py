@@ -6,7 +6,7 @@ Shape legend: `B` images, `L` tokens of an image, `N` rows or tokens of a step, 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,53 +18,124 @@ from util.errors import UserError
 
 
 @dataclass(frozen=True)
-class Step:
-    """One decoding step: it brings `num_context` known rows and predicts the tokens `start:stop` of the order."""
+class Sampling:
+    """How codes are drawn from logits; `temperature`, `top_k`, `top_p` apply in this order (0 and 1 switch off)."""
 
-    num_context: int
-    start: int
-    stop: int
+    cfg: float = 1.0
+    cfg_schedule: str = "linear"
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+
+    @property
+    def guided(self) -> bool:
+        """Whether the batch is doubled, second half without class."""
+        return self.cfg != 1.0
+
+    def check(self, vocab_size: int) -> None:
+        """Raise UserError for a setting that makes no sense."""
+        if not 1.0 <= self.cfg < math.inf:
+            raise UserError(f"cfg is {self.cfg}; it must be at least 1 (1 means no guidance).")
+        if self.cfg_schedule not in CFG_SCHEDULES:
+            raise UserError(f"cfg_schedule is {self.cfg_schedule!r}; choose one of {', '.join(CFG_SCHEDULES)}.")
+        if not 0.0 < self.temperature < math.inf:
+            raise UserError(
+                f"temperature is {self.temperature}; it must be positive (for greedy decoding use top_k = 1)."
+            )
+        if not 0 <= self.top_k <= vocab_size:
+            raise UserError(f"top_k is {self.top_k}; it must be 0 (off) to {vocab_size}, the number of codes.")
+        if not 0.0 < self.top_p <= 1.0:
+            raise UserError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (off).")
 
 
-def plan_steps(group_sizes: Sequence[int]) -> list[Step]:
-    """Everything about the steps that is known before the first one, from Python integers alone."""
-    steps = []
-    num_context, start = 1, 0  # the first step's context is the class token
-    for size in group_sizes:
-        steps.append(Step(num_context, start, start + size))
-        num_context, start = size, start + size
-    return steps
-
-
-def check_sampling(
-    cfg: float, cfg_schedule: str, temperature: float, top_k: int, top_p: float, vocab_size: int
+def check_batch(
+    model: LPD, labels: torch.Tensor | None, orders: torch.Tensor, seeds: torch.Tensor, guided: bool
 ) -> None:
-    """Raise UserError for a sampling setting that makes no sense."""
-    if not 1.0 <= cfg < math.inf:
-        raise UserError(f"cfg is {cfg}; it must be at least 1 (1 means no guidance).")
-    if cfg_schedule not in CFG_SCHEDULES:
-        raise UserError(f"cfg_schedule is {cfg_schedule!r}; choose one of {', '.join(CFG_SCHEDULES)}.")
-    if not 0.0 < temperature < math.inf:
-        raise UserError(f"temperature is {temperature}; it must be positive (for greedy decoding use top_k = 1).")
-    if not 0 <= top_k <= vocab_size:
-        raise UserError(f"top_k is {top_k}; it must be 0 (off) to {vocab_size}, the number of codes.")
-    if not 0.0 < top_p <= 1.0:
-        raise UserError(f"top_p is {top_p}; it must be above 0 and at most 1 (off).")
-
-
-def check_labels(labels_B: torch.Tensor, class_num: int) -> None:
-    """Raise UserError where a label is no class of the model."""
-    wrong = labels_B[(labels_B < 0) | (labels_B >= class_num)]
-    if wrong.numel():
-        raise UserError(f"label {int(wrong[0])} is out of range; the model has classes 0 to {class_num - 1}.")
-
-
-def check_orders(orders_BL: torch.Tensor) -> None:
-    """Raise UserError where a row is no permutation of the raster indices."""
-    L = orders_BL.shape[1]
-    wrong = (orders_BL.sort(dim=1).values != torch.arange(L, device=orders_BL.device)).any(dim=1).nonzero()
+    """Raise UserError where a batch does not fit the model. Values are looked at, so tensors should be on the host."""
+    B, L = len(orders), model.config.num_tokens
+    if orders.shape != (B, L):
+        raise UserError(f"orders have shape {tuple(orders.shape)}; they must be (batch, {L}).")
+    wrong = (orders.sort(dim=1).values != torch.arange(L, device=orders.device)).any(dim=1).nonzero()
     if wrong.numel():
         raise UserError(f"row {int(wrong[0])} of the orders is no permutation of 0 to {L - 1}.")
+    if labels is None and guided:
+        raise UserError("cfg is not 1 but there are no labels to guide towards; decode without labels at cfg 1.")
+    if labels is not None:
+        if labels.shape != (B,):
+            raise UserError(
+                f"labels have shape {tuple(labels.shape)}, orders {tuple(orders.shape)}; give one per order."
+            )
+        classes = model.config.class_num
+        wrong = labels[(labels < 0) | (labels >= classes)]
+        if wrong.numel():
+            raise UserError(f"label {int(wrong[0])} is out of range; the model has classes 0 to {classes - 1}.")
+    if seeds.shape != (B,):
+        raise UserError(f"seeds have shape {tuple(seeds.shape)}; there are {B} orders, so give ({B},).")
+
+
+def draw_codes(
+    logits_GNV: torch.Tensor,
+    weights_N: torch.Tensor,
+    seeds_B: torch.Tensor,
+    positions_BN: torch.Tensor,
+    sampling: Sampling,
+) -> torch.Tensor:
+    """Codes (B, N) int64 of one step: guidance, then the draw, in float32 (float64 logits stay so)."""
+    logits = logits_GNV if logits_GNV.dtype == torch.float64 else logits_GNV.float()
+    if sampling.guided:
+        conditional, unconditional = logits.chunk(2)
+        logits = guide(conditional, unconditional, weights_N)
+    noise = exponential_noise(seeds_B, positions_BN, logits.shape[-1])
+    return sample(logits, noise, sampling.temperature, sampling.top_k, sampling.top_p)
+
+
+def make_cache(model: LPD, rows: int) -> KVCache:
+    """Cache for `rows` sequences (twice the batch with guidance), in the dtype that attention will run in."""
+    config, weight = model.config, model.pos_embed
+    kind = weight.device.type
+    return KVCache(
+        config.depth,
+        rows,
+        config.num_heads,
+        capacity=1 + config.num_tokens,
+        head_dim=config.embed_dim // config.num_heads,
+        device=weight.device,
+        dtype=torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype,
+    )
+
+
+def decode(
+    model: LPD,
+    labels_B: torch.Tensor | None,
+    orders_BL: torch.Tensor,
+    seeds_B: torch.Tensor,
+    group_sizes: Sequence[int],
+    sampling: Sampling,
+    cache: KVCache,
+    draw: Callable[..., torch.Tensor] = draw_codes,
+) -> torch.Tensor:
+    """The decoding loop: codes (B, L) int64 in raster order.
+
+    All tensors are int64 and on the model's device, and right (:func:`check_batch`). Every shape follows from the group
+    sizes, and nothing is read back from the device.
+    """
+    B, L = orders_BL.shape
+    weights_L = guidance_weights(sampling.cfg, sampling.cfg_schedule, L, orders_BL.device)
+    orders_GL = orders_BL.repeat(2, 1) if sampling.guided else orders_BL
+    context = model.embed_class(labels_B, B)
+    if sampling.guided:
+        context = torch.cat([context, model.embed_class(None, B)])
+    tokens_BL = torch.empty_like(orders_BL)
+    cache.length, start = 0, 0
+    for size in group_sizes:
+        positions_GN = orders_GL[:, start : start + size]
+        rows = torch.cat([context, model.embed_queries(positions_GN)], dim=1)
+        logits = model.decode_step(rows, context.shape[1], cache)
+        codes = draw(logits, weights_L[start : start + size], seeds_B, positions_GN[:B], sampling)
+        tokens_BL.scatter_(1, positions_GN[:B], codes)
+        context = model.embed_codes(codes.repeat(2, 1) if sampling.guided else codes, positions_GN)
+        start += size
+    return tokens_BL
 
 
 @torch.inference_mode()
@@ -82,8 +153,8 @@ def generate(
 ) -> torch.Tensor:
     """Generate the codes of B images, `group_sizes[s]` of each at step s.
 
-    A step feeds the codes of the group before (the class token at the first step) and the queries of its own group.
-    Nothing inside the loop reads a value back from the device.
+    A step feeds the codes of the group before (the class token at the first step) and the queries of its own group. To
+    run the same schedule many times, :class:`engine.decoder.Decoder` is faster.
 
     Args:
         model: in eval mode; it decides device and dtype (autocast is honoured).
@@ -102,58 +173,16 @@ def generate(
     Raises:
         UserError: for settings, labels or shapes that do not fit the model.
     """
-    config, device = model.config, model.pos_embed.device
-    check_sampling(cfg, cfg_schedule, temperature, top_k, top_p, config.vocab_size)
+    device = model.pos_embed.device
+    sampling = Sampling(cfg, cfg_schedule, temperature, top_k, top_p)
+    sampling.check(model.config.vocab_size)
     model.check_inputs(orders, group_sizes)
-    check_orders(orders)
-    B, L = orders.shape
     if model.training:
         raise UserError("the model is in training mode; call model.eval() before generating.")
-    if labels is None and cfg != 1.0:
-        raise UserError(f"cfg is {cfg} but there are no labels to guide towards; decode without labels at cfg 1.")
-    if labels is not None:
-        if labels.shape != (B,):
-            raise UserError(
-                f"labels have shape {tuple(labels.shape)}, orders {tuple(orders.shape)}; give one per order."
-            )
-        check_labels(labels, config.class_num)
-        labels = labels.to(device, torch.int64)
     if seeds is None:
-        seeds = torch.randint(2**62, (B,))
-    elif seeds.shape != (B,):
-        raise UserError(f"seeds have shape {tuple(seeds.shape)}; there are {B} orders, so give ({B},).")
+        seeds = torch.randint(2**62, (len(orders),))
+    check_batch(model, labels, orders, seeds, sampling.guided)
+    labels = None if labels is None else labels.to(device, torch.int64)
     orders, seeds = orders.to(device, torch.int64), seeds.to(device, torch.int64)
-
-    guided = cfg != 1.0
-    steps = plan_steps(group_sizes)
-    weights_L = guidance_weights(cfg, cfg_schedule, L, device)
-    orders_GL = orders.repeat(2, 1) if guided else orders
-    context = model.embed_class(labels, B)
-    if guided:
-        context = torch.cat([context, model.embed_class(None, B)])
-    cache = KVCache(
-        config.depth,
-        len(orders_GL),
-        config.num_heads,
-        capacity=1 + L,
-        head_dim=config.embed_dim // config.num_heads,
-        device=device,
-        dtype=torch.get_autocast_dtype(device.type)
-        if torch.is_autocast_enabled(device.type)
-        else model.pos_embed.dtype,
-    )
-    tokens = torch.empty_like(orders)
-    for step in steps:
-        positions_GN = orders_GL[:, step.start : step.stop]
-        rows = torch.cat([context, model.embed_queries(positions_GN)], dim=1)
-        logits = model.decode_step(rows, step.num_context, cache)
-        logits = logits if logits.dtype == torch.float64 else logits.float()
-        if guided:
-            conditional, unconditional = logits.chunk(2)
-            logits = guide(conditional, unconditional, weights_L[step.start : step.stop])
-        positions_BN = positions_GN[:B]
-        noise = exponential_noise(seeds, positions_BN, config.vocab_size)
-        codes = sample(logits, noise, temperature, top_k, top_p)
-        tokens.scatter_(1, positions_BN, codes)
-        context = model.embed_codes(codes.repeat(2, 1) if guided else codes, positions_GN)
-    return tokens
+    cache = make_cache(model, len(orders) * (2 if sampling.guided else 1))
+    return decode(model, labels, orders, seeds, group_sizes, sampling, cache)

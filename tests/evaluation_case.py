@@ -5,10 +5,12 @@ python tests/evaluation_case.py OUTPUT_DIR EVAL_BSZ [BATCHES_BEFORE_KILL]
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
-from collections.abc import Callable
+import unittest.mock
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +20,9 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine import partial_results
+from engine.decoder import Decoded, Decoder
 from engine.evaluate import EvalConfig, evaluate, prepare
 from engine.features import FeatureExtractor
-from engine.generate import generate
 from engine.metrics import FeatureStatistics, save_reference_statistics
 from models.lpd import LPD, LPDConfig
 from tokenizers import VQConfig, VQModel
@@ -28,6 +30,7 @@ from util.dist import Dist, distributed
 
 NUM_IMAGES, CLASSES, SIZE, DIM = 23, 5, 16, 6
 GROUP_SIZES = (1, 3, 5, 7)
+Batch = tuple[torch.Tensor, ...]
 ALONE = Dist(0, 1, torch.device("cpu"))
 
 
@@ -48,7 +51,7 @@ def toy_extractor() -> FeatureExtractor:
         return tuple((images.flatten(1).double() / 255 @ weights).split([DIM, CLASSES], dim=1))
 
     names = tuple("abcde")
-    return FeatureExtractor("toy", DIM, CLASSES, names, "00" * 32, torch.device("cpu"), forward)
+    return FeatureExtractor("toy", DIM, names, "00" * 32, torch.device("cpu"), forward)
 
 
 def write_reference(path: Path) -> Path:
@@ -62,7 +65,7 @@ def run(
     output_dir: Path,
     eval_bsz: int = 4,
     dist: Dist = ALONE,
-    generate_tokens: Callable[..., torch.Tensor] = generate,
+    before_batch: Callable[[Batch], None] = lambda batch: None,
     extractor: FeatureExtractor | None = None,
     **fields: Any,
 ) -> dict[str, Any]:
@@ -79,7 +82,21 @@ def run(
         extractor = extractor or toy_extractor()
     config = EvalConfig(**values)
     inputs = prepare(config, model.config, dist, extractor)
-    return evaluate(model, tokenizer, config, dist, inputs=inputs, generate_tokens=generate_tokens)
+    with hooked(before_batch):
+        return evaluate(model, tokenizer, config, dist, inputs=inputs)
+
+
+@contextlib.contextmanager
+def hooked(before_batch: Callable[[Batch], None]) -> Iterator[None]:
+    """Call `before_batch` with (labels, orders, seeds) of every batch before it is generated."""
+    original = Decoder.__call__
+
+    def call(decoder: Decoder, *batch: torch.Tensor) -> Decoded:
+        before_batch(batch)
+        return original(decoder, *batch)
+
+    with unittest.mock.patch.object(Decoder, "__call__", call):
+        yield
 
 
 def main() -> None:
@@ -87,15 +104,14 @@ def main() -> None:
     partial_results.SAVE_INTERVAL_S = 0
     calls = 0
 
-    def generate_or_die(*args: Any, **kwargs: Any) -> torch.Tensor:
+    def die_in_time(batch: Batch) -> None:
         nonlocal calls
         calls += 1
         if kill_after and calls > int(kill_after[0]):
             os.kill(os.getpid(), signal.SIGKILL)
-        return generate(*args, **kwargs)
 
     with distributed("cpu") as dist:
-        run(Path(output_dir), int(eval_bsz), dist, generate_or_die)
+        run(Path(output_dir), int(eval_bsz), dist, die_in_time)
 
 
 if __name__ == "__main__":

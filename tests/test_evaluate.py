@@ -22,6 +22,8 @@ from evaluation_case import (
     GROUP_SIZES,
     NUM_IMAGES,
     SIZE,
+    Batch,
+    hooked,
     networks,
     run,
     toy_extractor,
@@ -32,11 +34,11 @@ from PIL import Image
 from engine import evaluate as evaluate_module
 from engine import metrics, partial_results
 from engine.evaluate import EvalConfig, evaluate, image_labels, image_seeds, prepare
-from engine.generate import generate
-from engine.metrics import FeatureStatistics, find_images, load_batches, load_reference_statistics, score
+from engine.metrics import FeatureStatistics, load_batches, load_reference_statistics, score
 from orders import generate_orders, save_orders
 from util.errors import UserError
 from util.files import sha256
+from util.image_data import ImageFolder
 
 SCORES = ("frechet_distance", "inception_score", "inception_score_std", "class_accuracy")
 CASE = Path(__file__).with_name("evaluation_case.py")
@@ -83,16 +85,15 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def stopping_after(batches: int) -> Callable[..., torch.Tensor]:
-    """A decode loop that fails after so many calls."""
+def stopping_after(batches: int) -> Callable[[Batch], None]:
+    """Fails before a batch after so many others."""
     calls = iter(range(batches))
 
-    def generate_or_stop(*args: Any, **kwargs: Any) -> torch.Tensor:
+    def stop(batch: Batch) -> None:
         if next(calls, None) is None:
             raise RuntimeError("stopped")
-        return generate(*args, **kwargs)
 
-    return generate_or_stop
+    return stop
 
 
 def test_batch_size_changes_nothing(output_dir: Path, whole: tuple[Path, dict[str, Any]]) -> None:
@@ -106,7 +107,7 @@ def test_two_processes_make_the_images_and_scores_of_one(
     """They also take over what one process left unfinished."""
     monkeypatch.setattr(partial_results, "SAVE_INTERVAL_S", 0)
     with pytest.raises(RuntimeError, match="stopped"):
-        run(output_dir, eval_bsz=2, generate_tokens=stopping_after(1))
+        run(output_dir, eval_bsz=2, before_batch=stopping_after(1))
     port = free_port()
     processes = [start_case(output_dir, 3, rank=rank, world_size=2, port=port) for rank in range(2)]
     assert [process.wait(timeout=120) for process in processes] == [0, 0]
@@ -121,11 +122,7 @@ def test_killed_run_goes_on_and_ends_the_same(output_dir: Path, whole: tuple[Pat
     assert not (output_dir / "results.json").exists()
     made: list[int] = []
 
-    def counting(model: Any, labels: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        made.append(len(labels))
-        return generate(model, labels, *args, **kwargs)
-
-    results = run(output_dir, eval_bsz=5, generate_tokens=counting)
+    results = run(output_dir, eval_bsz=5, before_batch=lambda batch: made.append(len(batch[0])))
     assert made == [5, 5, 5], "two batches of four were finished before the kill"
     assert_same(output_dir, results, whole)
 
@@ -135,7 +132,7 @@ def test_other_settings_or_weights_do_not_go_on(output_dir: Path, monkeypatch: p
     monkeypatch.setattr(partial_results, "SAVE_INTERVAL_S", 0)
     for fields in ({}, {"seed": 4}, {"cfg": 3.0}, {"order": "raster"}):
         with pytest.raises(RuntimeError, match="stopped"):
-            run(output_dir, generate_tokens=stopping_after(2), **fields)
+            run(output_dir, before_batch=stopping_after(2), **fields)
     folders = sorted(output_dir.glob("partial-*"))
     assert len(folders) == 4
     model, tokenizer = networks()
@@ -143,8 +140,8 @@ def test_other_settings_or_weights_do_not_go_on(output_dir: Path, monkeypatch: p
         model.head.weight[0, 0] += 1e-3
     config = EvalConfig(output_dir, GROUP_SIZES, NUM_IMAGES, 4, cfg=2.0, seed=3, save_images=True)
     inputs = prepare(config, model.config, ALONE, toy_extractor())
-    with pytest.raises(RuntimeError, match="stopped"):
-        evaluate(model, tokenizer, config, ALONE, inputs=inputs, generate_tokens=stopping_after(2))
+    with pytest.raises(RuntimeError, match="stopped"), hooked(stopping_after(2)):
+        evaluate(model, tokenizer, config, ALONE, inputs=inputs)
     assert len(list(output_dir.glob("partial-*"))) == 5
 
 
@@ -153,7 +150,7 @@ def test_scores_equal_those_of_the_png_folder(whole: tuple[Path, dict[str, Any]]
     folder, results = whole
     extractor, reference = toy_extractor(), load_reference_statistics(folder.parent / "reference.npz")
     statistics, all_logits = FeatureStatistics(extractor.feature_dim), []
-    for images in load_batches(find_images(folder / "images"), SIZE, batch_size=5):
+    for images in load_batches(ImageFolder(folder / "images", SIZE, labelled=False), batch_size=5):
         features, logits = extractor(images)
         statistics.update(features)
         all_logits.append(logits)
@@ -198,13 +195,14 @@ def test_every_image_gets_its_own_class_order_and_seed(output_dir: Path) -> None
     """What the decode loop is asked for, against the rule: image i has class i·C // N, order i, seed (seed, i)."""
     asked: dict[str, list] = {"labels": [], "orders": [], "seeds": []}
 
-    def recording(model: Any, labels: torch.Tensor, orders: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
-        asked["labels"] += labels.tolist()
-        asked["orders"] += orders.tolist()
-        asked["seeds"] += kwargs["seeds"].tolist()
-        return generate(model, labels, orders, *args, **kwargs)
+    def record(batch: Batch) -> None:
+        for name, values in zip(asked, batch, strict=True):
+            asked[name] += values.tolist()
 
-    run(output_dir, generate_tokens=recording)
+    run(output_dir, before_batch=record)
+    assert {len(values) for values in asked.values()} == {NUM_IMAGES + 1}, "the last batch is filled up by a copy"
+    for values in asked.values():
+        assert values.pop() == values[-1]
     assert asked["labels"] == [i * CLASSES // NUM_IMAGES for i in range(NUM_IMAGES)]
     assert asked["orders"] == generate_orders("lpd", NUM_IMAGES, GROUP_SIZES, SIZE // 4, seed=3).tolist()
     assert asked["seeds"] == image_seeds(3, torch.arange(NUM_IMAGES)).tolist()
@@ -214,8 +212,8 @@ def test_every_image_gets_its_own_class_order_and_seed(output_dir: Path) -> None
     file_orders = generate_orders("random", NUM_IMAGES + 5, GROUP_SIZES, SIZE // 4, seed=8)
     save_orders(output_dir.parent / "orders.json", file_orders)
     asked["orders"].clear()
-    results = run(output_dir, generate_tokens=recording, lpd_order_file=output_dir.parent / "orders.json")
-    assert asked["orders"] == file_orders[:NUM_IMAGES].tolist()
+    results = run(output_dir, before_batch=record, lpd_order_file=output_dir.parent / "orders.json")
+    assert asked["orders"][:NUM_IMAGES] == file_orders[:NUM_IMAGES].tolist()
     assert results["order_file_sha256"] == sha256(output_dir.parent / "orders.json")
     assert len((output_dir / "results.jsonl").read_text().splitlines()) == 2
 
@@ -299,11 +297,11 @@ def test_a_folder_with_other_files_is_not_replaced(output_dir: Path) -> None:
 def test_mistakes_are_found_before_anything_is_generated(
     output_dir: Path, fields: dict[str, Any], message: str
 ) -> None:
-    def never(*args: Any, **kwargs: Any) -> torch.Tensor:
+    def never(batch: Batch) -> None:
         raise AssertionError("generation started")
 
     with pytest.raises(UserError, match=message):
-        run(output_dir, generate_tokens=never, **fields)
+        run(output_dir, before_batch=never, **fields)
     assert not output_dir.exists()
 
 

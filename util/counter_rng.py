@@ -29,6 +29,11 @@ def _mix32(x: torch.Tensor) -> torch.Tensor:
     return x ^ _shift_right(x, 16)
 
 
+def _low_word(x: torch.Tensor) -> torch.Tensor:
+    """Lower 32 bits of an int64 tensor as int32, without a conversion that overflows."""
+    return (((x & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000).to(torch.int32)
+
+
 def fold_in(key: torch.Tensor, data: torch.Tensor | int) -> torch.Tensor:
     """New int64 keys from keys and integers, elementwise with broadcasting; different data give unrelated keys."""
     golden = -0x61C8864680B583EB  # 0x9e3779b97f4a7c15, the SplitMix64 increment
@@ -41,6 +46,6 @@ def random_bits(keys: torch.Tensor, count: int) -> torch.Tensor:
 
     Two rounds of a 32-bit hash, one keyed with the lower, one with the upper half of the 64-bit key.
     """
-    low, high = keys.contiguous().view(torch.int32).unflatten(-1, (-1, 1, 2)).unbind(-1)
+    low, high = (_low_word(half)[..., None] for half in (keys, _shift_right(keys, 32)))
     counters = torch.arange(count, device=keys.device, dtype=torch.int32)
     return _mix32(_mix32(counters ^ low) + high) & 0x7FFFFFFF
