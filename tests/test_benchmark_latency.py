@@ -1,0 +1,81 @@
+"""The latency benchmark runs on a CPU, for every path there, and says what it counted."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from models import model_config
+from scripts import benchmark_latency
+from tokenizers import VQConfig, VQModel, save_tokenizer
+from util.errors import UserError
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr(sys, "argv", ["benchmark_latency", "--device", "cpu", *map(str, arguments)])
+    benchmark_latency.main()
+
+
+def test_all_cases_are_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(benchmark_latency, "measure_limits", lambda *_: {"bytes_per_sec": 1e10, "flops_per_sec": 1e11})
+    tokenizer, output = tmp_path / "tokenizer.pt", tmp_path / "latency.json"
+    save_tokenizer(VQModel(VQConfig(8, (1, 1, 1, 1, 1), res_blocks=1, z_channels=8, code_dim=4)), tokenizer)
+    model = ("--model", "lpd_debug", "--img_size", 64, "--generation_steps", 5, "--vqgan_path", tokenizer)
+    run(
+        monkeypatch,
+        *size,
+        "--runs",
+        2,
+        "--batch_sizes",
+        1,
+        3,
+        "--one_by_one",
+        "--profile",
+        tmp_path,
+        "--output",
+        output,
+    )
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert printed == json.loads(output.read_text())
+    results = printed["results"]
+    found = {(r["steps"], r["batch_size"], r["path"], r["pixels"]) for r in results}
+    kinds = [(5, 1), (5, 3), (16, 1)]
+    assert found == {
+        (*kind, path, pixels) for kind in kinds for path in ("plain", "packed") for pixels in (False, True)
+    }
+    assert len(results) == len(found)
+    for r in results:
+        assert 0 < r["p10_ms"] <= r["median_ms"] <= r["p90_ms"]
+        assert r["images_per_sec"] == pytest.approx(1000 * r["batch_size"] / r["median_ms"])
+        assert "published_a100" not in r
+    assert len(list(tmp_path.glob("*.txt"))) == len(results)
+    assert not list(tmp_path.glob("*.partial.json"))
+
+
+@pytest.mark.parametrize(("img_size", "gigaflops"), [(256, 253), (512, 1017)])
+def test_flops_of_the_published_tokenizer(img_size: int, gigaflops: float) -> None:
+    with torch.device("meta"):
+        tokenizer = VQModel()
+    flops = benchmark_latency.vq_decode_flops(tokenizer, model_config("lpd_l", img_size=img_size))
+    assert flops / 1e9 == pytest.approx(gigaflops, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--rows", "lpd_m"], "lpd_m"),
+        (["--threads", 0], "threads is 0"),
+        (["--runs", 0], "--runs"),
+        (["--paths", "graph"], "graph needs a CUDA GPU"),
+        (["--rows", "all", "--pretrained_ckpt", "x.pth"], "one model"),
+    ],
+)
+def test_bad_input_is_named(monkeypatch: pytest.MonkeyPatch, arguments: list[object], named: str) -> None:
+    with pytest.raises(UserError, match=named):
+        run(monkeypatch, *arguments)
