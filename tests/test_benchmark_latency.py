@@ -29,7 +29,7 @@ def test_all_cases_are_measured(
     model = ("--model", "lpd_debug", "--img_size", 64, "--generation_steps", 5, "--vqgan_path", tokenizer)
     run(
         monkeypatch,
-        *size,
+        *model,
         "--runs",
         2,
         "--batch_sizes",
