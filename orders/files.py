@@ -2,7 +2,8 @@
 
 The binary form is a safetensors file with one int16 tensor ``orders`` (num, L); its metadata says how the orders came
 about, so that a file meant for another grid or schedule is recognised. A JSON file is a list of lists of raster
-indices and says nothing else, but published names carry resolution and steps (``res256_steps20_repulsion2.json``).
+indices and has no room for that: it is written beside it, as ``NAME.json.settings``, and published names carry
+resolution and steps (``res256_steps20_repulsion2.json``).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
@@ -23,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from orders.generate import OrderSettings
 from orders.schedule import GridSize, grid_shape
 from util.errors import UserError
-from util.files import atomic_write
+from util.files import atomic_write, sha256, write_json
 
 _SETTINGS = "settings"  # the metadata's key
 _BLOCK_CELLS = 1 << 16  # checked at once
@@ -40,7 +42,7 @@ def load_orders(path: str | Path, grid_size: GridSize, group_sizes: Sequence[int
     """The orders of a ``.json`` or ``.safetensors`` file, int16 (num, L).
 
     Raises ``UserError``, naming the file and the row, for a file that is missing, cut short, no list of permutations of
-    the grid's cells, or made for other group sizes (as far as its metadata or published name tell; unchecked without
+    the grid's cells, or made for other group sizes (as far as its settings or published name tell; unchecked without
     ``group_sizes``).
     """
     path = Path(path)
@@ -51,7 +53,11 @@ def load_orders(path: str | Path, grid_size: GridSize, group_sizes: Sequence[int
     name = _PUBLISHED_NAME.fullmatch(path.name)
     if name and group_sizes is not None and int(name[2]) != len(group_sizes):
         raise UserError(f"order file {path} is for {name[2]} steps, but {len(group_sizes)} are asked for.")
-    orders = _read_json(path, h * w) if path.suffix == ".json" else _read_binary(path, (h, w), group_sizes)
+    made_for = _recorded_settings(path)
+    for setting, value in (("grid", (h, w)), ("group_sizes", group_sizes)):
+        if value is not None and made_for.get(setting, list(value)) != list(value):
+            raise UserError(f"order file {path} is for {setting} {made_for[setting]}, but {list(value)} are asked for.")
+    orders = _read_json(path, h * w) if path.suffix == ".json" else _read_binary(path, h * w)
     _check_permutations(orders, path)
     return orders
 
@@ -89,33 +95,43 @@ def _json_rows(path: Path) -> Iterator[bytes]:
         raise UserError(f"order file {path} is cut short, or no JSON list of lists, after {number} rows.")
 
 
-def _read_binary(path: Path, grid: tuple[int, int], group_sizes: Sequence[int] | None) -> np.ndarray:
-    try:
-        with safe_open(path, framework="numpy") as file:
-            metadata = file.metadata() or {}
-            orders = file.get_tensor("orders")
-    except SafetensorError as error:
-        raise UserError(f"order file {path} is cut short or no file of orders ({error}).") from None
-    made_for = json.loads(metadata.get(_SETTINGS, "{}"))
-    for name, value in (("grid", grid), ("group_sizes", group_sizes)):
-        if value is not None and made_for.get(name, list(value)) != list(value):
-            raise UserError(f"order file {path} is for {name} {made_for[name]}, but {list(value)} are asked for.")
-    if orders.dtype != np.int16 or orders.ndim != 2 or orders.shape[1] != grid[0] * grid[1]:
-        raise UserError(
-            f"order file {path} holds {orders.dtype} {orders.shape}, expected int16 (num, {grid[0] * grid[1]})."
-        )
+def _read_binary(path: Path, num_cells: int) -> np.ndarray:
+    with _opened(path) as file:
+        orders = file.get_tensor("orders")
+    if orders.dtype != np.int16 or orders.ndim != 2 or orders.shape[1] != num_cells:
+        raise UserError(f"order file {path} holds {orders.dtype} {orders.shape}, expected int16 (num, {num_cells}).")
     return orders
 
 
-def read_settings(path: Path) -> OrderSettings | None:
-    """The settings that a binary file was drawn with, if it says."""
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    try:
+        with safe_open(path, framework="numpy") as file:
+            yield file
+    except SafetensorError as error:
+        raise UserError(f"order file {path} is cut short or no file of orders ({error}).") from None
+
+
+def _recorded_settings(path: Path) -> dict[str, Any]:
+    """The settings that a file was drawn with, as plain data; empty if nothing says."""
     if path.suffix == ".json":
+        beside = _settings_path(path)
+        recorded = json.loads(beside.read_text()) if beside.is_file() else {}
+        # Of an earlier file of that name, perhaps.
+        return recorded["settings"] if recorded.get("sha256") == sha256(path) else {}
+    with _opened(path) as file:
+        return json.loads((file.metadata() or {}).get(_SETTINGS, "{}"))
+
+
+def _settings_path(path: Path) -> Path:
+    return path.with_name(f"{path.name}.{_SETTINGS}")
+
+
+def read_settings(path: Path) -> OrderSettings | None:
+    """The settings that a file was drawn with, if it or the file beside it says."""
+    values = _recorded_settings(path)
+    if not values:
         return None
-    with safe_open(path, framework="numpy") as file:
-        metadata = file.metadata() or {}
-    if _SETTINGS not in metadata:
-        return None
-    values = json.loads(metadata[_SETTINGS])
     values |= {name: tuple(values[name]) for name in ("grid", "group_sizes")}
     return OrderSettings(**values)
 
@@ -142,7 +158,8 @@ def _no_permutation(path: Path, row: int, num_cells: int) -> str:
 def save_orders(path: str | Path, orders: np.ndarray, settings: OrderSettings | None = None) -> None:
     """Write orders (num, L) as ``.json`` or ``.safetensors``, whole or not at all.
 
-    The binary form also takes the ``settings`` that the orders were drawn with. ``UserError`` for another suffix.
+    The ``settings`` that the orders were drawn with go into the binary form, or beside the JSON. ``UserError`` for
+    another suffix.
     """
     write_orders(path, iter([np.asarray(orders)]), orders.shape, settings)
 
@@ -161,15 +178,17 @@ def write_orders(
                     file.write(separator + json.dumps(row).encode())
                     separator = b", "
             file.write(b"]" if separator == b", " else b"[]")
-            return
-        # The safetensors library writes whole tensors only; its format is a length, a JSON header and the numbers.
-        metadata = {} if settings is None else {_SETTINGS: json.dumps(asdict(settings))}
-        tensor = {"dtype": "I16", "shape": shape, "data_offsets": [0, 2 * math.prod(shape)]}
-        header = json.dumps({"__metadata__": metadata, "orders": tensor}).encode()
-        header += b" " * (-len(header) % 8)
-        file.write(struct.pack("<Q", len(header)) + header)
-        for chunk in chunks:
-            file.write(chunk.astype("<i2").tobytes())
+        else:
+            # The safetensors library writes whole tensors only; its format is a length, a JSON header, the numbers.
+            metadata = {} if settings is None else {_SETTINGS: json.dumps(asdict(settings))}
+            tensor = {"dtype": "I16", "shape": shape, "data_offsets": [0, 2 * math.prod(shape)]}
+            header = json.dumps({"__metadata__": metadata, "orders": tensor}).encode()
+            header += b" " * (-len(header) % 8)
+            file.write(struct.pack("<Q", len(header)) + header)
+            for chunk in chunks:
+                file.write(chunk.astype("<i2").tobytes())
+    if path.suffix == ".json" and settings is not None:
+        write_json(_settings_path(path), {"settings": asdict(settings), "sha256": sha256(path)})
 
 
 def check_suffix(path: Path) -> None:

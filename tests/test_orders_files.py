@@ -32,7 +32,7 @@ def test_round_trip(form: str, orders: np.ndarray, tmp_path: Path) -> None:
     loaded = load_orders(path, 4, SIZES)
     assert loaded.dtype == np.int16
     assert (loaded == orders).all()
-    assert read_settings(path) == (SETTINGS if form == "safetensors" else None)
+    assert read_settings(path) == SETTINGS
     save_orders(path, orders.astype(np.int64))  # without settings, another dtype, over the old file
     assert (load_orders(path, (4, 4)) == orders).all()
 
@@ -128,16 +128,24 @@ def test_another_grid_or_schedule_is_refused(form: str, orders: np.ndarray, tmp_
     save_orders(path, orders, SETTINGS)
     with pytest.raises(UserError, match="orders"):
         load_orders(path, 5)
-    if form == "safetensors":
-        with pytest.raises(UserError, match="grid"):
-            load_orders(path, (2, 8))
-        with pytest.raises(UserError, match="group_sizes"):
-            load_orders(path, 4, (1, 15))
+    with pytest.raises(UserError, match="grid"):
+        load_orders(path, (2, 8))
+    with pytest.raises(UserError, match="group_sizes"):
+        load_orders(path, 4, (1, 15))
     published = tmp_path / f"res64_steps4_repulsion1.{form}"
     save_orders(published, orders)
     assert len(load_orders(published, 4, SIZES)) == 30
     with pytest.raises(UserError, match="4 steps, but 2"):
         load_orders(published, 4, (1, 15))
+
+
+def test_settings_beside_a_json_file_are_of_that_file_alone(orders: np.ndarray, tmp_path: Path) -> None:
+    """A file that came later under the same name must not be refused for what an earlier one was made for."""
+    path = tmp_path / "orders.json"
+    save_orders(path, orders, SETTINGS)
+    path.write_text(json.dumps(orders[:9].tolist()))
+    assert len(load_orders(path, 4, (1, 15))) == 9
+    assert read_settings(path) is None
 
 
 @pytest.mark.parametrize("name", ["missing.json", "missing.safetensors", "orders.txt", "."])
