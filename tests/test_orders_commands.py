@@ -35,7 +35,9 @@ def test_generate_and_convert(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     run(monkeypatch, "convert", "--grid", 8, tmp_path / "a.json", tmp_path / "c.safetensors")
     run(monkeypatch, "convert", "--grid", 8, tmp_path / "b.safetensors", tmp_path / "d.json")
     run(monkeypatch, "convert", "--grid", "8x8", tmp_path / "b.safetensors", tmp_path / "e.safetensors")
-    for path in tmp_path.iterdir():
+    paths = sorted(tmp_path.glob("*.json")) + sorted(tmp_path.glob("*.safetensors"))
+    assert len(paths) == 5
+    for path in paths:
         assert (load_orders(path, 8, group_sizes(128, 10)) == drawn).all()
     with pytest.raises(UserError, match="group_sizes"):
         load_orders(tmp_path / "e.safetensors", 8, group_sizes(128, 9))
