@@ -12,6 +12,7 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.generate import Sampling, check_batch, decode, draw_codes, make_cache
 from models.block import Attend, Block
@@ -143,6 +144,8 @@ class Decoder:
             torch.inference_mode(),
             # Casts are not kept: a graph must not hold on to tensors that live outside of it.
             torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False),
+            # cuDNN would build a plan for each of a schedule's shapes.
+            sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]),
             # One function serves all layers and steps of all decoders; by default the ninth variant would be eager.
             torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True),
         ):
