@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
 # Runs main_lpd.py with the flags given, under torchrun with one process per GPU of this machine where there are several.
 # NPROC_PER_NODE overrides the number of processes. For several machines set NNODES, NODE_RANK and MASTER_ADDR (and
-# MASTER_PORT) on each.
+# MASTER_PORT) on each; scripts/cli/run.py does that under Slurm.
+# Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 to this process let the training save and end: exit status 130 after Ctrl-C, else
+# 75 ("start me again").
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/env.sh
@@ -14,4 +16,5 @@ elif [[ $nodes == 1 ]]; then
 else
     rendezvous=(--node_rank "${NODE_RANK:?}" --master_addr "${MASTER_ADDR:?}" --master_port "${MASTER_PORT:-29500}")
 fi
-exec torchrun --nnodes "$nodes" --nproc_per_node "$processes" "${rendezvous[@]}" main_lpd.py "$@"
+exec python -m scripts.cli.supervise --nnodes "$nodes" --nproc_per_node "$processes" "${rendezvous[@]}" \
+    -m scripts.cli.worker main_lpd.py "$@"
