@@ -38,7 +38,6 @@ class FeatureExtractor:
 
     name: str
     feature_dim: int  # d
-    num_classes: int  # K
     classes: tuple[str, ...] | None  # names in label order; None for Inception, whose classes are not those of any data
     weights_hash: str  # SHA-256 of the weights file
     device: torch.device
@@ -83,7 +82,6 @@ def load_feature_extractor(
     return FeatureExtractor(
         name=f"classifier-{classifier.config.arch}",
         feature_dim=classifier.feature_dim,
-        num_classes=len(classes),
         classes=classes,
         weights_hash=sha256(name),
         device=device,
@@ -98,7 +96,21 @@ def _find_inception_weights(path: str | Path | None) -> Path:
                 f"--inception_path {path} does not exist; it should be {INCEPTION_FILE} of {INCEPTION_URL}."
             )
         return Path(path)
-    cached = Path(torch.hub.get_dir(), "checkpoints", INCEPTION_FILE)
+    return download_inception()
+
+
+def inception_cache() -> Path:
+    """Where Inception's weights are looked for and downloaded to: torch's hub cache."""
+    return Path(torch.hub.get_dir(), "checkpoints", INCEPTION_FILE)
+
+
+def download_inception() -> Path:
+    """Get Inception's weights, unless they are in the cache; a download is checked by its hash.
+
+    Raises:
+        UserError: if they can't be downloaded; it says how to get them by hand.
+    """
+    cached = inception_cache()
     if not cached.is_file():
         logger.info("downloading %s to %s", INCEPTION_URL, cached)
         cached.parent.mkdir(parents=True, exist_ok=True)
@@ -142,7 +154,6 @@ def _load_inception(path: Path, device: torch.device) -> FeatureExtractor:
     return FeatureExtractor(
         INCEPTION,
         feature_dim=2048,
-        num_classes=1008,
         classes=None,
         weights_hash=digest,
         device=device,

@@ -19,6 +19,15 @@ class Expected:
     images_per_sec: float
 
 
+# Released weights; the names under which recipes look for them and for the tokenizer.
+RELEASED = (("lpd_l", 256), ("lpd_xl", 256), ("lpd_xxl", 256), ("lpd_l", 512), ("lpd_xl", 512))
+TOKENIZER = "checkpoints/vq_ds16_c2i.pt"
+
+
+def checkpoint_path(model: str, img_size: int) -> str:
+    return f"checkpoints/{model}_{img_size}.pth"
+
+
 TRAIN_RECIPES: dict[str, dict[str, Any]] = {}
 EVAL_RECIPES: dict[str, dict[str, Any]] = {}
 EXPECTED: dict[str, Expected] = {}
@@ -38,8 +47,8 @@ _train("lpd_l", 256, 64, **_FROM_SCRATCH)  # 64 × 32 GPUs
 _train("lpd_xl", 256, 32, **_FROM_SCRATCH)  # 32 × 32 GPUs
 _train("lpd_xxl", 256, 32, **_FROM_SCRATCH)  # 32 × 32 GPUs
 _CONTINUED = {"epochs": 50, "warmup_epochs": 1, "lr_schedule": "cosine"}
-_train("lpd_l", 512, 16, **_CONTINUED, pretrained_ckpt="checkpoints/lpd_l_256.pth")  # 16 × 32 GPUs
-_train("lpd_xl", 512, 8, **_CONTINUED, pretrained_ckpt="checkpoints/lpd_xl_256.pth")  # 8 × 32 GPUs
+_train("lpd_l", 512, 16, **_CONTINUED, pretrained_ckpt=checkpoint_path("lpd_l", 256))  # 16 × 32 GPUs
+_train("lpd_xl", 512, 8, **_CONTINUED, pretrained_ckpt=checkpoint_path("lpd_xl", 256))  # 8 × 32 GPUs
 
 
 def _evaluate(model: str, img_size: int, steps: int, repulsion: int, cfg: float, expected: Expected) -> None:
@@ -47,8 +56,8 @@ def _evaluate(model: str, img_size: int, steps: int, repulsion: int, cfg: float,
     EVAL_RECIPES[name] = {
         "model": model,
         "img_size": img_size,
-        "vqgan_path": "checkpoints/vq_ds16_c2i.pt",
-        "pretrained_ckpt": f"checkpoints/{model}_{img_size}.pth",
+        "vqgan_path": TOKENIZER,
+        "pretrained_ckpt": checkpoint_path(model, img_size),
         "generation_steps": steps,
         "order": "lpd",
         "repulsion_threshold": repulsion,
@@ -57,6 +66,7 @@ def _evaluate(model: str, img_size: int, steps: int, repulsion: int, cfg: float,
         "num_images": 50_000,
         "eval_bsz": 64,
         "bf16": True,
+        "speed_runs": 500,  # after 100 of warm-up
         "reference_statistics": f"checkpoints/adm_in{img_size}_stats.npz",
         "output_dir": f"runs/eval/{name}",
     }

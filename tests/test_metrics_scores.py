@@ -44,7 +44,7 @@ def extractor(name: str = INCEPTION, dim: int = 4, weights_hash: str = "0" * 64)
         flat = images.flatten(1).float()
         return flat[:, :dim], flat[:, :2]
 
-    return FeatureExtractor(name, dim, 2, ("a", "b"), weights_hash, torch.device("cpu"), forward)
+    return FeatureExtractor(name, dim, ("a", "b"), weights_hash, torch.device("cpu"), forward)
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e4])

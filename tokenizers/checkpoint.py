@@ -22,7 +22,10 @@ from util.checkpoint import load_checkpoint
 from util.errors import UserError
 from util.files import atomic_write
 
-RELEASED = "the released tokenizer is the file vq_ds16_c2i.pt of FoundationVision/LlamaGen on the Hugging Face hub"
+RELEASED = (
+    "the released tokenizer is vq_ds16_c2i.pt of https://huggingface.co/FoundationVision/LlamaGen; "
+    "python -m engine.hub download vq_ds16_c2i puts it into checkpoints/"
+)
 
 
 def load_tokenizer(path: str | Path, device: str | torch.device = "cpu") -> VQModel:

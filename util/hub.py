@@ -1,0 +1,262 @@
+"""Files of the Hugging Face hub: resumed after an interruption, checked against the hub's hashes, whole or absent.
+
+``HF_ENDPOINT`` (a mirror), ``HF_TOKEN``, ``HF_HOME`` and ``HF_HUB_OFFLINE=1`` mean what they mean to `huggingface_hub`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url, snapshot_download
+from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
+from huggingface_hub.file_download import http_get, repo_folder_name
+from huggingface_hub.utils import WeakFileLock, build_hf_headers
+
+from util.errors import UserError
+from util.exported import CONFIG, MODEL
+from util.files import sha256
+
+logger = logging.getLogger(__name__)
+
+TOKENIZERS = ("tokenizer.pt", "tokenizer.safetensors")  # exported with a model
+WEIGHTS = (".safetensors", ".pth")
+Choice = Callable[[Sequence[str], str], str]  # (names, where they are) → one of them
+_REPO = r"[\w-][\w.-]*/[\w-][\w.-]*"
+_NAME = re.compile(rf"(?:hf:)?({_REPO})|hf:({_REPO})/(.+)")
+
+
+class HubUnreachable(UserError):
+    """The hub could not be asked; what is in its cache may still serve."""
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of a hub repository."""
+
+    repo: str
+    name: str  # path in the repository
+    size: int  # bytes
+    digest: str  # what the hub calls its ETag: SHA-256 of a large file, git's SHA-1 of a small one
+    repo_type: str = "model"
+
+    @property
+    def url(self) -> str:
+        return hf_hub_url(self.repo, self.name, repo_type=self.repo_type)
+
+    def matches(self, path: Path) -> bool:
+        """Whether the file at ``path`` has this size and digest."""
+        if path.stat().st_size != self.size:
+            return False
+        if len(self.digest) == 64:
+            return sha256(path) == self.digest
+        content = path.read_bytes()
+        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == self.digest
+
+
+@contextlib.contextmanager
+def hub_errors(what: str) -> Iterator[None]:
+    """Whatever goes wrong on the way to the hub and back becomes a UserError that starts with ``what``."""
+    try:
+        yield
+    except OfflineModeIsEnabled:
+        raise HubUnreachable(f"{what} ({constants.ENDPOINT}): HF_HUB_OFFLINE is set.") from None
+    except RepositoryNotFoundError:
+        reason = "there is no such repository, or it is shown only after a login (hf auth login)"
+        raise UserError(f"{what} ({constants.ENDPOINT}): {reason}.") from None
+    except HFValidationError as error:
+        raise UserError(f"{what}: {str(error).rstrip('.')}.") from None
+    except (HTTPError, OSError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        raise HubUnreachable(f"{what} ({constants.ENDPOINT}): {reason}.") from None
+
+
+def list_files(repo: str, repo_types: Sequence[str] = ("model",)) -> list[RemoteFile]:
+    """All files of a repository, of the first of ``repo_types`` that has one of this name.
+
+    Raises:
+        UserError: if none has; HubUnreachable, if the hub can't be asked.
+    """
+    with hub_errors(f"can't list the files of {repo}"):
+        for repo_type in repo_types:
+            try:
+                info = HfApi().repo_info(repo, repo_type=repo_type, files_metadata=True, timeout=30)
+            except RepositoryNotFoundError:
+                if repo_type == repo_types[-1]:
+                    raise
+                continue
+            break
+    files = [
+        RemoteFile(repo, entry.rfilename, entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id, repo_type)
+        for entry in getattr(info, "siblings", None) or []
+    ]
+    return sorted(files, key=lambda file: file.name)
+
+
+def choose_weights(names: Sequence[str], where: str) -> str:
+    """The file that holds the model of a folder or repository: `model.safetensors`, or the only file of weights.
+
+    Raises:
+        UserError: if there is none, or several and no way to tell which.
+    """
+    found = [name for name in names if name.endswith(WEIGHTS) and name not in TOKENIZERS]
+    if MODEL in found:
+        return MODEL
+    if len(found) != 1:
+        which = f"several, {', '.join(found)}: name the file" if found else "none"
+        raise UserError(f"{where} should hold one file of weights ({' or '.join(WEIGHTS)}), but there is {which}.")
+    return found[0]
+
+
+def choose_tokenizer(names: Sequence[str], where: str) -> str:
+    """The tokenizer that was exported with a model. UserError if there is none."""
+    for name in TOKENIZERS:
+        if name in names:
+            return name
+    raise UserError(f"{where} holds no tokenizer ({' or '.join(TOKENIZERS)}): name the file.")
+
+
+def fetch(
+    file: RemoteFile, destination: Path, check: Callable[[Path], object] = lambda path: None, replace: bool = False
+) -> None:
+    """Download ``file`` to ``destination``, which is the right file or absent at any moment.
+
+    What arrives before an interruption is kept beside it and the next call goes on from there.
+
+    Args:
+        check: raises UserError for a file that can't be used as what it should be.
+        replace: let the file take the place of another one.
+
+    Raises:
+        UserError: if it can't be downloaded, is not what the hub says it is, or another file is in its place.
+    """
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    part = destination.with_name(f".{destination.stem}.{file.digest[:12]}.part{destination.suffix}")
+    lock = part.with_name(f"{part.name}.lock")
+    with WeakFileLock(lock):
+        try:
+            if not _is_there(file, destination, replace):
+                _download(file, part)
+                _check(file, part, check)
+                os.replace(part, destination)
+                logger.info("%s: %.1f MB, %s… as the hub says", destination, file.size / 1e6, file.digest[:12])
+        finally:
+            lock.unlink(missing_ok=True)  # who waits for it finds the file
+
+
+def _is_there(file: RemoteFile, destination: Path, replace: bool) -> bool:
+    if not destination.is_file():
+        return False
+    if file.matches(destination):
+        logger.info("%s is there already and matches the hub's", destination)
+        return True
+    if not replace:
+        raise UserError(
+            f"{destination} differs from {file.name} of {file.repo}; it is kept: to download, move it away."
+        )
+    return False
+
+
+def _download(file: RemoteFile, part: Path) -> None:
+    if part.exists() and part.stat().st_size > file.size:
+        part.unlink()
+    # The library's own hf_hub_download starts again after a kill, and compares no hashes.
+    with hub_errors(f"{file.name} of {file.repo} can't be downloaded"), open(part, "ab") as stream:
+        http_get(
+            file.url,
+            stream,
+            resume_size=stream.tell(),
+            headers=build_hf_headers(),
+            expected_size=file.size,
+            displayed_filename=file.name,
+        )
+        os.fsync(stream.fileno())
+
+
+def _check(file: RemoteFile, part: Path, check: Callable[[Path], object]) -> None:
+    try:
+        if not file.matches(part):
+            raise UserError("its hash differs from the one that the hub states")
+        check(part)
+    except UserError as error:
+        part.unlink()
+        raise UserError(f"{file.name} of {file.repo} was dropped: {error}") from None
+
+
+def hub_name(path: Path) -> tuple[str, str | None] | None:
+    """(repository, file or None) where ``path`` is a name on the hub and nothing here; None otherwise.
+
+    A name is `user/model`, `hf:user/model`, or `hf:user/model/FILE`. Without `hf:` a path with a suffix of weights, or
+    into an existing folder, is taken for a file that is missing.
+    """
+    text = path.as_posix()
+    match = _NAME.fullmatch(text)
+    if match is None or path.exists():
+        return None
+    if not text.startswith("hf:") and (path.suffix in (*WEIGHTS, ".pt") or path.parent.is_dir()):
+        return None
+    return match[1] or match[2], match[3]
+
+
+def find_file(path: Path, choose: Choice = choose_weights) -> Path:
+    """The local file that ``path`` stands for: itself, one in the folder it is, or one of the hub.
+
+    What comes from the hub is kept in its cache and checked; without network the cache has to do.
+
+    Args:
+        choose: which file of a folder or repository is meant, where ``path`` does not say.
+
+    Raises:
+        UserError: if there is no such file, here or on the hub.
+    """
+    if path.is_dir():
+        return path / choose([entry.name for entry in path.iterdir()], str(path))
+    name = hub_name(path)
+    if name is None:
+        if not path.is_file():
+            raise UserError(f"{path} does not exist.")
+        return path
+    repo, wanted = name
+    try:
+        return _find_on_hub(repo, wanted, choose)
+    except HubUnreachable as error:
+        reason = str(error).rstrip(".")
+        cached = _find_in_cache(repo, wanted, choose)
+        if cached is None:
+            raise UserError(f"{path} is no file here, and as a name on the hub: {reason}; nor is it cached.") from None
+        logger.warning("%s; taken from the hub's cache: %s", reason, cached)
+        return cached
+
+
+def _find_on_hub(repo: str, wanted: str | None, choose: Choice) -> Path:
+    files = {file.name: file for file in list_files(repo)}
+    wanted = wanted or choose(list(files), repo)
+    if wanted not in files:
+        raise UserError(f"{repo} has no file {wanted}; it holds {', '.join(files) or 'nothing'}.")
+    blobs = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model"), "blobs")
+    for name in [CONFIG] * (wanted == MODEL and CONFIG in files) + [wanted]:
+        # The cache keeps files under their digests. To one that is there already the library only gives its name.
+        fetch(files[name], blobs / files[name].digest, replace=True)
+        with hub_errors(f"{name} of {repo}"):
+            path = hf_hub_download(repo, name)
+    return Path(path)
+
+
+def _find_in_cache(repo: str, wanted: str | None, choose: Choice) -> Path | None:
+    try:
+        folder = Path(snapshot_download(repo, local_files_only=True, allow_patterns=wanted or CONFIG))
+    except (OSError, ValueError):
+        return None
+    path = folder / (wanted or choose([entry.name for entry in folder.iterdir()], repo))
+    if not path.is_file():
+        return None
+    digest = path.resolve().name
+    if len(digest) in (40, 64) and not RemoteFile(repo, path.name, path.stat().st_size, digest).matches(path):
+        raise UserError(f"{path} in the hub's cache is damaged: its hash differs; delete it.")
+    return path
