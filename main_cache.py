@@ -1,4 +1,4 @@
-"""Cache the tokenizer's codes of an image folder, once plain and once mirrored, for training.
+"""Cache the tokenizer's codes of images, once plain and once mirrored, for training.
 
     python main_cache.py --img_size 256 --vqgan_path vq_ds16_c2i.pt --data_path imagenet/train --cached_path cached
     torchrun --nproc_per_node=8 main_cache.py …the same flags…
@@ -22,7 +22,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--vqgan_path", required=True, help="tokenizer file, such as vq_ds16_c2i.pt")
     parser.add_argument("--cached_path", required=True, help="folder of the cache, new or to be continued")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--data_path", help="image folder with one subfolder per class")
+    source.add_argument("--data_path", help="images: one subfolder per class, or photos.npz:train")
     source.add_argument(
         "--convert_from",
         help="instead of images, a cache with one .npz per image, made with this tokenizer at this size: pack it",

@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
-import importlib.util
 import json
 import logging
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from engine.evaluate import evaluate, prepare
-from engine.options import eval_config, parse, resolve_model, settings, train_config
+from engine.options import eval_config, parse, recipe_changes, resolve_model, settings, train_config
 from engine.recipes import EXPECTED
+from engine.required_files import check_files
+from engine.sample_grid import SampleGrid
+from engine.stop import exit_status, exit_when_told
+from engine.trackers import TensorBoard, Tracker, WeightsAndBiases, check_trackers
 from engine.train import train
+from engine.train_step import choose_attention
 from models.lpd import LPD, LPDConfig, load_weights
 from orders import published_group_sizes
 from tokenizers import VQModel, load_tokenizer
@@ -27,26 +29,40 @@ from util.data import CodeDataset, GlobalBatchSampler, ImageFolder, open_codes
 from util.dist import Dist, distributed
 from util.errors import UserError, exit_on_user_error
 from util.files import check_output_dir, sha256, write_json
+from util.hub import Choice, choose_tokenizer, choose_weights, find_file
 from util.logger import setup_logging
 
 logger = logging.getLogger("lpd")
 
 # What the published cache layout, which has no header, was made with.
 PUBLISHED_STRIDE, PUBLISHED_VOCAB = 16, 16384
+TOKENIZER_MISSING = "--vqgan_path is missing; give the tokenizer (LlamaGen's vq_ds16_c2i.pt or one of your own)."
 
 
 def announce(args: argparse.Namespace, config: LPDConfig, dist: Dist, file_name: str) -> None:
     """Print the resolved settings and save them in the run's folder, before any work starts."""
     resolved = {"settings": settings(args), "model": vars(config), "world_size": dist.world_size}
+    if args.evaluate and args.recipe is not None:
+        resolved["published"] = dataclasses.asdict(EXPECTED[args.recipe])
     if dist.is_main:
         print(json.dumps(resolved, indent=2), flush=True)
         if not args.dry_run:
             write_json(args.output_dir / file_name, resolved)
 
 
+def local_file(path: Path, choose: Choice, dist: Dist) -> Path:
+    """The file that a path or a name on the hub stands for (see :func:`util.hub.find_file`); rank 0 downloads it."""
+    if not dist.is_main:
+        dist.barrier()
+    found = find_file(path, choose)
+    if dist.is_main:
+        dist.barrier()
+    return found
+
+
 def open_tokenizer(args: argparse.Namespace, dist: Dist) -> VQModel:
     if args.vqgan_path is None:
-        raise UserError("--vqgan_path is missing; give the tokenizer (LlamaGen's vq_ds16_c2i.pt or one of your own).")
+        raise UserError(TOKENIZER_MISSING)
     return load_tokenizer(args.vqgan_path, dist.device)
 
 
@@ -93,6 +109,16 @@ def find_resume(args: argparse.Namespace, dist: Dist) -> tuple[Path, dict[str, A
     return path, checkpoint
 
 
+def load_pretrained(args: argparse.Namespace) -> dict[str, Any]:
+    """The checkpoint of --pretrained_ckpt; with --use_ema, the moving average takes the place of its weights."""
+    checkpoint = load_checkpoint(args.pretrained_ckpt)
+    if args.use_ema:
+        if "model_ema" not in checkpoint:
+            raise UserError(f"{args.pretrained_ckpt} holds no moving average of the weights; leave out --use_ema.")
+        checkpoint["model"] = checkpoint.pop("model_ema")
+    return checkpoint
+
+
 def check_tokenizer(checkpoint: dict[str, Any], source: Path, tokenizer_hash: str | None) -> None:
     """Refuse codes of another tokenizer than those the checkpoint was trained on, where both are known."""
     trained_with = checkpoint.get("tokenizer_sha256")
@@ -103,34 +129,56 @@ def check_tokenizer(checkpoint: dict[str, Any], source: Path, tokenizer_hash: st
         )
 
 
-def wandb_log(args: argparse.Namespace, dist: Dist) -> Callable[[dict[str, float]], None] | None:
-    if not args.use_wandb:
-        return None
-    if importlib.util.find_spec("wandb") is None:
-        raise UserError("--use_wandb needs the package wandb; install it with: pip install wandb.")
-    if not dist.is_main or args.dry_run:
-        return None
-    import wandb
+def check_classes(args: argparse.Namespace, checkpoint: dict[str, Any], source: Path, classes: list[str]) -> None:
+    """Refuse to go on from a table of other classes than those of the data, unless the user has said what to do."""
+    table = checkpoint["model"].get("class_emb.weight")
+    if args.new_classes or table is None:
+        return
+    wanted = len(classes) if args.class_num is None else args.class_num
+    if len(table) != wanted:
+        keep = f", or --class_num {len(table)} to keep the old one" if len(table) > wanted else ""
+        raise UserError(
+            f"{source} has {len(table)} classes, this run {wanted}; give --new_classes to start with a new class table"
+            f"{keep}."
+        )
+    trained_on = checkpoint.get("classes")
+    if trained_on is not None and list(trained_on) != classes:
+        logger.warning("%s was trained on classes of other names; its class table is kept", source)
 
-    run_id = hashlib.sha256(str(args.output_dir.absolute()).encode()).hexdigest()[:16]  # a resumed run goes on
-    name = args.wandb_run_name or args.output_dir.name
-    return wandb.init(project=args.wandb_project, name=name, id=run_id, resume="allow", config=settings(args)).log
+
+def open_trackers(args: argparse.Namespace, dist: Dist, start_step: int) -> list[Tracker]:
+    """TensorBoard and Weights & Biases, where asked for, on rank 0."""
+    trackers: list[Tracker] = []
+    if args.tensorboard and dist.is_main:
+        trackers.append(TensorBoard(args.output_dir, start_step))
+    if args.use_wandb and dist.is_main:
+        name = args.wandb_run_name or args.output_dir.name
+        trackers.append(WeightsAndBiases(args.output_dir, start_step, args.wandb_project, name, settings(args)))
+    return trackers
 
 
 def run_training(args: argparse.Namespace, dist: Dist) -> int:
     config = train_config(args)
-    config.peak_lr(dist.world_size)
+    check_trackers(args.tensorboard, args.use_wandb)
     check_output_dir(args.output_dir)
+    if args.new_classes and args.pretrained_ckpt is None:
+        raise UserError("--new_classes needs --pretrained_ckpt, the checkpoint whose other weights are kept.")
+    check_files(args)
+    if args.vqgan_path is not None:
+        args.vqgan_path = local_file(args.vqgan_path, choose_tokenizer, dist)
     resume = find_resume(args, dist)
+    if resume is None and args.pretrained_ckpt is not None:
+        args.pretrained_ckpt = local_file(args.pretrained_ckpt, choose_weights, dist)
     source, checkpoint = resume or (args.pretrained_ckpt, None)
     if resume is None and args.pretrained_ckpt is not None:
-        checkpoint = load_checkpoint(args.pretrained_ckpt)
+        checkpoint = load_pretrained(args)
     recorded = (checkpoint or {}).get("config")
     dataset = open_dataset(args, recorded or {})
     cached = isinstance(dataset, CodeDataset)
-    global_batch = config.batch_size * dist.world_size
-    GlobalBatchSampler(len(dataset), global_batch, dist.rank, dist.world_size, config.seed)
-    tokenizer = open_tokenizer(args, dist) if args.online_eval or not cached else None
+    global_batch = config.global_batch(dist.world_size)
+    sampler = GlobalBatchSampler(len(dataset), global_batch, dist.rank, dist.world_size, config.seed)
+    drawing = config.sample_freq > 0
+    tokenizer = open_tokenizer(args, dist) if args.online_eval or drawing or not cached else None
     img_size, stride, vocab_size = code_geometry(dataset, tokenizer)
     header = dataset.header if isinstance(dataset, CodeDataset) else None
     tokenizer_hash = header.tokenizer_sha256 if header else None
@@ -138,20 +186,27 @@ def run_training(args: argparse.Namespace, dist: Dist) -> int:
         tokenizer_hash = sha256(args.vqgan_path)
     if checkpoint is not None:
         check_tokenizer(checkpoint, source, tokenizer_hash)
+        if resume is None:
+            check_classes(args, checkpoint, source, dataset.classes)
     args.img_size = img_size
     model_config = resolve_model(args, recorded, stride, vocab_size, len(dataset.classes), resizable=resume is None)
     if isinstance(dataset, CodeDataset):
         dataset.vocab_size = vocab_size
     evaluation = eval_config(args, model_config, dataset.classes) if args.online_eval else None
     inputs = None if evaluation is None else prepare(evaluation, model_config, dist)
-    log = wandb_log(args, dist)
+    draw_grid = None
+    if drawing and tokenizer is not None:
+        sampling = evaluation or eval_config(args, model_config, dataset.classes)
+        draw_grid = SampleGrid(model_config, tokenizer, sampling, dist)
+    choose_attention(config.attention, model_config, dist.device)
     announce(args, model_config, dist, "train_settings.json")
     if args.dry_run:
         return 0
     torch.manual_seed(args.seed)
     model = LPD(model_config)
     if checkpoint is not None:
-        load_weights(model, checkpoint.pop("model"), str(source), resize=resume is None)
+        state, anew = checkpoint.pop("model"), resume is None
+        load_weights(model, state, str(source), resize=anew, new_classes=anew and args.new_classes)
     if resume is not None:
         logger.info("going on from %s, step %d", source, resume[1]["step"])
 
@@ -160,28 +215,42 @@ def run_training(args: argparse.Namespace, dist: Dist) -> int:
         assert tokenizer is not None
         config = evaluation.for_epoch(epoch)
         if not (config.output_dir / "results.json").exists():
-            evaluate(model, tokenizer, config, dist, inputs=inputs)
+            results = evaluate(model, tokenizer, config, dist, inputs=inputs)
+            scores = {f"eval/{name}": value for name, value in results.items() if isinstance(value, float)}
+            for tracker in trackers:
+                tracker.scalars(scores, epoch * sampler.steps_per_epoch)
 
-    stopped_by = train(
-        model.to(dist.device),
-        dataset,
-        published_group_sizes(model_config.img_size, model_config.stride),
-        config,
-        dist,
-        tokenizer=tokenizer,
-        resume=resume[1] if resume else None,
-        metadata={"args": settings(args), "classes": dataset.classes, "tokenizer_sha256": tokenizer_hash},
-        evaluate=evaluate_now if evaluation else None,
-        log=log,
-    )
-    return 0 if stopped_by is None else 128 + stopped_by
+    trackers = open_trackers(args, dist, resume[1]["step"] if resume else 0)
+    try:
+        stopped_by = train(
+            model.to(dist.device),
+            dataset,
+            published_group_sizes(model_config.img_size, model_config.stride),
+            config,
+            dist,
+            tokenizer=tokenizer,
+            resume=resume[1] if resume else None,
+            metadata={"args": settings(args), "classes": dataset.classes, "tokenizer_sha256": tokenizer_hash},
+            evaluate=evaluate_now if evaluation else None,
+            draw_grid=draw_grid,
+            trackers=trackers,
+        )
+    finally:
+        for tracker in trackers:
+            tracker.close()
+    return 0 if stopped_by is None else exit_status(stopped_by)
 
 
 def run_evaluation(args: argparse.Namespace, dist: Dist) -> int:
     if args.pretrained_ckpt is None:
         raise UserError("--evaluate needs --pretrained_ckpt, the checkpoint to evaluate.")
+    if args.vqgan_path is None:
+        raise UserError(TOKENIZER_MISSING)
     check_output_dir(args.output_dir)
-    checkpoint = load_checkpoint(args.pretrained_ckpt)
+    check_files(args)
+    args.vqgan_path = local_file(args.vqgan_path, choose_tokenizer, dist)
+    args.pretrained_ckpt = local_file(args.pretrained_ckpt, choose_weights, dist)
+    checkpoint = load_pretrained(args)
     tokenizer = open_tokenizer(args, dist)
     check_tokenizer(checkpoint, args.pretrained_ckpt, sha256(args.vqgan_path))
     config = resolve_model(args, checkpoint.get("config"), tokenizer.stride, tokenizer.config.codebook_size)
@@ -194,7 +263,7 @@ def run_evaluation(args: argparse.Namespace, dist: Dist) -> int:
         return 0
     record: dict[str, Any] = {"recipe": args.recipe, "expected": None}
     if args.recipe is not None:
-        record["expected"] = dataclasses.asdict(EXPECTED[args.recipe])
+        record |= {"expected": dataclasses.asdict(EXPECTED[args.recipe]), "changed": recipe_changes(args)}
     if dist.is_main:
         for name in ("pretrained_ckpt", "vqgan_path"):
             record[name] = {"path": str(getattr(args, name)), "sha256": sha256(getattr(args, name))}
@@ -207,7 +276,11 @@ def run_evaluation(args: argparse.Namespace, dist: Dist) -> int:
 
 def main() -> None:
     args = parse()
-    with distributed(args.device) as dist:
+    if args.threads is not None:
+        if args.threads < 1:
+            raise UserError(f"--threads is {args.threads}; it must be at least 1.")
+        torch.set_num_threads(args.threads)
+    with exit_when_told(), distributed(args.device) as dist:
         setup_logging(dist.rank)
         status = run_evaluation(args, dist) if args.evaluate else run_training(args, dist)
     sys.exit(status)

@@ -1,4 +1,4 @@
-"""Image folder → packed cache of tokenizer codes; also the published one-file-per-image layout → packed cache.
+"""Images → packed cache of tokenizer codes; also the published one-file-per-image layout → packed cache.
 
 Work is cut into parts of consecutive images. A part's codes are written to a file of their own as soon as they are
 made, so a killed run continues with the parts that are missing, whatever the number of processes; at the end the parts
@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import hashlib
 import json
 import logging
 import shutil
@@ -27,10 +26,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from tokenizers import VQModel, load_tokenizer
-from util.data import CODES, CODES_FLIP, HEADER, LABELS, PARTS, CacheHeader, ImageFolder, NpzCodes
+from util.data import CODES, CODES_FLIP, HEADER, LABELS, PARTS, CacheHeader, NpzCodes, open_images
 from util.dist import Dist
 from util.errors import UserError
 from util.files import atomic_write, sha256, write_json
+from util.image_data import hash_names
 from util.images import to_float
 
 logger = logging.getLogger(__name__)
@@ -58,6 +58,7 @@ def cache_codes(
     cache of the same images, tokenizer and size, it is continued; a finished one is verified and kept.
 
     Args:
+        data_path: what :func:`util.image_data.open_images` takes.
         batch_size: images encoded at once by each process, at most PART_SIZE.
         num_workers: image-reading processes of each process.
         skip_broken: leave out images that cannot be decoded; the header lists them.
@@ -69,21 +70,21 @@ def cache_codes(
     tokenizer = load_tokenizer(vqgan_path, dist.device)
     if img_size < 1 or img_size % tokenizer.stride:
         raise UserError(f"--img_size {img_size} must be a multiple of the tokenizer's stride, {tokenizer.stride}.")
-    folder = ImageFolder(data_path, img_size)
+    images = open_images(data_path, img_size)
     job = _Job(
         img_size=img_size,
         grid_size=img_size // tokenizer.stride,
-        classes=folder.classes,
+        classes=images.classes,
         tokenizer_sha256=sha256(vqgan_path),
         vocab_size=tokenizer.config.codebook_size,
         source=str(data_path),
-        source_sha256=_hash_names(folder.paths),
+        source_sha256=images.fingerprint(),
     )
     return _Builder(
         cache=Path(cached_path),
         job=job,
-        labels=folder.labels,
-        rows=_GuardedRows(folder.load, torch.zeros(img_size, img_size, 3, dtype=torch.uint8)),
+        labels=images.labels,
+        rows=_GuardedRows(images.load, torch.zeros(img_size, img_size, 3, dtype=torch.uint8)),
         encode=functools.partial(_encode_both, tokenizer, dist.device),
         dist=dist,
         batch_size=batch_size,
@@ -122,7 +123,7 @@ def convert_npz(
         tokenizer_sha256=sha256(vqgan_path),
         vocab_size=tokenizer.config.codebook_size,
         source=str(old_path),
-        source_sha256=_hash_names(old.paths),
+        source_sha256=hash_names(old.paths),
     )
     return _Builder(
         cache=Path(cached_path),
@@ -173,10 +174,6 @@ class _Job:
                     f"{cache} holds a cache made from {theirs}, this call has {mine}; give another --cached_path or "
                     "delete that cache."
                 )
-
-
-def _hash_names(paths: list[str]) -> str:
-    return hashlib.sha256("\n".join(paths).encode(errors="surrogateescape")).hexdigest()
 
 
 class _GuardedRows(Dataset[tuple[Tensor, str]]):

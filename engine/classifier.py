@@ -23,11 +23,11 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from util.checkpoint import load_checkpoint
-from util.data import ImageFolder
 from util.dist import resolve_device
 from util.errors import UserError, exit_on_user_error
 from util.files import atomic_write
 from util.help import HelpFormatter
+from util.image_data import ImageDataset, open_images
 from util.logger import setup_logging
 
 logger = logging.getLogger(__name__)
@@ -80,7 +80,7 @@ class Classifier(nn.Module):
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class ClassifierTrainConfig:
     """How a classifier is trained: AdamW, one learning-rate cycle, random shifts, rotations and scales."""
 
     epochs: int = 8
@@ -105,19 +105,19 @@ class TrainConfig:
             raise UserError(f"--weight_decay is {self.weight_decay}; it must not be negative.")
 
 
-def load_images(dataset: ImageFolder) -> tuple[Tensor, Tensor]:
-    """A whole image folder: uint8 (N, 3, S, S) and int64 labels (N,)."""
+def load_images(dataset: ImageDataset) -> tuple[Tensor, Tensor]:
+    """A whole data set: uint8 (N, 3, S, S) and int64 labels (N,)."""
     side = dataset.img_size
     images = torch.empty((len(dataset), 3, side, side), dtype=torch.uint8)
     labels = torch.empty(len(dataset), dtype=torch.int64)
     with ThreadPoolExecutor() as pool:
         items = pool.map(dataset.__getitem__, range(len(dataset)))
-        for i, (image, label) in enumerate(tqdm(items, total=len(dataset), desc=str(dataset.root), leave=False)):
+        for i, (image, label) in enumerate(tqdm(items, total=len(dataset), desc=dataset.source, leave=False)):
             images[i], labels[i] = image.permute(2, 0, 1), label
     return images, labels
 
 
-def augment(images: Tensor, config: TrainConfig, generator: torch.Generator) -> Tensor:
+def augment(images: Tensor, config: ClassifierTrainConfig, generator: torch.Generator) -> Tensor:
     """Random affine maps of uint8 (B, 3, S, S), one per image; edges are repeated."""
     B, device = len(images), images.device
 
@@ -135,7 +135,7 @@ def augment(images: Tensor, config: TrainConfig, generator: torch.Generator) -> 
 
 
 def train_classifier(
-    model: Classifier, images: Tensor, labels: Tensor, config: TrainConfig, device: torch.device
+    model: Classifier, images: Tensor, labels: Tensor, config: ClassifierTrainConfig, device: torch.device
 ) -> None:
     """Train ``model`` in place on uint8 (N, 3, S, S) and labels (N,); bf16 on a GPU. Leaves it in eval mode."""
     images, labels = images.to(device), labels.to(device)
@@ -204,27 +204,27 @@ def load_classifier(path: str | Path, device: torch.device | str = "cpu") -> tup
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m engine.classifier",
-        description="Train a small classifier on an image folder; held-out accuracy is stored with it.",
+        description="Train a small classifier on images; held-out accuracy is stored with it.",
         formatter_class=HelpFormatter,
     )
     add = parser.add_argument
-    add("--data_path", type=Path, required=True, help="training images, one subfolder per class")
-    add("--test_path", type=Path, required=True, help="held-out images, in the same subfolders")
+    add("--data_path", type=Path, required=True, help="training images: a folder per class, or photos.npz:train")
+    add("--test_path", type=Path, required=True, help="held-out images of the same classes, likewise")
     add("--output", type=Path, required=True, help="classifier file to write (.pt)")
     add("--arch", default="test_resnet", help="timm architecture; test_resnet has 0.4M parameters and 96 features")
     add("--img_size", type=int, default=32, help="side of the centre crops, pixels")
     add("--input_size", type=int, help="side the network sees (default: --img_size); larger suits deep networks")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--epochs", type=int, default=TrainConfig.epochs)
-    add("--batch_size", type=int, default=TrainConfig.batch_size)
-    add("--lr", type=float, default=TrainConfig.lr, help="peak learning rate")
-    add("--weight_decay", type=float, default=TrainConfig.weight_decay)
-    add("--label_smoothing", type=float, default=TrainConfig.label_smoothing)
-    add("--shift", type=float, default=TrainConfig.shift, help="largest random shift, as a share of the side")
-    add("--rotate", type=float, default=TrainConfig.rotate, help="largest random rotation, degrees")
-    add("--scale", type=float, default=TrainConfig.scale, help="largest random change of scale, relative")
+    add("--epochs", type=int, default=ClassifierTrainConfig.epochs)
+    add("--batch_size", type=int, default=ClassifierTrainConfig.batch_size)
+    add("--lr", type=float, default=ClassifierTrainConfig.lr, help="peak learning rate")
+    add("--weight_decay", type=float, default=ClassifierTrainConfig.weight_decay)
+    add("--label_smoothing", type=float, default=ClassifierTrainConfig.label_smoothing)
+    add("--shift", type=float, default=ClassifierTrainConfig.shift, help="largest random shift, as a share of the side")
+    add("--rotate", type=float, default=ClassifierTrainConfig.rotate, help="largest random rotation, degrees")
+    add("--scale", type=float, default=ClassifierTrainConfig.scale, help="largest random change of scale, relative")
     add("--flip", action="store_true", help="mirror half of the images")
-    add("--seed", type=int, default=TrainConfig.seed)
+    add("--seed", type=int, default=ClassifierTrainConfig.seed)
     return parser.parse_args(arguments)
 
 
@@ -232,8 +232,8 @@ def main() -> None:
     args = parse_args()
     setup_logging()
     device = resolve_device(args.device)
-    train = TrainConfig(**{name: getattr(args, name) for name in TrainConfig.__dataclass_fields__})
-    train_set, test_set = ImageFolder(args.data_path, args.img_size), ImageFolder(args.test_path, args.img_size)
+    train = ClassifierTrainConfig(**{name: getattr(args, name) for name in ClassifierTrainConfig.__dataclass_fields__})
+    train_set, test_set = open_images(args.data_path, args.img_size), open_images(args.test_path, args.img_size)
     if train_set.classes != test_set.classes:
         raise UserError(
             f"--test_path {args.test_path} has classes {', '.join(test_set.classes)}; expected those of --data_path, "

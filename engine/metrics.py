@@ -1,9 +1,11 @@
 """Scores of generated images from their features: Fréchet distance, Inception Score, precision and recall.
 
-The command computes the statistics of an image folder, to score against them later, or scores a folder:
+The command computes the statistics of images, to score against them later, or scores images:
 
     python -m engine.metrics --data_path data/train --img_size 32 --feature_extractor classifier.pt --output ref.npz
     python -m engine.metrics --data_path samples --img_size 256 --reference_statistics adm_in256_stats.npz
+
+With ``--vqgan_path`` it scores what a tokenizer makes of the images: the floor of all that is generated with it.
 """
 
 from __future__ import annotations
@@ -26,12 +28,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine.features import INCEPTION, SPATIAL_DIM, FeatureExtractor, load_feature_extractor
-from util.crop import center_crop_arr, load_rgb
-from util.data import IMAGE_EXTENSIONS
+from tokenizers import VQModel, load_tokenizer
 from util.dist import Dist, resolve_device
 from util.errors import UserError, exit_on_user_error
 from util.files import atomic_write, sha256
 from util.help import HelpFormatter
+from util.image_data import ImageDataset, open_images
+from util.images import to_float, to_uint8
 from util.logger import setup_logging
 
 logger = logging.getLogger(__name__)
@@ -262,48 +265,44 @@ def adm_scores(
     return {"sfid": sfid, "precision": precision, "recall": recall}
 
 
-def find_images(folder: Path) -> list[Path]:
-    """All images of a folder and its subfolders, sorted.
-
-    Raises:
-        UserError: if there are none.
-    """
-    found = (path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_EXTENSIONS)
-    paths = sorted(path for path in found if not path.name.startswith("."))
-    if not paths:
-        raise UserError(f"{folder} holds no images; expected a folder with pictures, in subfolders or not.")
-    return paths
-
-
-def load_batches(paths: list[Path], img_size: int, batch_size: int) -> Iterator[Tensor]:
-    """Centre crops as uint8 (B, 3, img_size, img_size), one batch read ahead; a broken image raises UserError."""
-
-    def load(path: Path) -> Tensor:
-        return torch.from_numpy(np.array(center_crop_arr(load_rgb(path), img_size))).permute(2, 0, 1)
-
+def load_batches(images: ImageDataset, batch_size: int) -> Iterator[Tensor]:
+    """All crops as uint8 (B, 3, H, W), one batch read ahead; a broken image raises UserError."""
     ahead: deque[Future[Tensor]] = deque()
     with ThreadPoolExecutor() as pool:
-        for path in paths:
-            ahead.append(pool.submit(load, path))
+        for index in range(len(images)):
+            ahead.append(pool.submit(images.load, index))
             if len(ahead) == 2 * batch_size:
-                yield torch.stack([ahead.popleft().result() for _ in range(batch_size)])
+                yield _stack(ahead, batch_size)
         while ahead:
-            yield torch.stack([ahead.popleft().result() for _ in range(min(batch_size, len(ahead)))])
+            yield _stack(ahead, min(batch_size, len(ahead)))
+
+
+def _stack(ahead: deque[Future[Tensor]], count: int) -> Tensor:
+    return torch.stack([ahead.popleft().result() for _ in range(count)]).permute(0, 3, 1, 2)
+
+
+@torch.no_grad()
+def reconstruct(tokenizer: VQModel, images: Tensor) -> Tensor:
+    """What a tokenizer makes of images: uint8 (B, 3, H, W) → the same, on the tokenizer's device."""
+    device = next(tokenizer.parameters()).device
+    x = to_float(images.permute(0, 2, 3, 1).to(device))
+    return to_uint8(tokenizer.decode(tokenizer.encode(x))).permute(0, 3, 1, 2)
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m engine.metrics",
-        description="Feature statistics of an image folder (--output), or its scores (--reference_statistics).",
+        description="Feature statistics of images (--output), or their scores (--reference_statistics).",
         formatter_class=HelpFormatter,
     )
     add = parser.add_argument
-    add("--data_path", type=Path, required=True, help="folder of images, in subfolders or not")
+    add("--data_path", type=Path, required=True, help="folder of images, in subfolders or not, or photos.npz:test")
     add("--img_size", type=int, required=True, help="side of the centre crops, pixels: the size that is generated")
+    add("--vqgan_path", type=Path, help="score what this tokenizer makes of the images")
     add("--feature_extractor", default=INCEPTION, help=f"{INCEPTION}, or a file of python -m engine.classifier")
     add("--inception_path", type=Path, help="Inception weights (default: torch's hub cache, downloaded if missing)")
     add("--output", type=Path, help="write the statistics to this npz")
-    add("--reference_statistics", type=Path, help="score the folder against this npz and print the figures as JSON")
+    add("--reference_statistics", type=Path, help="score the images against this npz and print the figures as JSON")
     add("--batch_size", type=int, default=64)
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     return parser.parse_args(arguments)
@@ -318,32 +317,39 @@ def main() -> None:
         if getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be positive.")
     reference = load_reference_statistics(args.reference_statistics) if args.reference_statistics else None
-    paths = find_images(args.data_path)
+    images = open_images(args.data_path, args.img_size, labelled=False)
     device = resolve_device(args.device)
     extractor = load_feature_extractor(args.feature_extractor, device, args.inception_path)
     if reference is not None:
         reference.check(extractor, args.img_size)
+    tokenizer = None if args.vqgan_path is None else load_tokenizer(args.vqgan_path, device)
     statistics = FeatureStatistics(extractor.feature_dim, device)
     all_logits = []
-    with tqdm(total=len(paths), desc=f"features of {args.data_path}", unit="image") as progress:
-        for images in load_batches(paths, args.img_size, args.batch_size):
-            features, logits = extractor(images)
+    with tqdm(total=len(images), desc=f"features of {images.source}", unit="image") as progress:
+        for batch in load_batches(images, args.batch_size):
+            features, logits = extractor(batch if tokenizer is None else reconstruct(tokenizer, batch))
             statistics.update(features)
             all_logits.append(logits.cpu())
-            progress.update(len(images))
+            progress.update(len(batch))
     metadata = {
         "extractor": extractor.name,
         "extractor_sha256": extractor.weights_hash,
-        "num_images": len(paths),
+        "num_images": len(images),
         "img_size": args.img_size,
         "data_path": str(args.data_path),
     }
+    if args.vqgan_path is not None:
+        metadata["tokenizer_sha256"] = sha256(args.vqgan_path)
     if args.output is not None:
         save_reference_statistics(args.output, statistics, metadata)
-        logger.info("statistics of %d images written to %s", len(paths), args.output)
+        logger.info("statistics of %d images written to %s", len(images), args.output)
     if reference is not None:
         source = {"reference_statistics": str(reference.path), "reference_sha256": reference.sha256}
-        print(json.dumps(metadata | source | score(statistics, torch.cat(all_logits), reference, extractor.name)))
+        scores = score(statistics, torch.cat(all_logits), reference, extractor.name)
+        if extractor.classes == tuple(images.classes):
+            right = torch.cat(all_logits).argmax(1) == torch.from_numpy(images.labels)
+            scores["class_accuracy"] = right.double().mean().item()
+        print(json.dumps(metadata | source | scores))
 
 
 if __name__ == "__main__":

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
+from engine.decoder import DECODE_PATHS
 from engine.evaluate import EvalConfig
 from engine.features import INCEPTION
 from engine.recipes import EVAL_RECIPES, TRAIN_RECIPES
 from engine.train import TrainConfig
+from engine.train_step import ATTENTIONS
 from models import MODEL_SIZES, model_config
 from models.lpd import LPDConfig
 from models.sampling import CFG_SCHEDULES
@@ -18,19 +20,35 @@ from util.errors import UserError
 from util.help import HelpFormatter
 from util.lr_sched import LR_SCHEDULES
 
+# Flags on which an evaluation's figures depend, beside files and seed.
+SCORED = (
+    "model", "img_size", "use_ema", "generation_steps", "group_sizes", "order", "proximity_threshold",
+    "repulsion_threshold", "cfg", "cfg_schedule", "temperature", "top_k", "top_p", "num_images", "bf16",
+    "feature_extractor",
+)  # fmt: skip
+
+
+class _Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, once for all processes, without the list of all flags."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help explains the flags.")
+
 
 def build_parser() -> argparse.ArgumentParser:
     """All flags; what a recipe names becomes the default of the flags it sets (see :func:`parse`)."""
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="main_lpd.py",
         description="Train LPD (locality-aware parallel decoding), or evaluate a checkpoint with --evaluate.",
         formatter_class=HelpFormatter,
     )
     add = parser.add_argument
     add("--evaluate", action="store_true", help="generate and score images instead of training")
+    add("--use_ema", action="store_true", help="take --pretrained_ckpt's moving average of the weights (see --ema)")
     add("--recipe", help=f"a published run: {', '.join(TRAIN_RECIPES)}; with --evaluate {', '.join(EVAL_RECIPES)}")
     add("--output_dir", type=Path, default=Path("runs/lpd"), help="checkpoints, metrics, results, pictures")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--threads", type=int, help="of the CPU, per process (default: torch's, one per core)")
     add("--seed", type=int, default=0, help="of weights, data order, orders, dropout; of the images in an evaluation")
     add("--bf16", action=argparse.BooleanOptionalAction, default=False, help="bfloat16 autocast")
     add("--num_workers", type=int, default=8, help="processes that load images; cached codes need none")
@@ -43,8 +61,17 @@ def build_parser() -> argparse.ArgumentParser:
     add("--model", choices=MODEL_SIZES, help="size (default: lpd_l)")
     add("--img_size", type=int, help="pixels; a multiple of the tokenizer's stride (default: the cache's, else 256)")
     add("--class_num", type=int, help="number of classes (default: the data set's; 1000 without one)")
-    add("--vqgan_path", type=Path, help="tokenizer: LlamaGen's vq_ds16_c2i.pt or one of tokenizers.train")
-    add("--pretrained_ckpt", type=Path, help="weights to evaluate or to start training from (.pth or .safetensors)")
+    add(
+        "--vqgan_path",
+        type=Path,
+        help="tokenizer: LlamaGen's or one of tokenizers.train; a file, or user/model on the hub",
+    )
+    add(
+        "--pretrained_ckpt",
+        type=Path,
+        help="weights to evaluate or start from: a file, an exported folder, or user/model on the hub",
+    )
+    add("--new_classes", action="store_true", help="fine-tune --pretrained_ckpt on other classes: a new class table")
     add("--label_drop_prob", type=float, default=0.1, help="share of samples trained without class, for guidance")
     add("--proj_dropout", type=float, default=0.1, help="after attention and in the MLP")
     add("--attn_dropout", type=float, default=0.0, help="on attention weights; the published models used none")
@@ -66,7 +93,8 @@ def build_parser() -> argparse.ArgumentParser:
     group = parser.add_argument_group("training")
     add = group.add_argument
     add("--epochs", type=int, default=450, help="passes over the data")
-    add("--batch_size", type=int, default=64, help="samples per process")
+    add("--batch_size", type=int, default=64, help="samples per process (and part, with --grad_accum)")
+    add("--grad_accum", type=int, default=1, help="parts of a step whose gradients are added up: less memory")
     add("--lr", type=float, help="peak learning rate (default: blr · global batch / 256)")
     add("--blr", type=float, default=1e-4, help="learning rate per 256 samples of the global batch")
     add("--min_lr", type=float, default=1e-5, help="learning rate at the end of a cosine")
@@ -75,12 +103,25 @@ def build_parser() -> argparse.ArgumentParser:
     add("--lr_decay_start_epoch", type=float, default=400, help="where the cosine of constant+cosine starts")
     add("--weight_decay", type=float, default=0.02, help="on parameters of two and more dimensions")
     add("--grad_clip", type=float, default=3.0, help="largest norm of the gradient")
+    add("--ema", type=float, default=0.0, help="decay of a moving average of the weights, such as 0.9999; 0: none")
+    add("--attention", choices=ATTENTIONS, default="auto", help="flex needs a GPU; auto: flex where it can be used")
+    add(
+        "--compile",
+        action=argparse.BooleanOptionalAction,
+        help="compile the training step (default: on a GPU, not on a CPU)",
+    )
+    add("--fsdp", action="store_true", help="shard weights and optimizer over the processes (FSDP2): less memory")
     add("--resume", type=Path, help="checkpoint, or folder of checkpoints (default: --output_dir, if it has any)")
     add("--log_freq", type=int, default=50, help="steps between lines of metrics.jsonl")
     add("--save_last_freq", type=int, default=1, help="epochs between saves of checkpoint-last.pth")
+    add("--save_last_steps", type=int, default=0, help="steps between saves as well, for long epochs; 0: none")
+    add("--keep_last", type=int, default=2, help="newest checkpoints to keep, should the last one get damaged")
     add("--save_intermediate_freq", type=int, default=0, help="epochs between checkpoints that are kept; 0: none")
     add("--online_eval", action="store_true", help="evaluate during training and at its end")
     add("--eval_freq", type=int, default=40, help="epochs between evaluations with --online_eval")
+    add("--sample_freq", type=int, default=0, help="epochs between pictures of the same samples; 0: none")
+    add("--max_steps", type=int, default=0, help="stop after this step, without evaluating; 1 tries a command out")
+    add("--tensorboard", action="store_true", help="write event files for TensorBoard into the output folder")
     add("--use_wandb", action="store_true", help="log to Weights & Biases as well")
     add("--wandb_project", default="lpd", help="where --use_wandb logs to")
     add("--wandb_run_name", help="(default: the name of the output folder)")
@@ -102,6 +143,8 @@ def build_parser() -> argparse.ArgumentParser:
     add("--top_p", type=float, default=1.0, help="1 is off")
     add("--num_images", type=int, default=50_000, help="balanced over the classes")
     add("--eval_bsz", type=int, default=64, help="images per process and batch")
+    add("--decode_path", choices=DECODE_PATHS, default="auto", help="see engine/decoder.py; plain switches it off")
+    add("--speed_runs", type=int, default=0, help="time batches of 1 and 64 so many times; the paper: 500")
     add("--feature_extractor", default=INCEPTION, help=f"{INCEPTION}, a file of python -m engine.classifier, or none")
     add("--inception_path", type=Path, help="Inception weights (default: torch's hub cache, downloaded if missing)")
     add("--reference_statistics", type=Path, help="npz with mu and sigma; without it no Fréchet distance (FID)")
@@ -120,8 +163,18 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     recipes, kind = (EVAL_RECIPES, "evaluation") if first.evaluate else (TRAIN_RECIPES, "training")
     if first.recipe not in recipes:
         raise UserError(f"there is no {kind} recipe {first.recipe!r}; choose one of {', '.join(recipes)}.")
-    parser.set_defaults(**recipes[first.recipe])
+    values = recipes[first.recipe]
+    if (weights := values.get("pretrained_ckpt")) and not Path(weights).is_file():
+        other = Path(weights).with_suffix(".safetensors")
+        values = values | ({"pretrained_ckpt": other} if other.is_file() else {})
+    parser.set_defaults(**values)
     return parser.parse_args(arguments)
+
+
+def recipe_changes(args: argparse.Namespace) -> dict[str, Any]:
+    """Flags of an evaluation that differ from its recipe's and matter to the figures."""
+    own = parse(["--evaluate", "--recipe", args.recipe])
+    return {name: settings(args)[name] for name in SCORED if getattr(args, name) != getattr(own, name)}
 
 
 def resolve_model(
@@ -163,6 +216,8 @@ def resolve_model(
         wanted |= dict(zip(("embed_dim", "depth", "num_heads"), MODEL_SIZES[args.model], strict=True))
     if resizable:
         recorded = recorded | {"img_size": wanted.pop("img_size", recorded["img_size"])}
+    if resizable and args.new_classes and class_num is not None:
+        recorded = recorded | {"class_num": wanted.pop("class_num", class_num)}
     for key, value in wanted.items():
         if recorded[key] != value:
             source = f"--model {args.model}" if key in ("embed_dim", "depth", "num_heads") else f"--{key}"

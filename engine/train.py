@@ -1,44 +1,39 @@
 """The training loop: one process or many, resumable at any step.
 
 Everything random about a step is a function of (seed, step, sample's row in the global batch), so a run resumed at step
-k goes on exactly as if it had never stopped, and the number of processes changes nothing but the dropout masks.
+k goes on exactly as if it had never stopped, and the numbers of processes and of parts of a step change nothing but the
+dropout masks.
 
 Shape legend: `B` samples of this process, `L` tokens of an image.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import logging
 import math
 import signal
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
+from PIL import Image
 from torch.utils.data import DataLoader
-from tqdm import tqdm
 
-from engine.cache import exact_precision
+from engine.monitor import Monitor
+from engine.stop import StopRequest, ignore_stop_signals
+from engine.trackers import Tracker
+from engine.train_step import ATTENTIONS, Part, TrainStep, draw_samples, mirrored_codes
+from models.flops import training_flops
 from models.lpd import LPD
 from tokenizers import VQModel
-from util.checkpoint import LAST, save_checkpoint
-from util.counter_rng import fold_in, random_bits
+from util.checkpoint_writer import CheckpointWriter
 from util.data import CodeDataset, GlobalBatchSampler, ImageFolder, whole_batch
 from util.dist import Dist
 from util.errors import UserError
-from util.files import write_json
-from util.images import to_float
-from util.logger import MetricsWriter
 from util.lr_sched import LR_SCHEDULES, learning_rate
-from util.optim import build_adamw, load_optimizer
 
 logger = logging.getLogger(__name__)
 
@@ -47,13 +42,16 @@ logger = logging.getLogger(__name__)
 class TrainConfig:
     """Settings of a run; the defaults are the published recipe of LPD-L at 256 px.
 
-    `lr` None means blr · global batch / 256. `batch_size` counts samples per process. Frequencies are in epochs (0 =
-    never) except `log_freq`, in steps.
+    `lr` None means blr · global batch / 256. `batch_size` counts samples per process and part of a step, of which there
+    are `grad_accum`. `compile` None means on a GPU only. `ema` is a decay, 0 none. Frequencies are in epochs (0 =
+    never) except `log_freq` and `save_last_steps`, in steps. `max_steps` ends the run early (0 = after all epochs).
+    `keep_last` counts the newest states on disk.
     """
 
     output_dir: Path
     epochs: int = 450
     batch_size: int = 64
+    grad_accum: int = 1
     lr: float | None = None
     blr: float = 1e-4
     min_lr: float = 1e-5
@@ -62,20 +60,29 @@ class TrainConfig:
     lr_decay_start_epoch: float = 400
     weight_decay: float = 0.02
     grad_clip: float = 3.0
+    ema: float = 0.0
     flip_prob: float = 0.5
     bf16: bool = False
+    attention: str = "auto"
+    compile: bool | None = None
+    fsdp: bool = False
     seed: int = 0
     num_workers: int = 8
     log_freq: int = 50
     save_last_freq: int = 1
+    save_last_steps: int = 0
+    keep_last: int = 2
     save_intermediate_freq: int = 0
+    sample_freq: int = 0
     eval_freq: int = 0
+    max_steps: int = 0
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "log_freq", "save_last_freq"):
+        for name in ("epochs", "batch_size", "grad_accum", "log_freq", "save_last_freq", "keep_last"):
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 1.")
-        for name in ("save_intermediate_freq", "eval_freq", "num_workers", "seed"):
+        frequencies = ("save_last_steps", "save_intermediate_freq", "sample_freq", "eval_freq")
+        for name in (*frequencies, "max_steps", "num_workers", "seed"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name} is {getattr(self, name)}; it must not be negative.")
         for name in ("lr", "blr", "grad_clip"):
@@ -89,6 +96,10 @@ class TrainConfig:
             raise UserError(f"--seed is {self.seed}; it must be below 2^63.")
         if not 0 <= self.flip_prob <= 1:
             raise UserError(f"--flip_prob is {self.flip_prob}; it must be a probability between 0 and 1.")
+        if not 0 <= self.ema < 1:
+            raise UserError(f"--ema is {self.ema}; it must be 0 (off) or a decay below 1, such as 0.9999.")
+        if self.attention not in ATTENTIONS:
+            raise UserError(f"--attention is {self.attention!r}; choose one of {', '.join(ATTENTIONS)}.")
         if self.lr_schedule not in LR_SCHEDULES:
             raise UserError(f"--lr_schedule is {self.lr_schedule!r}; choose one of {', '.join(LR_SCHEDULES)}.")
         if self.warmup_epochs > self.epochs:
@@ -100,74 +111,13 @@ class TrainConfig:
                 f"--warmup_epochs {self.warmup_epochs} and --epochs {self.epochs}."
             )
 
+    def global_batch(self, world_size: int) -> int:
+        """Samples of one step over all processes."""
+        return self.batch_size * self.grad_accum * world_size
+
     def peak_lr(self, world_size: int) -> float:
-        """Highest learning rate; UserError if a schedule that decays would rise from it to `min_lr`."""
-        peak = self.lr if self.lr is not None else self.blr * self.batch_size * world_size / 256
-        if self.lr_schedule != "constant" and peak < self.min_lr:
-            raise UserError(f"--min_lr {self.min_lr} is above the peak learning rate, {peak:.3g}; lower it.")
-        return peak
-
-
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-STOP_CHECK_STEPS = 10  # steps after which several processes agree on whether one of them was told to stop
-
-
-class StopRequest:
-    """SIGINT, SIGTERM and SIGUSR1 ask the loop to finish its step and save; a second Ctrl-C interrupts at once."""
-
-    def __init__(self) -> None:
-        self.signal: int | None = None
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        logger.warning("%s: finishing this step, then saving", signal.Signals(number).name)
-        self.signal = number
-
-    def __enter__(self) -> StopRequest:
-        self._previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
-    @contextlib.contextmanager
-    def suspended(self) -> Iterator[None]:
-        """Let signals act as usual, while something runs that can be interrupted at any time."""
-        self.__exit__()
-        try:
-            yield
-        finally:
-            self.__enter__()
-
-
-def _ignore_stop_signals(worker: int) -> None:
-    """A launcher signals its whole process group; loading must go on until the step is finished."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
-
-
-def draw_samples(
-    seed: int,
-    step: int,
-    rows: range,
-    num_tokens: int,
-    flip_prob: float,
-    label_drop_prob: float,
-    device: torch.device,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """What is random about some `rows` of the global batch of a step; other rows don't matter.
-
-    Returns:
-        orders (B, L) int64, uniformly random permutations; flip (B,) bool, mirrored or not; label_drop (B,) bool.
-    """
-    key = fold_in(torch.tensor(seed, device=device), step)
-    keys = fold_in(key, torch.arange(rows.start, rows.stop, device=device))
-    bits = random_bits(keys, num_tokens + 2)
-    orders = bits[:, :num_tokens].argsort(dim=1, stable=True)
-    uniform = (bits[:, num_tokens:] >> 7).float() * 2.0**-24
-    return orders, uniform[:, 0] < flip_prob, uniform[:, 1] < label_drop_prob
+        """Highest learning rate. Where it is below `min_lr` (few GPUs), the learning rate doesn't fall."""
+        return self.lr if self.lr is not None else self.blr * self.global_batch(world_size) / 256
 
 
 def load_batches(
@@ -182,20 +132,10 @@ def load_batches(
         collate_fn=collate,
         num_workers=0 if cached else num_workers,  # a batch of codes is read faster than handed over
         pin_memory=device.type == "cuda",
-        worker_init_fn=_ignore_stop_signals,
+        worker_init_fn=ignore_stop_signals,
     )
     for batch in loader:
         yield [tensor.to(device, non_blocking=True) for tensor in batch]
-
-
-def mirrored_codes(data: list[torch.Tensor], flip: torch.Tensor, tokenizer: VQModel | None) -> torch.Tensor:
-    """Codes (B, L) of the pictures, mirrored where `flip` (B,) says so: looked up, or encoded by the tokenizer."""
-    if tokenizer is None:
-        codes, codes_flip = data
-        return torch.where(flip[:, None], codes_flip, codes)
-    images = to_float(data[0])
-    with torch.no_grad(), exact_precision():
-        return tokenizer.encode(torch.where(flip[:, None, None, None], images.flip(-1), images))
 
 
 def train(
@@ -209,11 +149,13 @@ def train(
     resume: dict[str, Any] | None = None,
     metadata: dict[str, Any] | None = None,
     evaluate: Callable[[LPD, int], None] | None = None,
-    log: Callable[[dict[str, float]], None] | None = None,
+    draw_grid: Callable[[LPD], Image.Image | None] | None = None,
+    trackers: Sequence[Tracker] = (),
 ) -> int | None:
     """Train `model` on uniformly random orders, one schedule of group sizes drawn per step (paper, section 3.2).
 
-    Writes `checkpoint-last.pth`, `checkpoint-<epoch>.pth` and `metrics.jsonl` into the output folder (rank 0).
+    Writes `checkpoint-last.pth` (and what it was before, `checkpoint-last-1.pth` …), `checkpoint-<epoch>.pth`,
+    `metrics.jsonl` and `samples/` into the output folder (rank 0).
 
     Args:
         schedules: group sizes to draw from, each summing to L.
@@ -222,22 +164,35 @@ def train(
         metadata: plain data stored in every checkpoint (settings, class names, tokenizer hash).
         evaluate: called as (model, epoch) every `eval_freq` epochs and after the last, on all processes; once more when
             a run is resumed just there, since it may have been killed in the middle.
-        log: called with every line of `metrics.jsonl`, on rank 0.
+        draw_grid: called as (model) every `sample_freq` epochs, on all processes; rank 0 returns the picture to keep.
+        trackers: get what `metrics.jsonl` and the folder `samples` get, on rank 0.
 
     Returns:
         None when finished, or the number of the signal that stopped the run after saving.
 
     Raises:
-        UserError: for a data set smaller than one global batch, or a checkpoint that does not fit.
+        UserError: for a data set smaller than one global batch, a checkpoint that does not fit, or a last state that
+            can't be written.
         FloatingPointError: when the loss is no longer finite; the last good checkpoint is kept.
     """
     device, L = dist.device, model.config.num_tokens
-    global_batch = config.batch_size * dist.world_size
+    global_batch = config.global_batch(dist.world_size)
 
     def sampler(start: int, num_steps: int) -> GlobalBatchSampler:
         return GlobalBatchSampler(len(dataset), global_batch, dist.rank, dist.world_size, config.seed, start, num_steps)
 
-    optimizer = build_adamw(model, config.weight_decay)
+    train_step = TrainStep(
+        model,
+        dist,
+        weight_decay=config.weight_decay,
+        grad_clip=config.grad_clip,
+        bf16=config.bf16,
+        grad_accum=config.grad_accum,
+        attention=config.attention,
+        compiled=device.type == "cuda" if config.compile is None else config.compile,
+        fsdp=config.fsdp,
+        ema=config.ema,
+    )
     start_step = 0
     # What the number of a step means; a checkpoint counts its steps in these.
     counted_in = {"global_batch": global_batch, "num_samples": len(dataset), "seed": config.seed}
@@ -248,123 +203,118 @@ def train(
                     f"the checkpoint is of a run with {name} {resume[name]}, this one has {value}; go on with the "
                     "same, or start anew from its weights with --pretrained_ckpt."
                 )
-        load_optimizer(optimizer, resume["optimizer"])
+        train_step.load(resume)
         start_step = resume["step"]
     steps_per_epoch = sampler(0, 0).steps_per_epoch
     total_steps = config.epochs * steps_per_epoch
-    rows = range(dist.rank * config.batch_size, (dist.rank + 1) * config.batch_size)
+    last_step = min(total_steps, config.max_steps or total_steps)
     peak_lr = config.peak_lr(dist.world_size)
+    min_lr = min(config.min_lr, peak_lr)
+    if dist.is_main and config.lr_schedule != "constant" and min_lr < config.min_lr:
+        logger.warning(
+            "the peak learning rate, %.3g, is below --min_lr %g; it will stay at the peak instead of falling",
+            peak_lr, config.min_lr,
+        )  # fmt: skip
     logger.info(
         "%d samples, %d steps per epoch, global batch %d, peak learning rate %.3g, steps %d to %d",
-        len(dataset), steps_per_epoch, global_batch, peak_lr, start_step, total_steps,
+        len(dataset), steps_per_epoch, global_batch, peak_lr, start_step, last_step,
     )  # fmt: skip
     encoder = None if isinstance(dataset, CodeDataset) else tokenizer
-    net: torch.nn.Module = model
-    if dist.world_size > 1:
-        net = DistributedDataParallel(model, device_ids=[device.index] if device.type == "cuda" else None)
 
-    def save(name: str, step: int) -> None:
-        if dist.is_main:
-            payload = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-            payload |= {"epoch": step // steps_per_epoch, "config": dataclasses.asdict(model.config)}
-            save_checkpoint(config.output_dir / name, payload | counted_in | (metadata or {}))
+    def sample_parts(step: int, data: list[torch.Tensor], labels: torch.Tensor) -> Iterator[Part]:
+        """This process's samples of a step, a contiguous share of the global batch, in parts."""
+        first = dist.rank * len(labels)
+        for start in range(0, len(labels), config.batch_size):
+            part = slice(start, start + config.batch_size)
+            rows = range(first + part.start, first + part.stop)
+            orders, flip, label_drop = draw_samples(
+                config.seed, step, rows, L, config.flip_prob, model.config.label_drop_prob, device
+            )
+            yield mirrored_codes([tensor[part] for tensor in data], flip, encoder), labels[part], orders, label_drop
+
+    def save(step: int, keep: bool) -> None:
+        state = train_step.state()  # by all processes
+        epoch = step // steps_per_epoch
+        state |= {"step": step, "epoch": epoch, "config": dataclasses.asdict(model.config)}
+        writer.save(state | counted_in | (metadata or {}), epoch if keep else None)
+
+    def check_saved() -> None:
+        if failure := dist.broadcast(writer.wait()):
+            raise UserError(
+                f"the run ends without its last state: {failure}; make room and run the same command again, it goes on "
+                "from the checkpoint before."
+            )
 
     def due(epoch: int, frequency: int) -> bool:
         return epoch == config.epochs or (frequency > 0 and epoch % frequency == 0)
 
-    if evaluate is not None and start_step and start_step % steps_per_epoch == 0:
-        epoch = start_step // steps_per_epoch
-        if due(epoch, config.eval_freq):
-            evaluate(model, epoch)
-    if start_step >= total_steps:
-        logger.info("the training is finished: all %d epochs are done", config.epochs)
-        return None
+    def after_epoch(epoch: int) -> None:
+        """Pictures and evaluation, after saving."""
+        with monitor.paused():
+            if draw_grid is not None and config.sample_freq and due(epoch, config.sample_freq):
+                picture = draw_grid(train_step.evaluation_model())
+                if picture is not None:
+                    monitor.picture("samples", picture, epoch)
+            if evaluate is not None and due(epoch, config.eval_freq):
+                writer.wait()
+                with stop.suspended():
+                    evaluate(train_step.evaluation_model(), epoch)
 
-    metrics_path = config.output_dir / "metrics.jsonl" if dist.is_main else None
-    loss_sum = torch.zeros((), device=device, dtype=torch.float64)
-    norm = torch.zeros((), device=device)
-    logged_step, clock = start_step, time.perf_counter()
     model.train()
     with (
         StopRequest() as stop,
-        MetricsWriter(metrics_path, start_step) as metrics,
-        tqdm(initial=start_step, total=total_steps, desc="train", unit="step", disable=not dist.is_main) as bar,
+        CheckpointWriter(config.output_dir if dist.is_main else None, config.keep_last, start_step) as writer,
+        Monitor(
+            config.output_dir,
+            dist,
+            start_step=start_step,
+            total_steps=last_step,
+            steps_per_epoch=steps_per_epoch,
+            global_batch=global_batch,
+            flops_per_image=training_flops(model.config),
+            samples_of=lambda step: next(iter(sampler(step, 1))),
+            trackers=trackers,
+        ) as monitor,
     ):
-        remaining = sampler(start_step, total_steps - start_step)
+        if start_step and start_step % steps_per_epoch == 0 and (start_step < last_step or last_step == total_steps):
+            after_epoch(start_step // steps_per_epoch)  # once more: it may have been killed in the middle
+        remaining = sampler(start_step, max(0, last_step - start_step))
         batches = load_batches(dataset, remaining, config.num_workers, device)
-        for step, (*data, labels) in enumerate(batches, start=start_step):
+        for step, (*data, labels) in enumerate(monitor.waiting(batches), start=start_step):
             lr = learning_rate(
                 step / steps_per_epoch,
                 schedule=config.lr_schedule,
                 lr=peak_lr,
-                min_lr=config.min_lr,
+                min_lr=min_lr,
                 warmup_epochs=config.warmup_epochs,
                 epochs=config.epochs,
                 lr_decay_start_epoch=config.lr_decay_start_epoch,
             )
-            for group in optimizer.param_groups:
-                group["lr"] = lr
             draws = np.random.default_rng([config.seed, step])
             group_sizes = schedules[int(draws.integers(len(schedules)))]
             torch.manual_seed(int(draws.integers(2**62)) + dist.rank)  # dropout
-            orders, flip, label_drop = draw_samples(
-                config.seed, step, rows, L, config.flip_prob, model.config.label_drop_prob, device
-            )
-            tokens = mirrored_codes(data, flip, encoder)
-            with torch.autocast(device.type, torch.bfloat16, enabled=config.bf16):
-                logits = net(tokens, labels, orders, group_sizes, label_drop)
-            wide = logits if logits.dtype == torch.float64 else logits.float()
-            loss = F.cross_entropy(wide.flatten(0, 1), tokens.gather(1, orders).flatten())
-            loss.backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            loss_sum += loss.detach()
+            monitor.add(*train_step(sample_parts(step, data, labels), group_sizes, lr))
 
             done = step + 1
-            bar.update()
-            at_epoch_end = done % steps_per_epoch == 0
-            stopping = stop.signal is not None
-            if dist.world_size > 1 and (done % STOP_CHECK_STEPS == 0 or at_epoch_end):
-                stopping = dist.sum_(torch.tensor(float(stopping), device=device)).item() > 0
-            elif dist.world_size > 1:
-                stopping = False
-            if done % config.log_freq == 0 or at_epoch_end or stopping:
-                # Besides the agreement to stop, the only read-back from the device.
-                mean_loss = dist.sum_(loss_sum).item() / (dist.world_size * (done - logged_step))
-                grad_norm = norm.item()
-                if not math.isfinite(mean_loss + grad_norm):
-                    samples = list(sampler(logged_step, done - logged_step))
-                    report = {"first_step": logged_step, "samples_of_each_step": samples}
-                    write_json(config.output_dir / f"nonfinite-rank{dist.rank}.json", report)
-                    raise FloatingPointError(
-                        f"the loss is {mean_loss}, the norm of the gradient {grad_norm} between steps {logged_step} "
-                        f"and {done}; nothing was saved since, nonfinite-rank{dist.rank}.json in {config.output_dir} "
-                        "names the samples."
-                    )
-                seconds = time.perf_counter() - clock
-                images_per_sec = (done - logged_step) * global_batch / seconds
-                bar.set_postfix(loss=f"{mean_loss:.4f}", img_s=f"{images_per_sec:.0f}")
-                values = {"step": done, "epoch": round(done / steps_per_epoch, 4), "loss": mean_loss, "lr": lr}
-                values |= {"grad_norm": grad_norm, "images_per_sec": round(images_per_sec, 2)}
-                metrics.write(**values)
-                if log is not None and dist.is_main:
-                    log(values)
-                loss_sum.zero_()
-                logged_step, clock = done, time.perf_counter()
-            if at_epoch_end or stopping:
-                epoch = done // steps_per_epoch
-                keep = at_epoch_end and config.save_intermediate_freq and epoch % config.save_intermediate_freq == 0
-                evaluating = at_epoch_end and evaluate is not None and due(epoch, config.eval_freq)
-                if keep:
-                    save(f"checkpoint-{epoch}.pth", done)
-                if keep or stopping or evaluating or due(epoch, config.save_last_freq):
-                    save(LAST, done)
-                if stopping:
-                    logger.warning("stopped at step %d of %d; run the same command again to go on", done, total_steps)
-                    return stop.signal or signal.SIGTERM
-                if evaluating and evaluate is not None:
-                    with stop.suspended():
-                        evaluate(model, epoch)
-                clock = time.perf_counter()
+            at_epoch_end, epoch = done % steps_per_epoch == 0, done // steps_per_epoch
+            finished, stopping = done == last_step, stop.agreed(dist)
+            evaluating = evaluate is not None and due(epoch, config.eval_freq)
+            keep = at_epoch_end and config.save_intermediate_freq > 0 and epoch % config.save_intermediate_freq == 0
+            saving = keep or finished or stopping
+            saving |= at_epoch_end and (evaluating or due(epoch, config.save_last_freq))
+            saving |= config.save_last_steps > 0 and done % config.save_last_steps == 0
+            # Besides the agreement to stop, the only read-back from the device. Nothing is saved that isn't finite.
+            if saving or at_epoch_end or done % config.log_freq == 0:
+                monitor.report(lr)
+            writer.check()
+            if saving:
+                save(done, keep)
+            if finished or stopping:
+                check_saved()
+            if stopping and not finished:
+                logger.info("stopped at step %d of %d; run the same command again to go on", done, total_steps)
+                return stop.signal or signal.SIGTERM
+            if at_epoch_end and (done < last_step or last_step == total_steps):
+                after_epoch(epoch)
+    logger.info("the training is finished: %d steps of %d are done", last_step, total_steps)
     return None

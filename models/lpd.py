@@ -18,7 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from models.block import Attend, Block
 from models.kv_cache import KVCache
-from models.mask import training_mask
+from models.mask import training_attention
 from util.errors import UserError
 
 
@@ -110,13 +110,14 @@ class LPD(nn.Module):
         """Position queries (B, N, D) for raster indices `positions_BN`."""
         return self.z_proj_ln(self.mask_token + F.embedding(positions_BN + 1, self.pos_embed[0]))
 
-    def transform(self, rows_BND: torch.Tensor, attend: Attend) -> torch.Tensor:
-        """All blocks of the training pass, without the final norm."""
+    def transform(self, rows_BND: torch.Tensor, attend: Attend, attend_last: Attend) -> torch.Tensor:
+        """All blocks of the training pass, without the final norm: the rows that the last block attends."""
         for block in self.blocks:
+            attend_now = attend_last if block is self.blocks[-1] else attend
             if self.config.grad_checkpointing and self.training:
-                rows_BND = checkpoint(block, rows_BND, attend, use_reentrant=False)
+                rows_BND = checkpoint(block, rows_BND, attend_now, use_reentrant=False)
             else:
-                rows_BND = block(rows_BND, attend)
+                rows_BND = block(rows_BND, attend_now)
         return rows_BND
 
     def decode_step(self, rows_BND: torch.Tensor, num_context: int, cache: KVCache) -> torch.Tensor:
@@ -154,6 +155,22 @@ class LPD(nn.Module):
         Returns:
             Logits (B, L, V) in generation order: row t predicts the code at raster index orders_BL[:, t].
         """
+        return self.head(self.features(tokens_BL, labels_B, orders_BL, group_sizes, label_drop_B))
+
+    def features(
+        self,
+        tokens_BL: torch.Tensor,
+        labels_B: torch.Tensor | None,
+        orders_BL: torch.Tensor,
+        group_sizes: Sequence[int],
+        label_drop_B: torch.Tensor | None = None,
+        attention: str = "sdpa",
+    ) -> torch.Tensor:
+        """:meth:`forward` without its last step, the head: (B, L, D), so that a loss can go on chunk by chunk.
+
+        Args:
+            attention: "sdpa" or "flex", see :func:`models.mask.training_attention`.
+        """
         B, L = tokens_BL.shape
         self.check_inputs(orders_BL, group_sizes)
         if tokens_BL.shape != orders_BL.shape:
@@ -163,18 +180,13 @@ class LPD(nn.Module):
             label_drop_B = torch.rand(B, device=tokens_BL.device) < self.config.label_drop_prob
         if label_drop_B is not None:
             class_B1D = torch.where(label_drop_B[:, None, None], self.embed_class(None, B), class_B1D)
-        # Nobody sees the codes of the last group, so they are left out.
-        num_known = L - group_sizes[-1]
-        known_BN = orders_BL[:, :num_known]
+        # The code of the last token is seen by nobody, so that there are L context rows whatever the schedule.
+        known_BN = orders_BL[:, :-1]
         context = self.embed_codes(tokens_BL.gather(1, known_BN), known_BN)
         rows = torch.cat([class_B1D, context, self.embed_queries(orders_BL)], dim=1)
         # Fused kernels of the released models' training ignored attention dropout, hence its default of 0.
-        attend = partial(
-            F.scaled_dot_product_attention,
-            attn_mask=training_mask(group_sizes, device=rows.device),
-            dropout_p=self.config.attn_dropout if self.training else 0.0,
-        )
-        return self.predict(self.transform(rows, attend)[:, 1 + num_known :])
+        dropout = self.config.attn_dropout if self.training else 0.0
+        return self.norm(self.transform(rows, *training_attention(group_sizes, rows.device, attention, dropout)))
 
     def check_inputs(self, orders_BL: torch.Tensor, group_sizes: Sequence[int]) -> None:
         """Raise UserError where shapes and schedule do not fit this model (no read-back of device values)."""
@@ -200,12 +212,15 @@ def resize_pos_embed(pos_embed: torch.Tensor, num_tokens: int) -> torch.Tensor:
     return torch.cat([pos_embed[:, :1], grid.flatten(2).transpose(1, 2).to(pos_embed.dtype)], dim=1)
 
 
-def load_weights(model: LPD, state: dict[str, torch.Tensor], source: str, resize: bool = False) -> None:
+def load_weights(
+    model: LPD, state: dict[str, torch.Tensor], source: str, resize: bool = False, new_classes: bool = False
+) -> None:
     """Load a state dict; everything must fit.
 
     Args:
         source: the file's name, for messages.
         resize: let positions of another grid be resized, to go on training at another resolution.
+        new_classes: leave the class table of `model` as it is, to go on training on other classes.
 
     Raises:
         UserError: naming the first parameter that is missing, unknown or of another shape.
@@ -216,6 +231,8 @@ def load_weights(model: LPD, state: dict[str, torch.Tensor], source: str, resize
     if unknown := sorted(state.keys() - own.keys()):
         raise UserError(f"{source} is no checkpoint of this model: {unknown[0]} is unknown ({len(unknown)} in all).")
     state = dict(state)
+    if new_classes:
+        state["class_emb.weight"] = own["class_emb.weight"]
     if resize and state["pos_embed"].ndim == 3 and state["pos_embed"].shape[2] == model.config.embed_dim:
         state["pos_embed"] = resize_pos_embed(state["pos_embed"], model.config.num_tokens)
     for name, value in own.items():

@@ -94,6 +94,31 @@ def test_rows_are_the_codes_of_each_crop_and_its_mirror_image(images: Path, vqga
     assert not (tmp_path / "cache" / PARTS).exists()
 
 
+def test_pictures_of_every_kind_have_the_codes_of_their_rgb_selves(vqgan: Path, tmp_path: Path) -> None:
+    """Guards against a crash or other codes for files that are no plain RGB."""
+    rng = np.random.default_rng(0)
+    rgb = Image.fromarray(rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8))
+    # What ADM's loader makes of a mode is Pillow's conversion, which clips 16 bits; a noted rotation is ignored.
+    odd = {"grey.png": "L", "palette.png": "P", "print.tif": "CMYK", "alpha.png": "RGBA", "line.png": "1"}
+    for folder in ("odd", "plain"):
+        (tmp_path / folder / "a").mkdir(parents=True)
+    for name, mode in odd.items():
+        picture = rgb.convert(mode)
+        picture.save(tmp_path / "odd" / "a" / name)
+        picture.convert("RGB").save(tmp_path / "plain" / "a" / f"{Path(name).stem}.png")
+    grey = np.asarray(rgb.convert("L"))
+    Image.fromarray(grey.astype(np.uint16)).save(tmp_path / "odd" / "a" / "deep.png")
+    Image.fromarray(grey).convert("RGB").save(tmp_path / "plain" / "a" / "deep.png")
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    rgb.save(tmp_path / "odd" / "a" / "phone.png", exif=turned)
+    rgb.save(tmp_path / "plain" / "a" / "phone.png")
+    for folder in ("odd", "plain"):
+        _cache(tmp_path / folder, tmp_path / f"{folder}_codes", vqgan)
+    assert _contents(tmp_path / "odd_codes") == _contents(tmp_path / "plain_codes")
+    assert len(open_codes(tmp_path / "odd_codes")) == 7
+
+
 def test_killed_run_is_finished_by_two_processes(vqgan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against lost, doubled or shifted images after kill -9, and against codes that depend on the processes."""
     monkeypatch.undo()  # the processes have the real size of parts

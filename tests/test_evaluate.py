@@ -41,6 +41,8 @@ from util.files import sha256
 from util.image_data import ImageFolder
 
 SCORES = ("frechet_distance", "inception_score", "inception_score_std", "class_accuracy")
+TIMES = ("sec_per_image", "images_per_sec")
+FREE_SETTINGS = ("output_dir", "eval_bsz", "reference_statistics", "save_npz")
 CASE = Path(__file__).with_name("evaluation_case.py")
 
 
@@ -70,7 +72,15 @@ def assert_same(folder: Path, results: dict[str, Any], whole: tuple[Path, dict[s
     assert {name: results[name] for name in SCORES} == pytest.approx(
         {name: whole[1][name] for name in SCORES}, rel=1e-6
     )
+    assert comparable(json.loads((folder / "results.json").read_text())) == comparable(whole[1])
     assert not list(folder.glob("partial-*")), "the partial state must go when the results are there"
+
+
+def comparable(results: dict[str, Any]) -> dict[str, Any]:
+    """What must not depend on how a run came about: all but scores, times, places and processes."""
+    settings = {key: value for key, value in results["settings"].items() if key not in FREE_SETTINGS}
+    kept = {key: value for key, value in results.items() if key not in (*SCORES, *TIMES, "environment")}
+    return kept | {"settings": settings, "reference": results["reference"]["sha256"], "keys": sorted(results)}
 
 
 def start_case(output_dir: Path, *args: object, rank: int = 0, world_size: int = 1, port: int = 0) -> subprocess.Popen:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from evaluation_case import toy_extractor
 from PIL import Image
 
 from engine import metrics
+from tokenizers import VQConfig, VQModel, save_tokenizer
 from util.errors import UserError
 from util.files import sha256
+from util.image_data import write_packed
 
 NUM_IMAGES = 11  # an odd last batch; ten splits of the Inception Score need ten images
 
@@ -58,3 +62,43 @@ def test_command_makes_statistics_and_scores_folders(
     with pytest.raises(UserError, match=r"3\.png"):
         command(f"--img_size 16 --output {tmp_path}/x.npz")
     assert not (tmp_path / "x.npz").exists()
+
+
+def test_packed_photos_are_scored_with_their_classes_and_through_a_tokenizer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against an accuracy against shifted labels, and a tokenizer's floor measured on the photos themselves."""
+    toy = toy_extractor()
+    pixels = np.random.default_rng(0).integers(0, 256, (NUM_IMAGES, 16, 16, 3), dtype=np.uint8)
+    read_as = toy(torch.from_numpy(pixels).permute(0, 3, 1, 2))[1].argmax(1)
+    labels = np.where(np.arange(NUM_IMAGES) < 4, (read_as.numpy() + 1) % 5, read_as.numpy())
+    files = []
+    for image in pixels:
+        files.append(io.BytesIO())
+        Image.fromarray(image).save(files[-1], "PNG")
+    write_packed(tmp_path / "photos.npz", [file.getvalue() for file in files], labels, "abcde", [1] * NUM_IMAGES)
+    config = VQConfig(base_width=8, multipliers=(1, 1), res_blocks=1, z_channels=8, codebook_size=16, code_dim=4)
+    tokenizer = VQModel(config).eval()
+    save_tokenizer(tokenizer, tmp_path / "vq.pt")
+    monkeypatch.setattr(metrics, "load_feature_extractor", lambda *_: toy)
+
+    def command(flags: str) -> dict:
+        photos = f"--data_path {tmp_path}/photos.npz:test --img_size 16 --device cpu --batch_size 3"
+        monkeypatch.setattr(sys, "argv", ["metrics", *photos.split(), *flags.split()])
+        metrics.main()
+        printed = capsys.readouterr().out
+        return json.loads(printed) if printed else {}
+
+    command(f"--output {tmp_path}/ref.npz")
+    plain = command(f"--reference_statistics {tmp_path}/ref.npz")
+    assert plain["class_accuracy"] == pytest.approx(7 / 11)
+    assert plain["frechet_distance"] == pytest.approx(0, abs=1e-6)
+    floor = command(f"--reference_statistics {tmp_path}/ref.npz --vqgan_path {tmp_path}/vq.pt")
+    assert floor["tokenizer_sha256"] == sha256(tmp_path / "vq.pt")
+    decoded = metrics.reconstruct(tokenizer, torch.from_numpy(pixels).permute(0, 3, 1, 2))
+    statistics = metrics.FeatureStatistics(toy.feature_dim)
+    statistics.update(toy(decoded)[0])
+    reference = metrics.load_reference_statistics(tmp_path / "ref.npz")
+    expected = metrics.score(statistics, toy(decoded)[1], reference, "toy")["frechet_distance"]
+    assert floor["frechet_distance"] == pytest.approx(expected, rel=1e-6)
+    assert expected > 0.01

@@ -10,12 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from reference_weights import reference_state_dict
+from visibility import brute_force_visibility
 
 from engine.generate import generate
 from models import MODEL_SIZES, build_model, model_config
 from models.kv_cache import KVCache
 from models.lpd import LPD, LPDConfig, resize_pos_embed
-from models.mask import training_mask
 from util.errors import UserError
 
 DATA = Path(__file__).parent / "data"
@@ -86,35 +86,11 @@ def test_released_sizes(name: str, millions: int) -> None:
     assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(millions, rel=0.01)
 
 
-def brute_force_visibility(group_sizes: list[int]) -> torch.Tensor:
-    """The table of who sees whom, one pair of rows at a time."""
-    rows: list[tuple[str, int]] = [("class", 0)]
-    rows += [("code", s) for s, size in enumerate(group_sizes[:-1], 1) for _ in range(size)]
-    rows += [("query", s) for s, size in enumerate(group_sizes, 1) for _ in range(size)]
-
-    def visible(row: tuple[str, int], column: tuple[str, int]) -> bool:
-        (kind, s), (column_kind, c) = row, column
-        if column_kind == "class":
-            return True
-        if kind == "class":
-            return False
-        if kind == "code":
-            return column_kind == "code" and c <= s
-        return c < s if column_kind == "code" else c == s
-
-    return torch.tensor([[visible(row, column) for column in rows] for row in rows])
-
-
-@pytest.mark.parametrize("group_sizes", [[1], [4], [1, 3], [1, 1, 1, 1], [1, 2, 3, 4, 6], [3, 1, 2]])
-def test_training_mask_is_the_visibility_table(group_sizes: list[int]) -> None:
-    assert torch.equal(training_mask(group_sizes), brute_force_visibility(group_sizes))
-
-
 @pytest.mark.parametrize("group_sizes", [[1], [1, 3], [1, 2, 3, 4, 6], [3, 1, 2]])
 def test_cached_attention_is_a_slice_of_the_training_mask(group_sizes: list[int]) -> None:
     """Step s restricted to the rows it feeds must be what training taught the model; query keys must not survive."""
     table = brute_force_visibility(group_sizes)
-    num_rows, num_context_rows = len(table), 1 + sum(group_sizes[:-1])
+    num_rows, num_context_rows = len(table), sum(group_sizes)
     query, key, value = torch.randn(3, 2, 3, 4, num_rows, 5, dtype=torch.float64)  # (layers, B, H, rows, K)
     expected = F.scaled_dot_product_attention(query, key, value, attn_mask=table)
     cache = KVCache(2, 3, 4, 1 + sum(group_sizes), 5, torch.device("cpu"), torch.float64)

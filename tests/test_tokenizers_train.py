@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from tokenizers import VQConfig, load_tokenizer
+from tokenizers import VQConfig, load_tokenizer, training_data
 from tokenizers import train as train_module
 from tokenizers.codebook_training import DeadCodeRevival, codebook_use, kmeans_start
-from tokenizers.train import TrainConfig, evaluate, main, train_tokenizer
+from tokenizers.train import TokenizerTrainConfig, evaluate, main, train_tokenizer
 from tokenizers.vq_model import Codebook, VQModel
 from util.errors import UserError
 
@@ -53,7 +54,7 @@ def _clusters(number: int, per_cluster: int) -> tuple[torch.Tensor, torch.Tensor
 
 def test_training_improves_reconstructions_and_uses_the_codebook(tmp_path: Path) -> None:
     """Guards against a gradient that does not pass the quantiser and against a collapsing codebook."""
-    config = TrainConfig(60, batch_size=16, lr=4e-3, eval_freq=10, held_out=0.3)
+    config = TokenizerTrainConfig(60, batch_size=16, lr=4e-3, eval_freq=10, held_out=0.3)
     metrics = train_tokenizer(Blobs(), MODEL, config, tmp_path, CPU)
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == list(range(10, 61, 10))
@@ -69,14 +70,14 @@ def test_training_improves_reconstructions_and_uses_the_codebook(tmp_path: Path)
 
     model = load_tokenizer(tmp_path / "tokenizer.pt")
     assert model.config == MODEL
-    _, held_out_set = train_module._split(Blobs(), config)
+    _, held_out_set = training_data.split(Blobs(), config.held_out, config.seed)
     held_out = torch.stack([held_out_set[i][0] for i in range(14)])
     assert evaluate(model, held_out, 2)["psnr_db"] == pytest.approx(metrics["psnr_db"], abs=2e-3)
 
 
 def test_the_seed_decides_the_result(tmp_path: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
-        train_tokenizer(Blobs(), MODEL, TrainConfig(3, batch_size=8, seed=seed), tmp_path / name, CPU)
+        train_tokenizer(Blobs(), MODEL, TokenizerTrainConfig(3, batch_size=8, seed=seed), tmp_path / name, CPU)
     a, b, c = (load_tokenizer(tmp_path / name / "tokenizer.pt").state_dict() for name in "abc")
     assert all(torch.equal(a[name], b[name]) for name in a)
     assert not torch.equal(a["encoder.conv_in.weight"], c["encoder.conv_in.weight"])
@@ -94,21 +95,23 @@ def test_psnr_is_that_of_the_definition() -> None:
 
 def test_a_large_data_set_is_streamed_in_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against the two ways of reading showing the network different images."""
-    train_set, _ = train_module._split(Blobs(), TrainConfig(1))
-    config = TrainConfig(steps=7, batch_size=10, seed=3)
-    in_memory = list(train_module._batches(train_set, config, CPU))
-    monkeypatch.setattr(train_module, "_IN_MEMORY_BYTES", 0)
-    streamed = list(train_module._batches(train_set, config, CPU))
-    assert len(in_memory) == len(streamed) == 7
-    assert all(torch.equal(a, b) for a, b in zip(in_memory, streamed, strict=True))
+    train_set, _ = training_data.split(Blobs(), held_out=0.1, seed=0)
+
+    def batches(first_step: int) -> list[torch.Tensor]:
+        return list(training_data.read_batches(train_set, range(first_step, 7), 10, 3, 0, CPU))
+
+    in_memory, later = batches(0), batches(5)
+    monkeypatch.setattr(training_data, "_IN_MEMORY_BYTES", 0)
+    assert len(in_memory) == 7
+    for a, b in ((in_memory, batches(0)), (in_memory[5:], later), (later, batches(5))):
+        assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
     every = torch.stack([train_set[i][0] for i in range(43)])
     assert torch.equal(torch.cat(in_memory)[:43].unique(dim=0), every.unique(dim=0))
 
 
 def test_flip_mirrors_left_and_right_only() -> None:
-    train_set, _ = train_module._split(Blobs(), TrainConfig(1))
-    plain = next(train_module._batches(train_set, TrainConfig(1, batch_size=40), CPU))
-    flipped = next(train_module._batches(train_set, TrainConfig(1, batch_size=40, flip=True), CPU))
+    plain = Blobs().images
+    flipped = training_data.flip_half(plain)
     mirrored = [torch.equal(a, b.flip(1)) and not torch.equal(a, b) for a, b in zip(plain, flipped, strict=True)]
     same = [torch.equal(a, b) for a, b in zip(plain, flipped, strict=True)]
     assert all(m or s for m, s in zip(mirrored, same, strict=True))
@@ -128,7 +131,7 @@ def test_an_interrupted_training_leaves_the_last_saved_state(tmp_path: Path, mon
 
     monkeypatch.setattr(train_module, "_losses", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train_tokenizer(Blobs(), MODEL, TrainConfig(100, batch_size=4, eval_freq=4), tmp_path, CPU)
+        train_tokenizer(Blobs(), MODEL, TokenizerTrainConfig(100, batch_size=4, eval_freq=4), tmp_path, CPU)
     assert json.loads((tmp_path / "metrics.json").read_text())["step"] == 4
     assert load_tokenizer(tmp_path / "tokenizer.pt").config == MODEL
     assert {file.name for file in tmp_path.iterdir()} == {
@@ -136,7 +139,56 @@ def test_an_interrupted_training_leaves_the_last_saved_state(tmp_path: Path, mon
         "metrics.json",
         "metrics.jsonl",
         "reconstructions.png",
+        "state.pth",
     }
+
+
+def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against other batches, flips, learning rates, dead codes or moments after a kill."""
+    monkeypatch.setattr(train_module, "_PLAIN", 0.25)
+    monkeypatch.setattr(train_module, "_REVIVE_UNTIL", 1)
+    config = TokenizerTrainConfig(24, batch_size=8, eval_freq=4, flip=True, lr=4e-3)
+    train_tokenizer(Blobs(), MODEL, config, tmp_path / "whole", CPU)
+    assert not (tmp_path / "whole" / "state.pth").exists()
+    real = train_module._losses
+    for killed_at in (5, 18):  # before the codebook starts, and before entries are revived
+        steps = iter(range(1000))
+
+        def killed(*args: Any, steps: Iterator[int] = steps, killed_at: int = killed_at, **kwargs: Any) -> Any:
+            if next(steps) == killed_at:
+                raise KeyboardInterrupt
+            return real(*args, **kwargs)
+
+        folder = tmp_path / f"killed{killed_at}"
+        monkeypatch.setattr(train_module, "_losses", killed)
+        with pytest.raises(KeyboardInterrupt):
+            train_tokenizer(Blobs(), MODEL, config, folder, CPU)
+        shutil.copytree(folder, tmp_path / "other", dirs_exist_ok=True)
+        train_tokenizer(Blobs(), MODEL, config, folder, CPU)
+        assert next(steps) == killed_at + 1 + 24 - killed_at // 4 * 4  # only what was lost is done again
+        whole, resumed = (load_tokenizer(path / "tokenizer.pt").state_dict() for path in (tmp_path / "whole", folder))
+        assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+        lines = [(path / "metrics.jsonl").read_text().splitlines() for path in (tmp_path / "whole", folder)]
+        curves = [[{**json.loads(line), "elapsed_sec": 0} for line in run] for run in lines]
+        assert curves[0] == curves[1]
+
+    # Another run's state is left alone: this one starts at its beginning.
+    other = TokenizerTrainConfig(3, batch_size=8, seed=1)
+    train_tokenizer(Blobs(), MODEL, other, tmp_path / "other", CPU)
+    train_tokenizer(Blobs(), MODEL, other, tmp_path / "fresh", CPU)
+    a, b = (load_tokenizer(tmp_path / name / "tokenizer.pt").state_dict() for name in ("other", "fresh"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_test_set_is_measured_and_not_trained_on(tmp_path: Path) -> None:
+    class Grey(Blobs):
+        def __init__(self) -> None:
+            self.images = torch.full((5, 8, 8, 3), 90, dtype=torch.uint8)
+
+    metrics = train_tokenizer(Blobs(), MODEL, TokenizerTrainConfig(2), tmp_path, CPU, test_set=Grey())
+    assert (metrics["train_images"], metrics["held_out_images"]) == (48, 5)
+    grey = evaluate(load_tokenizer(tmp_path / "tokenizer.pt"), Grey().images, 5)
+    assert metrics["psnr_db"] == pytest.approx(grey["psnr_db"], abs=2e-3)
 
 
 def test_kmeans_finds_separate_clusters() -> None:
@@ -290,4 +342,4 @@ def test_too_few_images_are_refused(tmp_path: Path) -> None:
             return 1
 
     with pytest.raises(UserError, match=r"1 image\(s\)"):
-        train_tokenizer(One(), MODEL, TrainConfig(1), tmp_path, CPU)
+        train_tokenizer(One(), MODEL, TokenizerTrainConfig(1), tmp_path, CPU)

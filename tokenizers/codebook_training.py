@@ -38,11 +38,11 @@ class DeadCodeRevival:
 
     def __init__(self, codebook: Codebook) -> None:
         self._codebook = codebook
-        self._counts = torch.zeros(codebook.embedding.num_embeddings, device=codebook.embedding.weight.device)
+        self.counts = torch.zeros(codebook.embedding.num_embeddings, device=codebook.embedding.weight.device)
 
     def count(self, indices: Tensor) -> None:
         flat = indices.flatten()
-        self._counts.index_add_(0, flat, torch.ones_like(flat, dtype=self._counts.dtype))
+        self.counts.index_add_(0, flat, torch.ones_like(flat, dtype=self.counts.dtype))
 
     @torch.no_grad()
     def revive(self, features: Tensor, optimizer: torch.optim.Optimizer) -> int:
@@ -51,7 +51,7 @@ class DeadCodeRevival:
         Features are drawn in proportion to their squared distance to the nearest entry (as in k-means++), and the
         optimizer forgets its moments of the replaced entries.
         """
-        dead = (self._counts < _DEAD_SHARE * self._counts.mean()).nonzero().flatten()
+        dead = (self.counts < _DEAD_SHARE * self.counts.mean()).nonzero().flatten()
         weight = self._codebook.embedding.weight
         distance = (features - self._codebook.lookup(self._codebook.nearest(features))).square().sum(-1)
         dead = dead[: int((distance > 0).sum())]
@@ -60,7 +60,7 @@ class DeadCodeRevival:
             for moment in ("exp_avg", "exp_avg_sq"):
                 if weight in optimizer.state:
                     optimizer.state[weight][moment][dead] = 0
-        self._counts.zero_()
+        self.counts.zero_()
         return len(dead)
 
 

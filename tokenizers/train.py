@@ -1,4 +1,4 @@
-"""Train a small tokenizer on an image folder: ``python -m tokenizers.train --data_path FOLDER --output_dir DIR ...``.
+"""Train a small tokenizer on images: ``python -m tokenizers.train --data_path FOLDER --output_dir DIR ...``.
 
 Reconstruction (L1 + L2), codebook and commitment losses with the straight-through estimator (van den Oord et al.,
 arXiv:1711.00937) on normalised vectors (Yu et al., arXiv:2110.04627). The network first runs a little without
@@ -15,26 +15,25 @@ import math
 import os
 import time
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Subset
 from tqdm import tqdm
 
 from tokenizers.checkpoint import save_tokenizer
 from tokenizers.codebook_training import DeadCodeRevival, codebook_use, kmeans_start
+from tokenizers.training_data import Images, everything, flip_half, held_out_count, load_all, read_batches, split
 from tokenizers.vq_model import VQConfig, VQModel
-from util.data import ImageFolder
+from util.checkpoint import load_checkpoint
 from util.dist import resolve_device
 from util.errors import UserError, exit_on_user_error
-from util.files import write_json
+from util.files import atomic_write, write_json
 from util.help import HelpFormatter
+from util.image_data import open_images
 from util.images import image_grid, save_png, to_float, to_uint8
 from util.logger import MetricsWriter, setup_logging
 from util.lr_sched import learning_rate
@@ -46,21 +45,12 @@ _COMMITMENT = 0.25  # weight of the commitment loss, as in both papers
 _WARMUP = 0.05  # share of the steps in which the learning rate rises
 _PLAIN = 0.05  # share of the steps without quantisation
 _REVIVE_UNTIL = 0.7  # after this share of the steps entries are no longer moved and the decoder settles
-_IN_MEMORY_BYTES = 2 * 2**30  # a data set up to this size is decoded once and kept on the device
-_HELD_OUT_MAX = 2000  # images
 _PICTURES = 12
-
-
-class ImageDataset(Protocol):
-    """Map-style: item i is (uint8 tensor (H, H, 3), label), all of one size."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> tuple[Tensor, int]: ...
+STATE = "state.pth"  # of an unfinished training
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TokenizerTrainConfig:
     """How to train: ``steps`` steps of ``batch_size`` images; the learning rate rises to ``lr``, then falls to 0.
 
     Every ``eval_freq`` steps the share ``held_out`` of the images is measured and everything saved. ``flip`` mirrors
@@ -91,13 +81,19 @@ class TrainConfig:
 
 
 def train_tokenizer(
-    dataset: ImageDataset, model_config: VQConfig, config: TrainConfig, output_dir: Path, device: torch.device
+    dataset: Images,
+    model_config: VQConfig,
+    config: TokenizerTrainConfig,
+    output_dir: Path,
+    device: torch.device,
+    test_set: Images | None = None,
 ) -> dict[str, float]:
-    """Train on part of ``dataset``, measure on the rest.
+    """Train on part of ``dataset`` and measure on the rest; with a ``test_set`` train on all and measure on that.
 
     Writes into ``output_dir``, every ``eval_freq`` steps and at the end: ``tokenizer.pt``, ``metrics.json`` (the
     returned figures and the settings), ``reconstructions.png`` (held-out images above their reconstructions) and a line
-    of ``metrics.jsonl``. Files of an earlier run are replaced.
+    of ``metrics.jsonl``. Until it is finished ``state.pth`` lies beside them, from which the same call goes on, exactly
+    as if it had not been interrupted; files of any other run are replaced.
 
     Returns:
         On the held-out images: ``psnr_db``, ``codebook_share`` (of entries chosen at all) and ``codebook_perplexity``;
@@ -106,19 +102,26 @@ def train_tokenizer(
     Raises:
         UserError: when the images don't fit the tokenizer's stride or are fewer than two.
     """
-    train_set, held_out_set = _split(dataset, config)
+    train_set, held_out_set = (
+        split(dataset, config.held_out, config.seed)
+        if test_set is None
+        else (everything(dataset), everything(test_set))
+    )
     side = len(dataset[0][0])
     if side % model_config.stride:
         raise UserError(f"Images of {side} pixels are no multiple of the tokenizer's stride {model_config.stride}.")
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir {str(output_dir)!r} is a file and should be a folder.")
     output_dir.mkdir(parents=True, exist_ok=True)
-    for name in ("metrics.json", "metrics.jsonl"):
-        (output_dir / name).unlink(missing_ok=True)
+    settings = {"tokenizer": asdict(model_config), "training": asdict(config), "train_images": len(train_set)}
+    state = _read_state(output_dir / STATE, settings)
+    start_step = 0 if state is None else state["step"]
+    if state is None:
+        for name in ("metrics.json", "metrics.jsonl"):
+            (output_dir / name).unlink(missing_ok=True)
 
     torch.manual_seed(config.seed)
-    held_out = _load_all(held_out_set, config).to(device)
-    batches = _batches(train_set, config, device)
+    held_out = load_all(held_out_set, config.num_workers).to(device)
     # On a CPU the default layout is the faster one for narrow networks.
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     model = VQModel(model_config).to(device).to(memory_format=layout)  # type: ignore[call-overload]
@@ -129,15 +132,32 @@ def train_tokenizer(
     revive_every = max(20, math.ceil(8 * model_config.codebook_size / tokens_per_step))
     recent: deque[Tensor] = deque(maxlen=max(4, revive_every // 5))
     plain_steps = int(_PLAIN * config.steps)
+    # The batches that the codebook starts from are read again.
+    first_step = start_step if start_step > plain_steps else max(0, start_step - (recent.maxlen or 0))
+    steps = range(first_step, config.steps)
+    batches = read_batches(train_set, steps, config.batch_size, config.seed, config.num_workers, device)
+    elapsed = 0.0
+    if state is not None:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        revival.counts.copy_(state["counts"])
+        elapsed = state["elapsed_sec"]
+        log.info("going on from step %d of %d", start_step, config.steps)
     metrics: dict[str, float] = {
         "train_images": len(train_set),
         "held_out_images": len(held_out_set),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
-    start = time.perf_counter()
+    start = time.perf_counter() - elapsed
 
-    with MetricsWriter(output_dir / "metrics.jsonl") as writer:
-        for step, pixels in enumerate(tqdm(batches, total=config.steps, desc="tokenizer", unit="step")):
+    with (
+        MetricsWriter(output_dir / "metrics.jsonl", start_step) as writer,
+        tqdm(total=config.steps, initial=start_step, desc="tokenizer", unit="step") as bar,
+    ):
+        for step, batch in enumerate(batches, start=first_step):
+            # What is random about a step follows from its number, so that a resumed run is an uninterrupted one.
+            torch.manual_seed((config.seed << 32) + step)
+            pixels = flip_half(batch) if config.flip else batch
             # A step stands for its middle, so that neither the first nor the last one is wasted on a rate of zero.
             lr = learning_rate(
                 step + 0.5,
@@ -151,6 +171,8 @@ def train_tokenizer(
                 group["lr"] = lr
             if step <= plain_steps:
                 recent.append(pixels)
+            if step < start_step:
+                continue
             if step == plain_steps:
                 with torch.no_grad():
                     kmeans_start(model.quantize, torch.cat([model.features(to_float(p)).flatten(0, 1) for p in recent]))
@@ -162,6 +184,7 @@ def train_tokenizer(
             optimizer.zero_grad(set_to_none=True)
             torch.stack(list(losses.values())).sum().backward()
             optimizer.step()
+            bar.update()
             if indices is not None:
                 revival.count(indices)
                 if (step + 1) % revive_every == 0 and step < _REVIVE_UNTIL * config.steps:
@@ -173,10 +196,27 @@ def train_tokenizer(
                 metrics |= {**quality, "train_sec": round(time.perf_counter() - start, 2)}
                 writer.write(step=step + 1, lr=lr, **values, **quality, elapsed_sec=metrics["train_sec"])
                 save_tokenizer(model, output_dir / "tokenizer.pt")
-                settings = {"tokenizer": asdict(model_config), "training": asdict(config)}
-                write_json(output_dir / "metrics.json", {"step": step + 1, **metrics, **settings})
+                write_json(output_dir / "metrics.json", {"step": step + 1, **settings, **metrics})
                 save_png(reconstruction_grid(model, held_out[:_PICTURES]), output_dir / "reconstructions.png")
+                if step + 1 < config.steps:
+                    progress = {"step": step + 1, "counts": revival.counts, "elapsed_sec": metrics["train_sec"]}
+                    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **progress, **settings}
+                    with atomic_write(output_dir / STATE) as file:
+                        torch.save(state, file)
+    (output_dir / STATE).unlink(missing_ok=True)
     return metrics
+
+
+def _read_state(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
+    """The state of an interrupted run with these settings, or None."""
+    if not path.exists():
+        return None
+    try:
+        state = load_checkpoint(path)
+    except UserError as error:
+        log.warning("starting anew: %s", error)
+        return None
+    return state if all(state.get(name) == value for name, value in settings.items()) else None
 
 
 def _losses(model: VQModel, images: Tensor, *, quantise: bool) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
@@ -223,66 +263,24 @@ def reconstruction_grid(model: VQModel, pixels: Tensor) -> Image.Image:
     return image_grid(torch.cat([pixels, reconstructed]).cpu(), len(pixels), row_titles=["original", "reconstruction"])
 
 
-def _split(dataset: ImageDataset, config: TrainConfig) -> tuple[Subset, Subset]:
-    """Training and held-out part, drawn by the seed."""
-    count = len(dataset)
-    if count < 2:
-        raise UserError(f"{count} image(s) are too few: one part trains the tokenizer and another measures it.")
-    held_out = _held_out_count(count, config.held_out)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(config.seed)).tolist()
-    return Subset(dataset, order[held_out:]), Subset(dataset, order[:held_out])  # type: ignore[arg-type]
-
-
-def _held_out_count(count: int, share: float) -> int:
-    return min(max(1, round(share * count)), _HELD_OUT_MAX, count - 1)
-
-
-def _load_all(subset: Subset, config: TrainConfig) -> Tensor:
-    """All images of a subset, uint8 (N, H, H, 3). Threads will do: decoding does not hold Python's lock."""
-    with ThreadPoolExecutor(max(1, config.num_workers)) as pool:
-        items = tqdm(pool.map(subset.__getitem__, range(len(subset))), total=len(subset), desc="reading", unit="image")
-        return torch.stack([image for image, _ in items])
-
-
-def _batches(train_set: Subset, config: TrainConfig, device: torch.device) -> Iterator[Tensor]:
-    """``steps`` shuffled uint8 batches (B, H, H, 3) on the device; every image comes once before any comes again."""
-    generator = torch.Generator().manual_seed(config.seed)
-    sampler = RandomSampler(train_set, num_samples=config.steps * config.batch_size, generator=generator)
-    if len(train_set) * train_set[0][0].numel() <= _IN_MEMORY_BYTES:
-        images = _load_all(train_set, config).to(device)
-        batches = (images[torch.tensor(rows)] for rows in BatchSampler(sampler, config.batch_size, drop_last=False))
-    else:
-        loader = DataLoader(
-            train_set,
-            config.batch_size,
-            sampler=sampler,
-            num_workers=config.num_workers,
-            pin_memory=device.type == "cuda",
-        )
-        batches = (images.to(device, non_blocking=True) for images, _ in loader)
-    return map(_flip_half, batches) if config.flip else batches
-
-
-def _flip_half(batch: Tensor) -> Tensor:
-    mirrored = torch.rand(len(batch), 1, 1, 1, device=batch.device) < 0.5
-    return torch.where(mirrored, batch.flip(2), batch)
-
-
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tokenizers.train",
-        description="Train a small VQ tokenizer on an image folder; writes tokenizer.pt, metrics.json, metrics.jsonl "
+        description="Train a small VQ tokenizer on images; writes tokenizer.pt, metrics.json, metrics.jsonl "
         "and reconstructions.png.",
         formatter_class=HelpFormatter,
     )
-    defaults = TrainConfig(steps=1)
+    defaults = TokenizerTrainConfig(steps=1)
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data_path",
         type=Path,
         required=True,
         default=argparse.SUPPRESS,
-        help="image folder with one subfolder per class",
+        help="images: one subfolder per class, or photos.npz:train",
+    )
+    data.add_argument(
+        "--test_path", type=Path, help="images to measure on (default: a part of --data_path is held out)"
     )
     data.add_argument(
         "--output_dir",
@@ -343,17 +341,20 @@ def main() -> None:
     if args.img_size < 1 or args.img_size % args.stride:
         raise UserError(f"--img_size {args.img_size} must be a positive multiple of --stride {args.stride}.")
     names = ("batch_size", "lr", "eval_freq", "held_out", "flip", "bf16", "num_workers", "seed")
-    config = TrainConfig(steps=getattr(args, "steps", 1), **{name: getattr(args, name) for name in names})
-    dataset = ImageFolder(args.data_path, args.img_size, skip_broken=args.skip_broken)
+    config = TokenizerTrainConfig(steps=getattr(args, "steps", 1), **{name: getattr(args, name) for name in names})
+    dataset = open_images(args.data_path, args.img_size, args.skip_broken)
+    test_set = None if args.test_path is None else open_images(args.test_path, args.img_size, args.skip_broken)
     if "epochs" in args:
         if args.epochs < 1:
             raise UserError(f"--epochs {args.epochs} must be at least 1.")
-        train_images = len(dataset) - _held_out_count(len(dataset), config.held_out)
-        config = dataclasses.replace(config, steps=math.ceil(args.epochs * train_images / config.batch_size))
+        held_out = held_out_count(len(dataset), config.held_out) if test_set is None else 0
+        config = dataclasses.replace(
+            config, steps=math.ceil(args.epochs * (len(dataset) - held_out) / config.batch_size)
+        )
     log.info("%s", model_config)
     log.info("%s on %s", config, device)
     torch.backends.cudnn.benchmark = True  # one shape throughout
-    metrics = train_tokenizer(dataset, model_config, config, args.output_dir, device)
+    metrics = train_tokenizer(dataset, model_config, config, args.output_dir, device, test_set)
     print(
         f"{args.output_dir / 'tokenizer.pt'}: PSNR {metrics['psnr_db']:.2f} dB on {metrics['held_out_images']} "
         f"held-out images, {metrics['codebook_share']:.1%} of {args.codebook_size} codes in use (perplexity "

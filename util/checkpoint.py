@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import safetensors.torch
 import torch
 
 from util.errors import UserError
+from util.exported import read_config
 from util.files import atomic_write, write_json
 
 logger = logging.getLogger(__name__)
@@ -25,16 +28,43 @@ logger = logging.getLogger(__name__)
 LAST = "checkpoint-last.pth"
 
 
-def save_checkpoint(path: str | Path, payload: dict[str, Any]) -> None:
-    """Write `payload` atomically, and beside it what of it is readable without torch, as `<name>.json`."""
+def _holds_tensors(value: Any) -> bool:
+    if isinstance(value, dict):
+        return any(map(_holds_tensors, value.values()))
+    return isinstance(value, torch.Tensor)
+
+
+def save_checkpoint(
+    path: str | Path, payload: dict[str, Any], before_replace: Callable[[], None] | None = None
+) -> None:
+    """Write `payload` atomically, and beside it what of it is readable without torch, as `<name>.json`.
+
+    Args:
+        before_replace: called when the file is written and about to take the place of the old one.
+
+    Raises:
+        OSError: where it can't be written; the old file is kept.
+    """
     path = Path(path)
     with atomic_write(path) as file:
-        torch.save(payload, file)
-    write_json(path.with_suffix(".json"), {k: v for k, v in payload.items() if k not in ("model", "optimizer")})
+        try:
+            torch.save(payload, file)
+        except RuntimeError as error:
+            if isinstance(error.__context__, OSError):  # a full disk, hidden behind "unexpected pos"
+                raise error.__context__ from None
+            raise
+        if before_replace is not None:
+            file.flush()
+            os.fsync(file.fileno())
+            before_replace()
+    readable = {k: v for k, v in payload.items() if k not in ("model", "optimizer") and not _holds_tensors(v)}
+    write_json(path.with_suffix(".json"), readable)
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a `.pth` or `.safetensors` file; a bare state dict comes back under the key `model`.
+
+    A `model.safetensors` brings what the `config.json` beside it says (:mod:`util.exported`).
 
     Raises:
         UserError: if the file is missing, truncated, or holds something else than plain data and tensors.
@@ -44,7 +74,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"checkpoint {path} does not exist.")
     if path.suffix == ".safetensors":
         try:
-            return {"model": safetensors.torch.load_file(path)}
+            return {"model": safetensors.torch.load_file(path), **read_config(path)}
         except (safetensors.SafetensorError, OSError) as error:
             raise UserError(f"checkpoint {path} is damaged or no safetensors file ({error}).") from None
     try:
@@ -54,7 +84,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         reason = str(error).split(". ")[0]
         raise UserError(f"checkpoint {path} is damaged or holds more than plain data and tensors ({reason}).") from None
     except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
         raise UserError(f"checkpoint {path} is truncated or damaged ({reason}).") from None
     if not isinstance(payload, dict):
         raise UserError(
@@ -68,16 +98,24 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     return payload
 
 
+def previous_name(age: int) -> str:
+    """Name of the checkpoint that was `checkpoint-last.pth` `age` saves ago."""
+    return f"checkpoint-last-{age}.pth"
+
+
 def find_checkpoints(folder: str | Path) -> list[Path]:
-    """Checkpoints of a run, newest first: `checkpoint-last.pth`, which every save renews, then the others by epoch."""
+    """Checkpoints of a run, newest first: `checkpoint-last.pth`, which every save renews, `checkpoint-last-<age>.pth`,
+    which it replaced, then `checkpoint-<epoch>.pth`.
+    """
     folder = Path(folder)
-    numbered = [
-        (int(match[1]), path)
-        for path in folder.glob("checkpoint-*.pth")
-        if (match := re.fullmatch(r"checkpoint-(\d+)\.pth", path.name))
-    ]
+
+    def numbered(pattern: str) -> list[tuple[int, Path]]:
+        matches = ((re.fullmatch(pattern, path.name), path) for path in folder.glob("checkpoint-*.pth"))
+        return sorted((int(match[1]), path) for match, path in matches if match)
+
     last = [folder / LAST] if (folder / LAST).is_file() else []
-    return last + [path for _, path in sorted(numbered, reverse=True)]
+    previous = [path for _, path in numbered(r"checkpoint-last-(\d+)\.pth")]
+    return last + previous + [path for _, path in reversed(numbered(r"checkpoint-(\d+)\.pth"))]
 
 
 def load_newest(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:

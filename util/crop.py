@@ -1,13 +1,16 @@
-"""Image files → upright RGB pictures → square crops, as ADM does it (Dhariwal & Nichol, arXiv:2105.05233)."""
+"""Image files → RGB pictures → square crops, as ADM does it (Dhariwal & Nichol, arXiv:2105.05233)."""
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
+from typing import BinaryIO
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from util.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 def center_crop_arr(image: Image.Image, size: int) -> Image.Image:
@@ -29,33 +32,28 @@ def center_crop_arr(image: Image.Image, size: int) -> Image.Image:
     return image.crop((left, top, left + size, top + size))
 
 
-def load_rgb(path: str | Path) -> Image.Image:
-    """Read any image file as an upright 8-bit RGB picture, decoded completely.
+def load_rgb(source: str | Path | BinaryIO, name: str | None = None) -> Image.Image:
+    """Read any image file as an 8-bit RGB picture, decoded completely, just as ADM's loader does.
 
-    Grey, palette and CMYK pictures become RGB as in ADM's loader, which also drops an alpha channel. Two things differ
-    from it: a rotation noted in EXIF (phone photographs) is applied, and 16-bit grey is scaled to 8 bits where the
-    plain conversion would clip everything above 255 to white. Of an animation the first frame is taken.
+    Grey, palette and CMYK pictures become RGB by Pillow's conversion, which drops an alpha channel and clips 16-bit
+    grey at 255 (with a warning: such files should be scaled beforehand). A rotation noted in EXIF is not applied. Of an
+    animation the first frame is taken.
+
+    Args:
+        name: what messages call a ``source`` that is no path.
 
     Raises:
-        UserError: naming the file, when it is missing, damaged, no image, or of a pixel type without a defined white
-            (floating point, 32-bit integers beyond 16 bits).
+        UserError: naming the image, when it is missing, damaged, no image, or has floating-point pixels.
     """
+    name = repr(str(source)) if name is None else name
     try:
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             image.load()
-            upright = ImageOps.exif_transpose(image)
     # Decoders fail on damaged bytes in many ways: OSError, SyntaxError, struct.error, DecompressionBombError, ...
     except Exception as error:
-        raise UserError(f"Image file {str(path)!r} can't be read: {error}.") from error
-    if upright.mode == "I" or upright.mode.startswith("I;16"):
-        upright = _grey16_to_8(upright, path)
-    elif upright.mode == "F":
-        raise UserError(f"Image file {str(path)!r} has floating-point pixels; 8 or 16-bit images can be used.")
-    return upright.convert("RGB")
-
-
-def _grey16_to_8(image: Image.Image, path: str | Path) -> Image.Image:
-    pixels = np.asarray(image).astype(np.int64)
-    if pixels.min() < 0 or pixels.max() > 65535:
-        raise UserError(f"Image file {str(path)!r} has pixels outside 0..65535; 8 or 16-bit images can be used.")
-    return Image.fromarray(((pixels * 255 + 32767) // 65535).astype(np.uint8))
+        raise UserError(f"Image file {name} can't be read: {error}.") from error
+    if image.mode == "F":
+        raise UserError(f"Image file {name} has floating-point pixels; 8-bit images can be used.")
+    if image.mode.startswith("I"):
+        logger.warning("image file %s has 16-bit pixels: what is above 255 becomes white", name)
+    return image.convert("RGB")

@@ -1,6 +1,4 @@
-"""What training reads: image folders, caches of tokenizer codes, and the order in which samples are drawn.
-
-An image folder is ``root/<class>/…/<image>``; class folders in sorted order are labels 0, 1, 2, …
+"""What training reads: images (:mod:`util.image_data`), caches of their codes, and the order in which they are drawn.
 
 A *packed* cache of codes, written by :mod:`engine.cache`, is a directory of
     ``codes.npy``, ``codes_flip.npy``   (N, L) uint16: raster codes of each cropped image and of its mirror image
@@ -16,9 +14,8 @@ import dataclasses
 import json
 import logging
 import math
-import os
 import zipfile
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,12 +23,14 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 
-from util.crop import center_crop_arr, load_rgb
 from util.errors import UserError
+from util.image_data import ImageDataset as ImageDataset
+from util.image_data import ImageFolder as ImageFolder
+from util.image_data import list_class_folders
+from util.image_data import open_images as open_images
 
 logger = logging.getLogger(__name__)
 
-IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"})
 HEADER = "header.json"
 PARTS = ".parts"  # subfolder of an unfinished cache; hidden, so that it is no class
 CODES, CODES_FLIP, LABELS = "codes.npy", "codes_flip.npy", "labels.npy"
@@ -39,79 +38,6 @@ CACHE_FORMAT, CACHE_VERSION = "lpd-codes", 1
 
 T = TypeVar("T")
 CodeBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-
-
-def _list_class_folders(root: Path, extensions: Collection[str], kind: str) -> tuple[list[str], list[str], np.ndarray]:
-    """(class names, file paths relative to ``root``, int64 labels), all in sorted order; hidden entries are ignored."""
-    if not root.is_dir():
-        raise UserError(f"{root} is not a folder; expected a folder with one subfolder of {kind} per class.")
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
-    if not classes:
-        raise UserError(f"{root} has no class folders; expected one subfolder of {kind} per class.")
-    paths: list[str] = []
-    counts: list[int] = []
-    for name in classes:
-        found = [
-            os.path.relpath(os.path.join(folder, file), root)
-            for folder, _, files in os.walk(root / name, followlinks=True)
-            for file in files
-            if not file.startswith(".") and os.path.splitext(file)[1].lower() in extensions
-        ]
-        paths += sorted(found)
-        counts.append(len(found))
-    if not paths:
-        raise UserError(f"the class folders of {root} hold no {kind} ({', '.join(sorted(extensions))}).")
-    if 0 in counts:
-        empty = root / classes[counts.index(0)]
-        raise UserError(f"class folder {empty} holds no {kind}; fill or remove it, labels follow the sorted folders.")
-    return classes, paths, np.repeat(np.arange(len(classes), dtype=np.int64), counts)
-
-
-class ImageFolder(Dataset[tuple[torch.Tensor, int]]):
-    """Map-style data set of the ADM centre crops of an image folder.
-
-    ``dataset[i]`` is ``(image, label)``: a uint8 tensor (img_size, img_size, 3), RGB, and an int.
-
-    Args:
-        skip_broken: a file that cannot be decoded is replaced by the next one that can, with a warning, so that batches
-            keep their size and item ``i`` depends on the files alone. Without it such a file raises.
-
-    Raises:
-        UserError: if ``root`` has no class folders or a class folder no images; from ``dataset[i]``, naming the file,
-            for a broken image.
-    """
-
-    def __init__(self, root: str | Path, img_size: int, skip_broken: bool = False) -> None:
-        if img_size < 1:
-            raise UserError(f"image size {img_size} must be positive.")
-        self.root = Path(root)
-        self.img_size = img_size
-        self.skip_broken = skip_broken
-        self.classes, self.paths, self.labels = _list_class_folders(self.root, IMAGE_EXTENSIONS, "images")
-
-    @property
-    def samples(self) -> list[tuple[Path, int]]:
-        """(path, label) of every image, in index order."""
-        return [(self.root / path, int(label)) for path, label in zip(self.paths, self.labels, strict=True)]
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def load(self, index: int) -> torch.Tensor:
-        """The crop of image ``index``, uint8 (img_size, img_size, 3); raises UserError if it is broken."""
-        image = center_crop_arr(load_rgb(self.root / self.paths[index]), self.img_size)
-        return torch.from_numpy(np.array(image, dtype=np.uint8))
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        if not self.skip_broken:
-            return self.load(index), int(self.labels[index])
-        for candidate in range(index, index + len(self)):
-            candidate %= len(self)
-            try:
-                return self.load(candidate), int(self.labels[candidate])
-            except UserError as error:
-                logger.warning("skipped: %s", error)
-        raise UserError(f"none of the {len(self)} images of {self.root} can be read.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,8 +52,8 @@ class CacheHeader:
     vocab_size: int  # the tokenizer's codebook size
     max_code: int
     crop: str
-    source: str  # the image folder, or the cache converted from
-    source_sha256: str  # of the sorted list of relative paths found in it
+    source: str  # the images, or the cache converted from
+    source_sha256: str  # of the list of images: ImageDataset.fingerprint, or the relative paths of that cache
     skipped: list[str]  # broken images that were left out, with the reason
     files: dict[str, str]  # name → SHA-256
     format: str = CACHE_FORMAT
@@ -232,7 +158,7 @@ class NpzCodes(CodeDataset):
     """The published layout: ``<class>/<image>.npz`` with ``indices`` and ``indices_flip``."""
 
     def __init__(self, path: Path) -> None:
-        classes, self.paths, labels = _list_class_folders(path, {".npz"}, "code files")
+        classes, self.paths, labels = list_class_folders(path, {".npz"}, "code files")
         first, _ = _load_npz(path / self.paths[0])
         super().__init__(path, classes, labels, len(first))
 

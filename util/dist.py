@@ -86,6 +86,17 @@ def resolve_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     return device
 
 
+def said_already(line: str) -> bool:
+    """Whether another process of this run asked the same before; False where the processes can't be reached."""
+    try:
+        store = torch_dist.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=5)
+        )
+        return store.add(f"said: {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} {line}", 1) > 1
+    except (KeyError, ValueError, RuntimeError):
+        return False
+
+
 @contextlib.contextmanager
 def distributed(device: str = "auto") -> Iterator[Dist]:
     """Join the process group that ``torchrun`` describes (none when started plainly) and leave it at the end.

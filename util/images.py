@@ -45,7 +45,6 @@ def image_grid(
     columns: int,
     labels: Sequence[str] | None = None,
     *,
-    column_titles: Sequence[str] | None = None,
     row_titles: Sequence[str] | None = None,
 ) -> Image.Image:
     """Lay pictures out row by row on white.
@@ -54,7 +53,6 @@ def image_grid(
         images: uint8 (N, H, W, 3), N ≥ 1; tiny ones are enlarged by a whole factor without smoothing.
         columns: pictures per row.
         labels: a text under each picture. Columns widen up to twice a picture's width to fit it; what is longer is cut.
-        column_titles: texts above the columns, fitted likewise.
         row_titles: texts left of the rows.
 
     Raises:
@@ -66,7 +64,6 @@ def image_grid(
     rows = -(-len(pixels) // columns)
     for name, texts, count in (
         ("labels", labels, len(pixels)),
-        ("column titles", column_titles, columns),
         ("row titles", row_titles, rows),
     ):
         if texts is not None and len(texts) != count:
@@ -77,11 +74,10 @@ def image_grid(
     font = ImageFont.load_default(_FONT_SIZE)
     line = sum(font.getmetrics()) + _GAP  # type: ignore[union-attr]
     left = max((int(font.getlength(title)) + 2 * _GAP for title in row_titles or ()), default=0)
-    top = line if column_titles else 0
-    widest = max((int(font.getlength(t)) + 1 for t in [*(labels or ()), *(column_titles or ())]), default=0)
+    widest = max((int(font.getlength(t)) + 1 for t in labels or ()), default=0)
     cell = min(max(width, widest), 2 * width)
     step_x, step_y = cell + 2 * _GAP if widest else width + _GAP, height + _GAP + (line if labels else 0)
-    canvas = Image.new("RGB", (left + columns * step_x + _GAP, top + rows * step_y + _GAP), "white")
+    canvas = Image.new("RGB", (left + columns * step_x + _GAP, rows * step_y + _GAP), "white")
     draw = ImageDraw.Draw(canvas)
 
     def text(x: int, y: int, content: str, anchor: str) -> None:
@@ -96,12 +92,10 @@ def image_grid(
 
     for index, picture in enumerate(pixels):
         x = left + _GAP + index % columns * step_x + (cell - width) // 2
-        y = top + _GAP + index // columns * step_y
+        y = _GAP + index // columns * step_y
         canvas.paste(Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST), (x, y))
         if labels:
             text(x + width // 2, y + height + _GAP // 2, fitted(labels[index]), "ma")
-    for column, title in enumerate(column_titles or ()):
-        text(left + _GAP + column * step_x + cell // 2, _GAP // 2, fitted(title), "ma")
     for row, title in enumerate(row_titles or ()):
-        text(left - _GAP, top + _GAP + row * step_y + height // 2, title, "rm")
+        text(left - _GAP, _GAP + row * step_y + height // 2, title, "rm")
     return canvas

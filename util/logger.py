@@ -22,6 +22,8 @@ def setup_logging(rank: int = 0) -> None:
         stream=sys.stderr,
         force=True,
     )
+    for name in ("httpx", "httpx2"):  # the hub's client tells of every request
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def _step_of(line: str) -> float:
@@ -46,7 +48,7 @@ class MetricsWriter:
         kept = [line for line in lines if _step_of(line) <= resume_step]
         with atomic_write(path) as file:
             file.write("".join(line + "\n" for line in kept).encode())
-        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - closed in __exit__
+        self._file = open(path, "a", buffering=1)  # noqa: SIM115 - closed in close
 
     def write(self, **values: float | int | str) -> None:
         if self._file is not None:
@@ -56,5 +58,8 @@ class MetricsWriter:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
         if self._file is not None:
             self._file.close()

@@ -1,4 +1,8 @@
-"""The optimizer of the published recipe."""
+"""The optimizer of the published recipe, moving averages of weights, and what of both is the same for sharded weights.
+
+FSDP makes every parameter, and what follows from it, a DTensor of which a process holds a part. Checkpoints hold plain
+whole tensors, so that a run may go on with another number of processes and with or without sharding.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 
 def build_adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
@@ -22,8 +28,57 @@ def build_adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load moments and step counts; settings such as the weight decay stay those of `optimizer`."""
+    """Load whole moments and step counts; settings such as the weight decay stay those of `optimizer`."""
     settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    moments = {
+        index: {
+            name: sharded_like(parameters[index], value) if value.shape == parameters[index].shape else value
+            for name, value in values.items()
+        }
+        for index, values in state["state"].items()
+    }
+    optimizer.load_state_dict(state | {"state": moments})
     for group, values in zip(optimizer.param_groups, settings, strict=True):
         group.update(values)
+
+
+def whole(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself, or all parts of a sharded one, which every process must ask for."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_like(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """A whole `tensor`, the same on every process, as `parameter` is: on its device, sharded if it is."""
+    tensor = tensor.to(parameter.device)
+    if not isinstance(parameter, DTensor):
+        return tensor
+    return distribute_tensor(tensor, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+class EMA:
+    """Exponential moving average of a model's parameters, in float32 at least: each step decay·average + (1-decay)·new.
+
+    It starts from the present weights; the sharded parts of sharded ones are averaged where they are.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self._parameters = dict(model.named_parameters())
+        self.average = {
+            name: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
+            for name, p in self._parameters.items()
+        }
+        self._update = get_ema_multi_avg_fn(decay)
+
+    def update(self) -> None:
+        """Take the present weights in."""
+        averages, parameters = (
+            [t.to_local() if isinstance(t, DTensor) else t for t in tensors.values()]
+            for tensors in (self.average, self._parameters)
+        )
+        self._update(averages, parameters, 0)
+
+    def load(self, state: dict[str, torch.Tensor]) -> None:
+        """Go on from a whole state dict with the same names."""
+        for name, average in self.average.items():
+            average.copy_(sharded_like(average, state[name]))

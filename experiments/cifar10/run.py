@@ -1,0 +1,217 @@
+"""Does it hold on real photographs? Trains everything from scratch on 32×32 photos and compares generation orders.
+
+    python -m experiments.cifar10.run --data photos.npz --output_dir runs/cifar10
+
+Every stage is an ordinary command of the project, printed before it runs. What is finished is not done again: after an
+interruption, or when --time_limit has ended a call, the same command goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+from pathlib import Path
+
+import numpy as np
+
+from engine.features import INCEPTION
+from experiments.cifar10.report import write_report
+from experiments.cifar10.settings import FULL, IMG_SIZE, STRIDE, TINY, Settings
+from experiments.cifar10.stages import Clock, OutOfTime, Stages
+from experiments.cifar10.sweep import Sweep, plan
+from models import model_config
+from models.flops import training_flops
+from util.dist import Dist, resolve_device
+from util.errors import UserError, exit_on_user_error
+from util.files import check_output_dir
+from util.help import HelpFormatter
+from util.image_data import CIFAR10_FOLDER, open_images, write_packed
+from util.logger import setup_logging
+
+STAGES = ("tokenizer", "codes", "classifier", "reference", "floors", "lpd", "sweep", "report")
+OUT_OF_TIME = 75  # exit status: not finished, run the same command again (EX_TEMPFAIL of sysexits.h)
+
+
+def split_paths(data: Path) -> tuple[str, str]:
+    """Training and test images of what --data names, as every command's --data_path takes them."""
+    if data.suffix == ".npz" or data.name == CIFAR10_FOLDER:
+        return f"{data}:train", f"{data}:test"
+    return str(data / "train"), str(data / "test")
+
+
+def download_cifar10(folder: Path) -> None:
+    """torchvision's CIFAR-10 into the folder that holds ``cifar-10-batches-py``, unless it is there."""
+    from torchvision.datasets import CIFAR10
+
+    CIFAR10(folder.parent, download=True)
+
+
+def write_subset(train: str, test: str, count: int, path: Path) -> None:
+    """``count`` photos of each split, evenly spread over the split, as a packed file."""
+    files, labels, numbers = [], [], []
+    classes: list[str] = []
+    for number, source in enumerate((train, test)):
+        images = open_images(source, IMG_SIZE)
+        classes = images.classes
+        for index in np.linspace(0, len(images) - 1, min(count, len(images))).astype(int).tolist():
+            file = io.BytesIO()
+            images.read(index).save(file, "PNG")
+            files.append(file.getvalue())
+            labels.append(int(images.labels[index]))
+            numbers.append(number)
+    write_packed(path, files, labels, classes, numbers)
+
+
+class Experiment:
+    """The stages in order; each method is one."""
+
+    def __init__(
+        self, out: Path, data: Path, settings: Settings, device: str, inception: Path | None, clock: Clock
+    ) -> None:
+        self.out, self.settings, self.inception, self.clock = out, settings, inception, clock
+        self.stages = Stages(out, clock)
+        self.dist = Dist(0, 1, resolve_device(device))
+        self.train, self.test = split_paths(data)
+        self.bf16 = ("--bf16",) if self.dist.device.type == "cuda" else ()
+        self.common = ("--img_size", str(IMG_SIZE), "--device", device)
+        self.tokenizer_file = out / "tokenizer" / "tokenizer.pt"
+
+    def subset(self) -> None:
+        """Replace the photos by a few of them, where the setting says so."""
+        if self.settings.subset is None:
+            return
+        path = self.out / f"subset{self.settings.subset}.npz"
+        if not path.exists():
+            write_subset(self.train, self.test, self.settings.subset, path)
+        self.train, self.test = split_paths(path)
+
+    def tokenizer(self) -> None:
+        self.stages.command(
+            "tokenizer", "-m", "tokenizers.train", "--data_path", self.train, "--test_path", self.test,
+            "--output_dir", self.tokenizer_file.parent, "--stride", str(STRIDE), *self.common, *self.bf16,
+            *self.settings.tokenizer, stoppable=True,
+        )  # fmt: skip
+
+    def codes(self) -> None:
+        self.stages.command(
+            "codes", "main_cache.py", "--data_path", self.train, "--vqgan_path", self.tokenizer_file,
+            "--cached_path", self.out / "codes", *self.common, *self.settings.codes,
+            stoppable=True,
+        )  # fmt: skip
+
+    def classifier(self) -> None:
+        self.stages.command(
+            "classifier", "-m", "engine.classifier", "--data_path", self.train, "--test_path", self.test,
+            "--output", self.out / "classifier.pt", *self.common, *self.settings.classifier,
+        )  # fmt: skip
+
+    def _metrics(self, name: str, inception: bool, *words: str | Path, output: Path | None = None) -> None:
+        extractor: tuple[str | Path, ...] = ("--feature_extractor", self.out / "classifier.pt")
+        if inception and self.inception is not None:
+            extractor = ("--feature_extractor", INCEPTION, "--inception_path", self.inception)
+        self.stages.command(
+            name, "-m", "engine.metrics", *words, *extractor, "--batch_size", "250", *self.common, output=output
+        )  # fmt: skip
+
+    def _extractors(self) -> list[bool]:
+        return [False] if self.inception is None else [False, True]
+
+    def reference(self) -> None:
+        for inception in self._extractors():
+            name = "inception" if inception else "reference"
+            self._metrics(
+                f"{name} statistics", inception, "--data_path", self.test, "--output", self.out / f"{name}.npz"
+            )
+
+    def floors(self) -> None:
+        """What is possible: other real photos, and the same photos through the tokenizer."""
+        for inception in self._extractors():
+            name = "inception" if inception else "reference"
+            scored = ("--reference_statistics", self.out / f"{name}.npz")
+            for floor, words in (
+                ("train", ("--data_path", self.train)),
+                ("reconstructed", ("--data_path", self.test, "--vqgan_path", self.tokenizer_file)),
+            ):
+                output = self.out / "floors" / f"{name}_{floor}.json"
+                self._metrics(f"floor {name} {floor}", inception, *words, *scored, output=output)
+
+    def lpd(self) -> None:
+        self.stages.command(
+            "lpd", "main_lpd.py", "--use_cached", "--cached_path", self.out / "codes", "--vqgan_path",
+            self.tokenizer_file, "--output_dir", self.out / "lpd", *self.common, *self.bf16, *self.settings.lpd,
+            stoppable=True,
+        )  # fmt: skip
+
+    def sweep(self) -> None:
+        def action() -> None:
+            Sweep(self.out, self.settings, self.dist, self.inception).run(self.clock)
+
+        self.stages.run("sweep", action, "the cells of experiments/cifar10/sweep.py", redo=True)
+
+    def report(self) -> None:
+        write_report(self.out, self.settings, self.stages.seconds(), (self.train, self.test))
+
+
+def print_plan(settings: Settings, fid: bool) -> None:
+    """The work to come, in cells and in floating point operations."""
+    flags = dict(zip(settings.lpd[::2], settings.lpd[1::2], strict=True))  # all of them take a value
+    name, epochs = flags["--model"], int(flags["--epochs"])
+    model = model_config(name, img_size=IMG_SIZE, stride=STRIDE, class_num=10, vocab_size=1024)
+    pflop = epochs * 50_000 * training_flops(model) / 1e15
+    print(f"training: {name}, {epochs} epochs of 50,000 photos, {pflop:.0f} PFLOP")
+    for kind, entry in plan(settings, model, fid).items():
+        print(f"{kind}: {entry['cells']:.0f} cells, {entry['images']:,.0f} images, {entry['pflop']:.0f} PFLOP")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.cifar10.run", description=__doc__, formatter_class=HelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="photos.npz with both splits, a folder with train/ and test/, or "
+        f"torchvision's {CIFAR10_FOLDER}")  # fmt: skip
+    add("--download", action="store_true", help=f"let torchvision download --data, a folder named {CIFAR10_FOLDER}")
+    add("--output_dir", type=Path, default=Path("runs/cifar10"), help="everything that is made")
+    add("--stage", nargs="+", choices=STAGES, default=list(STAGES), help="only these stages")
+    add("--time_limit", type=float, help="seconds after which no stage or cell is begun, and training saves and stops")
+    add("--tiny", action="store_true", help="a few photos and tiny models: only see that everything runs")
+    add("--epochs", type=int, help="of the LPD training, for a faster or slower machine (default: the setting's)")
+    add("--inception_path", type=Path, help="Inception weights: FID as well, for one seed (doubles the table's time)")
+    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    add("--plan", action="store_true", help="print how much work it is and stop")
+    args = parser.parse_args()
+    settings = TINY if args.tiny else FULL
+    if args.epochs is not None:
+        settings = dataclasses.replace(settings, lpd=(*settings.lpd, "--epochs", str(args.epochs)))
+    if args.plan:
+        print_plan(settings, args.inception_path is not None)
+        return
+    if args.time_limit is not None and args.time_limit <= 0:
+        raise UserError(f"--time_limit {args.time_limit} must be positive.")
+    if args.inception_path is not None and not args.inception_path.is_file():
+        raise UserError(f"--inception_path {args.inception_path} does not exist.")
+    if args.download:
+        if args.data.name != CIFAR10_FOLDER:
+            raise UserError(f"--download needs --data to end in {CIFAR10_FOLDER}, not {args.data}.")
+        download_cifar10(args.data)
+    check_output_dir(args.output_dir)
+    experiment = Experiment(
+        args.output_dir, args.data, settings, args.device, args.inception_path, Clock(args.time_limit)
+    )
+    for path in split_paths(args.data):
+        open_images(path, IMG_SIZE)  # a wrong path is named before anything is made
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    setup_logging()
+    experiment.subset()
+    try:
+        for stage in STAGES:
+            if stage in args.stage:
+                getattr(experiment, stage)()
+    except OutOfTime as reason:
+        print(f"\n{reason}; run the same command again to go on.", flush=True)
+        raise SystemExit(OUT_OF_TIME) from None
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)

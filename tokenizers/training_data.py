@@ -1,0 +1,76 @@
+"""What the training of a tokenizer reads: its two parts, and shuffled batches from any step on."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Subset
+from tqdm import tqdm
+
+from util.errors import UserError
+
+_IN_MEMORY_BYTES = 2 * 2**30  # a data set up to this size is decoded once and kept on the device
+_HELD_OUT_MAX = 2000  # images
+
+
+class Images(Protocol):
+    """Map-style: item i is (uint8 tensor (H, H, 3), label), all of one size."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> tuple[Tensor, int]: ...
+
+
+def split(dataset: Images, held_out: float, seed: int) -> tuple[Subset, Subset]:
+    """Training and held-out part, drawn by the seed. UserError for fewer than two images."""
+    count = len(dataset)
+    if count < 2:
+        raise UserError(f"{count} image(s) are too few: one part trains the tokenizer and another measures it.")
+    kept = held_out_count(count, held_out)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
+    return Subset(dataset, order[kept:]), Subset(dataset, order[:kept])  # type: ignore[arg-type]
+
+
+def held_out_count(count: int, share: float) -> int:
+    """How many of ``count`` images are held out."""
+    return min(max(1, round(share * count)), _HELD_OUT_MAX, count - 1)
+
+
+def everything(dataset: Images) -> Subset:
+    """The whole data set as its own subset."""
+    return Subset(dataset, range(len(dataset)))  # type: ignore[arg-type]
+
+
+def load_all(subset: Subset, num_workers: int) -> Tensor:
+    """All images of a subset, uint8 (N, H, H, 3). Threads will do: decoding does not hold Python's lock."""
+    with ThreadPoolExecutor(max(1, num_workers)) as pool:
+        items = tqdm(pool.map(subset.__getitem__, range(len(subset))), total=len(subset), desc="reading", unit="image")
+        return torch.stack([image for image, _ in items])
+
+
+def read_batches(
+    train_set: Subset, steps: range, batch_size: int, seed: int, num_workers: int, device: torch.device
+) -> Iterator[Tensor]:
+    """The uint8 batches (B, H, H, 3) of these steps, on the device; every image comes once before any comes again.
+
+    What a step gets depends on its number and the seed alone.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    sampler = RandomSampler(train_set, num_samples=steps.stop * batch_size, generator=generator)
+    rows = itertools.islice(BatchSampler(sampler, batch_size, drop_last=False), steps.start, None)
+    if len(train_set) * train_set[0][0].numel() <= _IN_MEMORY_BYTES:
+        images = load_all(train_set, num_workers).to(device)
+        return (images[torch.tensor(batch)] for batch in rows)
+    loader = DataLoader(train_set, batch_sampler=rows, num_workers=num_workers, pin_memory=device.type == "cuda")
+    return (images.to(device, non_blocking=True) for images, _ in loader)
+
+
+def flip_half(batch: Tensor) -> Tensor:
+    """Mirror about half of the images (B, H, H, 3), drawn from torch's generator."""
+    mirrored = torch.rand(len(batch), 1, 1, 1, device=batch.device) < 0.5
+    return torch.where(mirrored, batch.flip(2), batch)

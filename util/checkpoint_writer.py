@@ -1,0 +1,162 @@
+"""Writes the checkpoints of a run in the background, so that training waits for a copy in memory only."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import threading
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from util.checkpoint import LAST, previous_name, save_checkpoint
+from util.errors import DISK_FULL
+
+logger = logging.getLogger(__name__)
+
+
+class CheckpointWriter:
+    """`checkpoint-last.pth`, what it was before, and `checkpoint-<epoch>.pth`, of which none is ever half written.
+
+    At most one write is under way: a save waits for the one before. A write that fails leaves `checkpoint-last.pth` as
+    it was; :meth:`check` warns, and the next save tries again. On a full disk the states before it make room. Leaving
+    the `with` block waits for the write under way.
+
+    Args:
+        folder: the run's; None where nothing is to be written (ranks other than 0).
+        keep_last: how many of the newest states to keep, `checkpoint-last.pth` included.
+        start_step: the step the run goes on from. A `checkpoint-last.pth` of another step was damaged, or it would have
+            been taken; it is not kept.
+    """
+
+    def __init__(self, folder: Path | None, keep_last: int, start_step: int = 0) -> None:
+        self._folder, self._keep_last = folder, keep_last
+        self._step_of_last: int | None = start_step
+        self._buffers: dict[tuple[Any, ...], torch.Tensor] = {}
+        self._thread: threading.Thread | None = None
+        self._failure: str | None = None
+        self._warned = False
+        self._from_gpu = False
+        if folder is not None:
+            for leftover in folder.glob(".checkpoint-*.tmp"):  # of a run that was killed while it wrote
+                leftover.unlink()
+
+    def save(self, payload: dict[str, Any], epoch: int | None = None) -> None:
+        """Copy `payload` (which holds its `step`) to the host, and write it while the caller goes on.
+
+        Args:
+            epoch: keep the state for good, as `checkpoint-<epoch>.pth`.
+        """
+        if self._folder is None:
+            return
+        self.wait()
+        self.check()
+        copy = self._to_host(payload, ())
+        if self._from_gpu:
+            torch.cuda.synchronize()
+        # Not a daemon: leaving in the middle of a write would waste it.
+        self._thread = threading.Thread(target=self._write, args=(self._folder, copy, epoch))
+        self._thread.start()
+
+    def check(self) -> None:
+        """Warn, once, if the write that has ended last failed."""
+        if self._failure is not None and not self._warned:
+            self._warned = True
+            logger.error("NOT SAVED: %s; the checkpoint before is kept, the next save tries again", self._failure)
+
+    def wait(self) -> str | None:
+        """Wait for the write under way; why the state handed over last is not on disk, or None if it is."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        return self._failure
+
+    def _to_host(self, value: Any, path: tuple[Any, ...]) -> Any:
+        """A copy that the next step doesn't change; its memory is that of the copy before."""
+        if isinstance(value, dict):
+            return {key: self._to_host(item, (*path, key)) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._to_host(item, (*path, index)) for index, item in enumerate(value)]
+        if not isinstance(value, torch.Tensor):
+            return value
+        buffer = self._buffers.get(path)
+        if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
+            self._from_gpu |= value.is_cuda
+            buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+            self._buffers[path] = buffer
+        return buffer.copy_(value, non_blocking=True)
+
+    def _write(self, folder: Path, payload: dict[str, Any], epoch: int | None) -> None:
+        try:
+            try:
+                self._write_files(folder, payload, epoch)
+            except OSError as error:
+                if error.errno not in DISK_FULL or not self._make_room(folder):
+                    raise
+                self._write_files(folder, payload, epoch)
+        except Exception as error:
+            self._failure, self._warned = f"step {payload['step']} in {folder} ({error})", False
+        else:
+            self._failure, self._step_of_last = None, payload["step"]
+
+    def _write_files(self, folder: Path, payload: dict[str, Any], epoch: int | None) -> None:
+        if epoch is None:
+            save_checkpoint(folder / LAST, payload, lambda: self._retire(folder))
+        else:
+            name = f"checkpoint-{epoch}.pth"
+            save_checkpoint(folder / name, payload)
+            self._retire(folder)
+            for suffix in (".pth", ".json"):
+                _link((folder / name).with_suffix(suffix), (folder / LAST).with_suffix(suffix))
+
+    def _make_room(self, folder: Path) -> bool:
+        """Give up the states before `checkpoint-last.pth`, if it is good; whether there were any."""
+        previous = list(folder.glob("checkpoint-last-*.pth")) if self._last_is_good(folder) else []
+        for path in previous:
+            logger.warning("the disk is full: %s is deleted to make room for the next checkpoint", path)
+            path.unlink()
+            path.with_suffix(".json").unlink(missing_ok=True)
+        return bool(previous)
+
+    def _last_is_good(self, folder: Path) -> bool:
+        """Whether `checkpoint-last.pth` is the state that was saved last, or that the run went on from."""
+        try:
+            return json.loads((folder / LAST).with_suffix(".json").read_text())["step"] == self._step_of_last
+        except (OSError, ValueError, KeyError):
+            return False
+
+    def _retire(self, folder: Path) -> None:
+        """Keep the present `checkpoint-last.pth` under another name, and no more than `keep_last` states in all."""
+        names = [LAST, *(previous_name(age) for age in range(1, self._keep_last))]
+        if self._last_is_good(folder):
+            for older, newer in reversed(list(zip(names[1:], names, strict=False))):
+                for suffix in (".pth", ".json"):
+                    if (folder / newer).with_suffix(suffix).exists():
+                        _link((folder / newer).with_suffix(suffix), (folder / older).with_suffix(suffix))
+        age = self._keep_last
+        while (surplus := folder / previous_name(age)).exists():  # of a run that kept more
+            surplus.unlink()
+            surplus.with_suffix(".json").unlink(missing_ok=True)
+            age += 1
+
+    def __enter__(self) -> CheckpointWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        self.wait()
+
+
+def _link(source: Path, target: Path) -> None:
+    """Give a file a second name in one step; the file that `target` named before loses it."""
+    temporary = target.with_name(f".{target.name}.link.tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        os.link(source, temporary)
+    except OSError:  # a file system without links
+        shutil.copyfile(source, temporary)
+    os.replace(temporary, target)
+    temporary.unlink(missing_ok=True)  # still there if both were names of one file already

@@ -1,0 +1,297 @@
+"""Images as training, caching and scoring read them: from a folder, a packed file, or torchvision's CIFAR-10.
+
+:func:`open_images` is the one way in; what the path points at decides.
+
+An *image folder* is ``root/<class>/…/<image>``; class folders in sorted order are labels 0, 1, 2, …
+
+A *packed file* is an ``.npz`` that holds the image files themselves, for sets of many small pictures:
+    ``data``      (bytes,) uint8: all JPEG or PNG files, one after the other
+    ``offsets``   (N + 1,) integers: image ``i`` is ``data[offsets[i]:offsets[i + 1]]``
+    ``labels``    (N,) integers
+    ``classes``   (class_num,) strings: names, by label
+    ``split``     (N,) integers, may be absent: 0 training, 1 test
+"""
+
+from __future__ import annotations
+
+import abc
+import hashlib
+import io
+import logging
+import os
+import zipfile
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+from torch.utils.data import Dataset
+
+from util.crop import center_crop_arr, load_rgb
+from util.errors import UserError
+from util.files import atomic_write
+
+logger = logging.getLogger(__name__)
+
+IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"})
+SPLITS = ("train", "test")  # by the number that stands for them in a packed file
+CIFAR10_FOLDER = "cifar-10-batches-py"  # as torchvision unpacks it
+
+
+class ImageDataset(Dataset[tuple[torch.Tensor, int]], abc.ABC):
+    """Map-style data set of ADM centre crops.
+
+    ``dataset[i]`` is ``(image, label)``: a uint8 tensor (img_size, img_size, 3), RGB, and an int.
+
+    Args:
+        source: the path it was opened by, for messages and records.
+        classes: names, by label. ``labels``: int64 (N,).
+        skip_broken: an image that cannot be decoded is replaced by the next one that can, with a warning, so that
+            batches keep their size and item ``i`` depends on the files alone. Without it such an image raises.
+
+    Raises:
+        UserError: from ``dataset[i]``, naming the image, for a broken one.
+    """
+
+    def __init__(
+        self, source: str | Path, classes: list[str], labels: NDArray[np.int64], img_size: int, skip_broken: bool
+    ) -> None:
+        if img_size < 1:
+            raise UserError(f"image size {img_size} must be positive.")
+        self.source = str(source)
+        self.classes = classes
+        self.labels = labels
+        self.img_size = img_size
+        self.skip_broken = skip_broken
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @abc.abstractmethod
+    def read(self, index: int) -> Image.Image:
+        """Image ``index`` as it is stored: upright, RGB, of any size; raises UserError if it is broken."""
+
+    @abc.abstractmethod
+    def fingerprint(self) -> str:
+        """Hex SHA-256 that tells this list of images from another."""
+
+    def load(self, index: int) -> torch.Tensor:
+        """The crop of image ``index``, uint8 (img_size, img_size, 3); raises UserError if it is broken."""
+        return torch.from_numpy(np.array(center_crop_arr(self.read(index), self.img_size), dtype=np.uint8))
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        if not self.skip_broken:
+            return self.load(index), int(self.labels[index])
+        for candidate in range(index, index + len(self)):
+            candidate %= len(self)
+            try:
+                return self.load(candidate), int(self.labels[candidate])
+            except UserError as error:
+                logger.warning("skipped: %s", error)
+        raise UserError(f"none of the {len(self)} images of {self.source} can be read.")
+
+
+class ImageFolder(ImageDataset):
+    """A folder of image files, one subfolder per class.
+
+    Args:
+        labelled: if not, images may lie anywhere in ``root``; the class is the first folder where all are in one, else
+            they are all of one class without a name.
+
+    Raises:
+        UserError: if ``root`` has no class folders or a class folder no images; unlabelled, if it has no images.
+    """
+
+    def __init__(self, root: str | Path, img_size: int, skip_broken: bool = False, labelled: bool = True) -> None:
+        self.root = Path(root)
+        if labelled:
+            classes, self.paths, labels = list_class_folders(self.root, IMAGE_EXTENSIONS, "images")
+        else:
+            self.paths = _list_images(self.root)
+            names = [path.partition("/")[0] if "/" in path else "" for path in self.paths]
+            found, labels = np.unique([""] * len(names) if "" in names else names, return_inverse=True)
+            classes = found.tolist()
+        super().__init__(root, classes, labels, img_size, skip_broken)
+
+    def read(self, index: int) -> Image.Image:
+        return load_rgb(self.root / self.paths[index])
+
+    def fingerprint(self) -> str:
+        """Of the sorted list of relative paths."""
+        return hash_names(self.paths)
+
+
+class PackedImages(ImageDataset):
+    """The images of a packed file, or those of one split of it.
+
+    Raises:
+        UserError: if the file is missing, damaged or incomplete, or has no images of this split.
+    """
+
+    def __init__(self, path: str | Path, img_size: int, skip_broken: bool = False, split: str | None = None) -> None:
+        arrays = _read_packed(Path(path))
+        numbers = np.arange(len(arrays["labels"]))
+        if split is not None:
+            if "split" not in arrays:
+                raise UserError(f"{path} has no array 'split', so there are no {split} images to choose.")
+            numbers = np.flatnonzero(arrays["split"] == SPLITS.index(split))
+            if not len(numbers):
+                raise UserError(f"{path} has no {split} images.")
+        self.path = path
+        self._numbers = numbers  # in the file, of the images of the split
+        self._data, self._offsets = arrays["data"], arrays["offsets"].astype(np.int64)
+        source = path if split is None else f"{path}:{split}"
+        labels = arrays["labels"].astype(np.int64)[numbers]
+        super().__init__(source, [str(name) for name in arrays["classes"]], labels, img_size, skip_broken)
+
+    def read(self, index: int) -> Image.Image:
+        number = int(self._numbers[index])
+        file = io.BytesIO(self._data[self._offsets[number] : self._offsets[number + 1]].tobytes())
+        return load_rgb(file, name=f"{self.path}, image {number}")
+
+    def fingerprint(self) -> str:
+        """Of all bytes, and of which images and labels are chosen."""
+        return _hash_arrays(self._data, self._offsets, self._numbers, self.labels)
+
+
+class Cifar10(ImageDataset):
+    """A split of CIFAR-10 (Krizhevsky, 2009) as torchvision unpacks it; its loader compares all files with known MD5s.
+
+    Raises:
+        UserError: if the folder is incomplete or damaged.
+    """
+
+    def __init__(self, folder: str | Path, img_size: int, skip_broken: bool = False, split: str = "train") -> None:
+        from torchvision.datasets import CIFAR10  # takes seconds to import
+
+        try:
+            data = CIFAR10(Path(folder).parent, train=split == "train")
+        except RuntimeError as error:
+            raise UserError(f"{folder} is not torchvision's CIFAR-10, or not whole ({error}).") from None
+        self._pixels: NDArray[np.uint8] = data.data
+        super().__init__(f"{folder}:{split}", data.classes, np.array(data.targets, np.int64), img_size, skip_broken)
+
+    def read(self, index: int) -> Image.Image:
+        return Image.fromarray(self._pixels[index])
+
+    def fingerprint(self) -> str:
+        return _hash_arrays(self._pixels, self.labels)
+
+
+def open_images(path: str | Path, img_size: int, skip_broken: bool = False, *, labelled: bool = True) -> ImageDataset:
+    """The images that ``path`` points at, as ``img_size`` crops.
+
+    Args:
+        path: an image folder; a packed file, ``photos.npz``, or a split of it, ``photos.npz:train`` or ``:test``; or
+            torchvision's ``cifar-10-batches-py``, likewise with a split (the training images without one).
+        skip_broken: see :class:`ImageDataset`.
+        labelled: False for uses that can do without classes: see :class:`ImageFolder`.
+
+    Raises:
+        UserError: if there is no such thing, or it is damaged or incomplete.
+    """
+    name, split = Path(path), None
+    if not name.exists():
+        head, colon, tail = str(path).rpartition(":")
+        if colon and (Path(head).exists() or head.endswith(".npz")):
+            name, split = Path(head), tail
+    if split is not None and split not in SPLITS:
+        raise UserError(f"{path} asks for split {split!r}; the splits are {' and '.join(SPLITS)}.")
+    if name.name == CIFAR10_FOLDER and name.is_dir():
+        return Cifar10(name, img_size, skip_broken, split or "train")
+    if name.suffix == ".npz":
+        return PackedImages(name, img_size, skip_broken, split)
+    if split is not None:
+        raise UserError(f"{path} asks for a split of {name}, which is no packed file (.npz); name a folder for each.")
+    return ImageFolder(name, img_size, skip_broken, labelled)
+
+
+def write_packed(
+    path: str | Path, files: Iterable[bytes], labels: Iterable[int], classes: Iterable[str], split: Iterable[int]
+) -> None:
+    """Write image files (JPEG, PNG …), one label and one split number (0 train, 1 test) each, as a packed file."""
+    contents = list(files)
+    with atomic_write(path) as file:
+        np.savez(
+            file,
+            data=np.frombuffer(b"".join(contents), np.uint8),
+            offsets=np.cumsum([0, *map(len, contents)]),
+            labels=np.array(list(labels), np.int64),
+            classes=np.array(list(classes), np.str_),
+            split=np.array(list(split), np.uint8),
+        )
+
+
+def _read_packed(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of a packed file, of one length and in range."""
+    if not path.is_file():
+        raise UserError(f"packed file {path} does not exist.")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in ("data", "offsets", "labels", "classes", "split") if name in file}
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} is damaged or no packed file of images ({error}).") from None
+    missing = [name for name in ("data", "offsets", "labels", "classes") if name not in arrays]
+    if missing:
+        raise UserError(f"{path} has no array {missing[0]!r}; a packed file has data, offsets, labels and classes.")
+    kinds = {"data": "u", "offsets": "iu", "labels": "iu", "classes": "U", "split": "iu"}
+    wrong = [name for name, array in arrays.items() if array.ndim != 1 or array.dtype.kind not in kinds[name]]
+    if wrong or arrays["data"].dtype != np.uint8:
+        raise UserError(f"array {(wrong or ['data'])[0]!r} of packed file {path} is not of the type it should be.")
+    count, offsets = len(arrays["labels"]), arrays["offsets"].astype(np.int64)
+    if count == 0 or len(offsets) != count + 1 or len(arrays.get("split", arrays["labels"])) != count:
+        raise UserError(f"packed file {path} has {count} labels and {len(offsets)} offsets; N images have N and N + 1.")
+    if offsets[0] != 0 or (np.diff(offsets) < 0).any() or offsets[-1] != len(arrays["data"]):
+        raise UserError(f"the offsets of packed file {path} do not cut its {len(arrays['data'])} bytes into images.")
+    if arrays["labels"].min() < 0 or arrays["labels"].max() >= len(arrays["classes"]):
+        raise UserError(f"packed file {path} has labels outside its {len(arrays['classes'])} classes.")
+    return arrays
+
+
+def _hash_arrays(*arrays: np.ndarray) -> str:
+    digest = hashlib.sha256()
+    for array in arrays:
+        digest.update(array.tobytes())
+    return digest.hexdigest()
+
+
+def hash_names(paths: list[str]) -> str:
+    """Hex SHA-256 of a list of relative paths."""
+    return hashlib.sha256("\n".join(paths).encode(errors="surrogateescape")).hexdigest()
+
+
+def list_class_folders(root: Path, extensions: Collection[str], kind: str) -> tuple[list[str], list[str], np.ndarray]:
+    """(class names, file paths relative to ``root``, int64 labels), all in sorted order; hidden entries are ignored."""
+    if not root.is_dir():
+        raise UserError(f"{root} is not a folder; expected a folder with one subfolder of {kind} per class.")
+    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    if not classes:
+        raise UserError(f"{root} has no class folders; expected one subfolder of {kind} per class.")
+    paths: list[str] = []
+    counts: list[int] = []
+    for name in classes:
+        found = [
+            os.path.relpath(os.path.join(folder, file), root)
+            for folder, _, files in os.walk(root / name, followlinks=True)
+            for file in files
+            if not file.startswith(".") and os.path.splitext(file)[1].lower() in extensions
+        ]
+        paths += sorted(found)
+        counts.append(len(found))
+    if not paths:
+        raise UserError(f"the class folders of {root} hold no {kind} ({', '.join(sorted(extensions))}).")
+    if 0 in counts:
+        empty = root / classes[counts.index(0)]
+        raise UserError(f"class folder {empty} holds no {kind}; fill or remove it, labels follow the sorted folders.")
+    return classes, paths, np.repeat(np.arange(len(classes), dtype=np.int64), counts)
+
+
+def _list_images(root: Path) -> list[str]:
+    """Paths, relative to ``root``, of all images in it and its subfolders, sorted; hidden files are ignored."""
+    found = (path for path in root.rglob("*") if path.suffix.lower() in IMAGE_EXTENSIONS)
+    paths = [path.relative_to(root).as_posix() for path in sorted(found) if not path.name.startswith(".")]
+    if not paths:
+        raise UserError(f"{root} holds no images; expected a folder with pictures, in subfolders or not.")
+    return paths
