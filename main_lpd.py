@@ -25,11 +25,12 @@ from models.lpd import LPD, LPDConfig, load_weights
 from orders import published_group_sizes
 from tokenizers import VQModel, load_tokenizer
 from util.checkpoint import load_checkpoint, load_newest
-from util.data import CodeDataset, GlobalBatchSampler, ImageFolder, open_codes
+from util.data import CodeDataset, GlobalBatchSampler, open_codes
 from util.dist import Dist, distributed
 from util.errors import UserError, exit_on_user_error
 from util.files import check_output_dir, sha256, write_json
 from util.hub import Choice, choose_tokenizer, choose_weights, find_file
+from util.image_data import ImageDataset, open_images
 from util.logger import setup_logging
 
 logger = logging.getLogger("lpd")
@@ -66,22 +67,22 @@ def open_tokenizer(args: argparse.Namespace, dist: Dist) -> VQModel:
     return load_tokenizer(args.vqgan_path, dist.device)
 
 
-def open_dataset(args: argparse.Namespace, recorded: dict[str, Any]) -> CodeDataset | ImageFolder:
+def open_dataset(args: argparse.Namespace, recorded: dict[str, Any]) -> CodeDataset | ImageDataset:
     """The training data, at --img_size or else the size the checkpoint records."""
     img_size = args.img_size if args.img_size is not None else recorded.get("img_size")
     if not args.use_cached:
         if args.data_path is None:
             raise UserError("give training data: --data_path IMAGES, or --use_cached --cached_path CODES.")
-        return ImageFolder(args.data_path, 256 if img_size is None else img_size, skip_broken=args.skip_broken)
+        return open_images(args.data_path, 256 if img_size is None else img_size, args.skip_broken)
     if args.cached_path is None:
         raise UserError("--use_cached needs --cached_path, a cache of codes made by main_cache.py.")
     tokenizer_hash = None if args.vqgan_path is None else sha256(args.vqgan_path)
     return open_codes(args.cached_path, img_size=img_size, tokenizer_hash=tokenizer_hash)
 
 
-def code_geometry(dataset: CodeDataset | ImageFolder, tokenizer: VQModel | None) -> tuple[int, int, int]:
+def code_geometry(dataset: CodeDataset | ImageDataset, tokenizer: VQModel | None) -> tuple[int, int, int]:
     """(image size, stride, number of codes) of the training data."""
-    if isinstance(dataset, ImageFolder):
+    if isinstance(dataset, ImageDataset):
         assert tokenizer is not None
         return dataset.img_size, tokenizer.stride, tokenizer.config.codebook_size
     if dataset.header is not None:

@@ -26,11 +26,11 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from tokenizers import VQModel, load_tokenizer
-from util.data import CODES, CODES_FLIP, HEADER, LABELS, PARTS, CacheHeader, NpzCodes, open_images
+from util.data import CODES, CODES_FLIP, HEADER, LABELS, PARTS, CacheHeader, NpzCodes
 from util.dist import Dist
 from util.errors import UserError
 from util.files import atomic_write, sha256, write_json
-from util.image_data import hash_names
+from util.image_data import hash_names, open_images
 from util.images import to_float
 
 logger = logging.getLogger(__name__)

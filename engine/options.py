@@ -79,7 +79,11 @@ def build_parser() -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("data")
     add = group.add_argument
-    add("--data_path", type=Path, help="image folder, one subfolder per class")
+    add(
+        "--data_path",
+        type=Path,
+        help="folder with a subfolder per class, or photos.npz[:train] (util/image_data.py)",
+    )
     add(
         "--use_cached",
         action=argparse.BooleanOptionalAction,

@@ -30,9 +30,10 @@ from models.flops import training_flops
 from models.lpd import LPD
 from tokenizers import VQModel
 from util.checkpoint_writer import CheckpointWriter
-from util.data import CodeDataset, GlobalBatchSampler, ImageFolder, whole_batch
+from util.data import CodeDataset, GlobalBatchSampler, whole_batch
 from util.dist import Dist
 from util.errors import UserError
+from util.image_data import ImageDataset
 from util.lr_sched import LR_SCHEDULES, learning_rate
 
 logger = logging.getLogger(__name__)
@@ -121,7 +122,7 @@ class TrainConfig:
 
 
 def load_batches(
-    dataset: CodeDataset | ImageFolder, sampler: GlobalBatchSampler, num_workers: int, device: torch.device
+    dataset: CodeDataset | ImageDataset, sampler: GlobalBatchSampler, num_workers: int, device: torch.device
 ) -> Iterator[list[torch.Tensor]]:
     """Batches on the device: codes (B, L), mirrored codes (B, L), labels (B,); or images (B, H, W, 3), labels (B,)."""
     cached = isinstance(dataset, CodeDataset)
@@ -140,7 +141,7 @@ def load_batches(
 
 def train(
     model: LPD,
-    dataset: CodeDataset | ImageFolder,
+    dataset: CodeDataset | ImageDataset,
     schedules: Sequence[Sequence[int]],
     config: TrainConfig,
     dist: Dist,

@@ -7,6 +7,7 @@ with one model and draws the pictures.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import shlex
@@ -26,12 +27,13 @@ from orders import group_sizes
 from scripts.digits import IMG_SIZE
 from tokenizers import load_tokenizer
 from util.checkpoint import LAST, load_checkpoint
-from util.data import ImageFolder
 from util.dist import Dist, resolve_device
 from util.errors import UserError, exit_on_user_error
 from util.files import check_output_dir
+from util.image_data import ImageFolder
 from util.images import to_float, to_uint8
 from util.logger import setup_logging
+from util.plots import plot_loss
 
 STRIDE = 4
 CFG = 4.0
@@ -47,7 +49,8 @@ TOKENIZER_FLAGS = (
 )  # fmt: skip
 LPD_FLAGS = (
     "--model", "lpd_tiny", "--epochs", "13", "--batch_size", "64", "--lr", "2e-3", "--lr_schedule", "cosine",
-    "--warmup_epochs", "2", "--proj_dropout", "0", "--flip_prob", "0", "--num_workers", "0",
+    "--warmup_epochs", "2", "--proj_dropout", "0", "--flip_prob", "0", "--num_workers", "0", "--no-compile",
+    "--log_freq", "10",
 )  # fmt: skip
 # The last of a repeated flag wins.
 QUICK = {
@@ -137,6 +140,7 @@ class Comparison:
             eval_bsz=self.num_images // 5,
             cfg=CFG,
             order=order,
+            decode_path="plain",  # so small a model is decoded before anything is compiled
             feature_extractor=str(self.out / "classifier.pt"),
             reference_statistics=self.out / "reference.npz",
             classes=self.classes,
@@ -205,9 +209,12 @@ def main() -> None:
     print(f"\n== generation orders compared: {num_images} digits each, guidance {CFG:g}", flush=True)
     table = comparison.table()
     shutil.copy(out / "eval" / "lpd_16" / "grid.png", out / "samples.png")
+    lines = [json.loads(line) for line in (out / "lpd" / "metrics.jsonl").read_text().splitlines()]
+    plot_loss(lines, out / "loss.png", comparison.model.config.vocab_size)
     text = f"{table}\n\n{num_images} digits per row, guidance {CFG:g}; {conditions(device)}.\n"
     (out / "results.md").write_text(text)
-    print(f"\n{text}\nTable: {out / 'results.md'}\nPictures: {out / 'samples.png'}, {out / 'orders.png'}")
+    pictures = ", ".join(str(out / f"{name}.png") for name in ("samples", "orders", "loss"))
+    print(f"\n{text}\nTable: {out / 'results.md'}\nPictures: {pictures}")
     print(f"{time.perf_counter() - start:.0f} s in all", flush=True)
 
 

@@ -4,7 +4,7 @@
 _complete() {
     "$1" - 2>/dev/null <<'PYTHON'
 import importlib.util, sys
-needed = ("torch", "torchvision", "timm", "torch_fidelity", "submitit", "sklearn", "matplotlib", "pytest", "ruff", "mypy")
+needed = ("torch", "torchvision", "timm", "torch_fidelity", "submitit", "sklearn", "matplotlib", "tensorboard", "pytest", "ruff", "mypy")
 sys.exit(not all(importlib.util.find_spec(name) for name in needed))
 PYTHON
 }

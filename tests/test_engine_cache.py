@@ -19,10 +19,11 @@ import main_cache
 from engine import cache as cache_module
 from engine.cache import cache_codes, convert_npz, verify_cache
 from tokenizers import VQConfig, VQModel, load_tokenizer, save_tokenizer
-from util.data import PARTS, CacheHeader, ImageFolder, open_codes
+from util.data import PARTS, CacheHeader, open_codes
 from util.dist import Dist
 from util.errors import UserError, exit_on_user_error
 from util.files import sha256
+from util.image_data import ImageFolder
 from util.images import to_float
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -215,6 +215,7 @@ def plain_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs are captured and split into forward and backward, but no code is generated, which takes a minute."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
 
 
 def test_compiled_step_equals_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:

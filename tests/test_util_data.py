@@ -14,8 +14,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from util.data import CacheHeader, CodeDataset, GlobalBatchSampler, ImageFolder, check_labels, open_codes, whole_batch
+from util.data import CacheHeader, CodeDataset, GlobalBatchSampler, check_labels, open_codes, whole_batch
 from util.errors import UserError
+from util.image_data import ImageFolder
 
 N, L, V = 10, 16, 32
 RNG = np.random.default_rng(0)
@@ -274,7 +275,7 @@ class TestGlobalBatchSampler:
 
     def test_impossible_batches_are_refused(self) -> None:
         """Guards against an epoch of no steps, or processes with unequal shares."""
-        with pytest.raises(UserError, match=r"7 samples.*--batch_size to at most 3"):
+        with pytest.raises(UserError, match=r"7 samples.*to at most 3"):
             GlobalBatchSampler(7, 8, 0, 2, seed=0)
         with pytest.raises(UserError, match="multiple of the 2 process"):
             GlobalBatchSampler(100, 9, 0, 2, seed=0)

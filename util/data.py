@@ -24,10 +24,7 @@ import torch
 from torch.utils.data import Dataset, Sampler
 
 from util.errors import UserError
-from util.image_data import ImageDataset as ImageDataset
-from util.image_data import ImageFolder as ImageFolder
 from util.image_data import list_class_folders
-from util.image_data import open_images as open_images
 
 logger = logging.getLogger(__name__)
 
@@ -291,7 +288,7 @@ class GlobalBatchSampler(Sampler[list[int]]):
         if dataset_size < global_batch:
             raise UserError(
                 f"the data set has {dataset_size} samples, fewer than one global batch of {global_batch}; lower "
-                f"--batch_size to at most {dataset_size // world_size}."
+                f"--batch_size × --grad_accum to at most {dataset_size // world_size}."
             )
         self.steps_per_epoch = dataset_size // global_batch
         self._dataset_size = dataset_size

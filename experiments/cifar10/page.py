@@ -303,20 +303,3 @@ def plot_quality(results: Results, path: Path) -> None:
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
-
-
-def plot_loss(results: Results, path: Path) -> None:
-    """Training loss against epochs."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
-    curve = results["training"]["loss_curve"]
-    axis.plot([point["epoch"] for point in curve], [point["loss"] for point in curve])
-    axis.set_xlabel("epoch")
-    axis.set_ylabel("cross-entropy per token, nats")
-    axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)

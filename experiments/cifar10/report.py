@@ -15,13 +15,14 @@ import statistics
 from dataclasses import asdict
 from pathlib import Path
 
-from experiments.cifar10.page import PICTURES, Results, page, plot_loss, plot_quality
+from experiments.cifar10.page import PICTURES, Results, page, plot_quality
 from experiments.cifar10.settings import IMG_SIZE, Settings
 from experiments.cifar10.sweep import finished_rows
 from util.checkpoint import load_checkpoint
 from util.errors import UserError, exit_on_user_error
 from util.files import sha256, write_json
 from util.image_data import open_images
+from util.plots import plot_loss
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, PAGE = "cifar10.json", "cifar10.md"
@@ -82,7 +83,7 @@ def draw(folder: Path) -> None:
         raise UserError(f"{folder} has no {RESULTS}; it is written by the stage report.")
     results = json.loads(path.read_text())
     plot_quality(results, folder / PICTURES / "cifar10_quality.png")
-    plot_loss(results, folder / PICTURES / "cifar10_loss.png")
+    plot_loss(results["training"]["loss_curve"], folder / PICTURES / "cifar10_loss.png")
     (folder / PAGE).write_text(page(results))
 
 
