@@ -8,46 +8,30 @@ from __future__ import annotations
 
 from typing import Any
 
-_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, SplitMix64's increment
-
-
-def _signed(value: int, bits: int) -> int:
-    value &= (1 << bits) - 1
-    return value - (1 << bits) if value >> (bits - 1) else value
+from util.splitmix import GOLDEN, mix, shift_right, signed
 
 
 def _spread(numbers: Any) -> Any:
     """(n + 1) times the golden increment, modulo 2^64, of an int or an int64 array."""
     if isinstance(numbers, int):
-        return _signed((numbers + 1) * _GOLDEN, 64)
-    return (numbers + 1) * _signed(_GOLDEN, 64)
-
-
-def _shift_right(x: Any, by: int) -> Any:
-    return (x >> by) & ((1 << (64 - by)) - 1)  # the logical shift, of signed integers
-
-
-def _mix(x: Any) -> Any:
-    """SplitMix64's finaliser (Steele, Lea and Flood, OOPSLA 2014): int64 to int64."""
-    x = (x ^ _shift_right(x, 30)) * _signed(0xBF58476D1CE4E5B9, 64)
-    x = (x ^ _shift_right(x, 27)) * _signed(0x94D049BB133111EB, 64)
-    return x ^ _shift_right(x, 31)
+        return signed((numbers + 1) * GOLDEN, 64)
+    return (numbers + 1) * signed(GOLDEN)
 
 
 def order_states(indices: Any, seed: int) -> Any:
     """A 64-bit state per order: int64 order numbers (N,) to int64 (N,)."""
-    seed_state = _mix(indices * 0 + _signed(seed + _GOLDEN, 64))
-    return _mix(seed_state + _spread(indices))
+    seed_state = mix(indices * 0 + signed(seed + GOLDEN, 64))
+    return mix(seed_state + _spread(indices))
 
 
 def sub_states(states: Any, numbers: Any) -> Any:
     """The states number 0, 1, … derived from ``states`` (one per step, say): int or int64 array, broadcast."""
-    return _mix(states + _spread(numbers))
+    return mix(states + _spread(numbers))
 
 
 def uniform_cells(states: Any, num_cells: int) -> Any:
     """A uniformly random cell 0 … num_cells−1 per state, int64."""
-    return (_shift_right(states, 32) * num_cells) >> 32
+    return (shift_right(states, 32) * num_cells) >> 32
 
 
 class TieKeys:
@@ -65,7 +49,7 @@ class TieKeys:
         self._random_mask = ((1 << key_bits) - 1) ^ self.index_mask
         self._cells = xp.arange(num_cells, dtype=xp.int32, device=device)[:, None]
         self._constants = xp.empty((num_cells, 1), dtype=xp.int32, device=device)
-        self._constants[:, 0] = _mix(_spread(xp.arange(num_cells, dtype=xp.int64, device=device))) >> 32
+        self._constants[:, 0] = mix(_spread(xp.arange(num_cells, dtype=xp.int64, device=device))) >> 32
 
     def draw(self, states: Any, out: Any, scratch: Any) -> Any:
         """Fill ``out`` (L, N), int32, with the keys of ``states`` (N,); ``scratch`` is of the same shape."""
@@ -78,7 +62,7 @@ class TieKeys:
         xp.bitwise_right_shift(out, 16, out=scratch)
         out ^= scratch
         out ^= low
-        out *= _signed(0x846CA68B, 32)
+        out *= signed(0x846CA68B, 32)
         xp.bitwise_right_shift(out, 15, out=scratch)
         out ^= scratch
         out &= self._random_mask

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -12,35 +13,24 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_run
 import torch
 import torch.multiprocessing as mp
+from tiny_run import CLASSES, L, V
 
 from engine.stop import StopRequest
 from engine.train import TrainConfig, draw_samples, train
 from models import build_model
 from models.lpd import LPD
 from util.checkpoint import LAST, load_checkpoint
-from util.data import CacheHeader, CodeBatch, PackedCodes
+from util.data import CodeBatch, PackedCodes
 from util.dist import Dist, distributed
 from util.errors import UserError
 
-L, V, CLASSES, N = 16, 11, 3, 40
+N = 40
 SCHEDULES = [(1, 3, 5, 7), (1, 15), (1, 1, 2, 4, 8)]
 CPU = Dist(0, 1, torch.device("cpu"))
-
-
-def make_cache(folder: Path) -> Path:
-    rng = np.random.default_rng(0)
-    folder.mkdir()
-    for name in ("codes", "codes_flip"):
-        np.save(folder / f"{name}.npy", rng.integers(V, size=(N, L), dtype=np.uint16))
-    np.save(folder / "labels.npy", rng.integers(CLASSES, size=N))
-    header = CacheHeader(
-        img_size=64, grid_size=4, num_images=N, classes=["a", "b", "c"], tokenizer_sha256="0" * 64, vocab_size=V,
-        max_code=V - 1, crop="adm", source="test", source_sha256="0" * 64, skipped=[], files={},
-    )  # fmt: skip
-    (folder / "header.json").write_text(json.dumps(dataclasses.asdict(header)))
-    return folder
+make_cache = functools.partial(tiny_run.make_cache, num_images=N)
 
 
 @pytest.fixture
