@@ -122,20 +122,23 @@ def decode(
     B, L = orders_BL.shape
     weights_L = guidance_weights(sampling.cfg, sampling.cfg_schedule, L, orders_BL.device)
     orders_GL = orders_BL.repeat(2, 1) if sampling.guided else orders_BL
-    context = model.embed_class(labels_B, B)
+    class_G1D = model.embed_class(labels_B, B)
     if sampling.guided:
-        context = torch.cat([context, model.embed_class(None, B)])
-    tokens_BL = torch.empty_like(orders_BL)
-    cache.length, start = 0, 0
-    for size in group_sizes:
-        positions_GN = orders_GL[:, start : start + size]
-        rows = torch.cat([context, model.embed_queries(positions_GN)], dim=1)
-        logits = model.decode_step(rows, context.shape[1], cache)
-        codes = draw(logits, weights_L[start : start + size], seeds_B, positions_GN[:B], sampling)
-        tokens_BL.scatter_(1, positions_GN[:B], codes)
-        context = model.embed_codes(codes.repeat(2, 1) if sampling.guided else codes, positions_GN)
-        start += size
-    return tokens_BL
+        class_G1D = torch.cat([class_G1D, model.embed_class(None, B)])
+    cache.length = 0
+    groups: list[torch.Tensor] = []
+    known_GN: torch.Tensor | None = None
+    positions = orders_GL.split(list(group_sizes), dim=1)
+    for targets_GQ, weights_Q in zip(positions, weights_L.split(list(group_sizes)), strict=True):
+        if known_GN is None:
+            rows_GND, num_context = torch.cat([class_G1D, model.embed_queries(targets_GQ)], dim=1), 1
+        else:
+            codes_GN = groups[-1].repeat(2, 1) if sampling.guided else groups[-1]
+            rows_GND, num_context = model.embed_step(codes_GN, known_GN, targets_GQ), known_GN.shape[1]
+        logits_GQV = model.decode_step(rows_GND, num_context, cache)
+        groups.append(draw(logits_GQV, weights_Q, seeds_B, targets_GQ[:B], sampling))
+        known_GN = targets_GQ
+    return torch.empty_like(orders_BL).scatter_(1, orders_BL, torch.cat(groups, dim=1))
 
 
 @torch.inference_mode()

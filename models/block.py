@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-# (query, key, value), each (B, H, N, K) → attended rows (B, H, M, K): those of all N rows, or of the last M only.
-Attend = Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# query (B, H, N, K), key and value (2, B, H, N, K) → attended rows (B, H, M, K): all N rows, or the last M only.
+Attend = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 class Attention(nn.Module):
@@ -25,11 +25,11 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_dropout)
 
-    def project_in(self, x_BND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Query, key and value, each (B, H, N, K)."""
+    def project_in(self, x_BND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Query (B, H, N, K); key and value (2, B, H, N, K)."""
         B, N, _ = x_BND.shape
-        query, key, value = self.qkv(x_BND).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        return query, key, value
+        qkv = self.qkv(x_BND).view(B, N, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        return qkv[0], qkv[1:]
 
     def project_out(self, out_BHNK: torch.Tensor) -> torch.Tensor:
         """Attended rows (B, N, D)."""
@@ -59,8 +59,8 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), proj_dropout)
 
-    def before_attention(self, x_BND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Query, key and value, each (B, H, N, K)."""
+    def before_attention(self, x_BND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Query (B, H, N, K); key and value (2, B, H, N, K)."""
         return self.attn.project_in(self.norm1(x_BND))
 
     def after_attention(self, x_BND: torch.Tensor, out_BHMK: torch.Tensor) -> torch.Tensor:

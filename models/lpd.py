@@ -110,6 +110,10 @@ class LPD(nn.Module):
         """Position queries (B, N, D) for raster indices `positions_BN`."""
         return self.z_proj_ln(self.mask_token + F.embedding(positions_BN + 1, self.pos_embed[0]))
 
+    def embed_step(self, codes_BN: torch.Tensor, known_BN: torch.Tensor, targets_BQ: torch.Tensor) -> torch.Tensor:
+        """Rows (B, N + Q, D) of a decoding step: the codes at positions `known_BN`, then queries for `targets_BQ`."""
+        return torch.cat([self.embed_codes(codes_BN, known_BN), self.embed_queries(targets_BQ)], dim=1)
+
     def transform(self, rows_BND: torch.Tensor, attend: Attend, attend_last: Attend) -> torch.Tensor:
         """All blocks of the training pass, without the final norm: the rows that the last block attends."""
         for block in self.blocks:
@@ -131,8 +135,18 @@ class LPD(nn.Module):
         return self.predict(rows_BND)
 
     def predict(self, queries_BND: torch.Tensor) -> torch.Tensor:
-        """Logits (B, N, V) of transformed query rows."""
-        return self.head(self.norm(queries_BND))
+        """Logits (B, N, V) of transformed query rows; float32 under autocast too, since guidance magnifies rounding."""
+        features_BND, device = self.norm(queries_BND), queries_BND.device.type
+        if not torch.is_autocast_enabled(device):
+            return self.head(features_BND)
+        dtype = torch.get_autocast_dtype(device)
+        with torch.autocast(device, enabled=False):
+            features, weight = features_BND.to(dtype).flatten(0, 1), self.head.weight.to(dtype)
+            if device == "cuda":  # narrow operands, wide result
+                logits = torch.mm(features, weight.T, out_dtype=torch.float32)
+            else:
+                logits = features.float() @ weight.T.float()
+        return logits.unflatten(0, features_BND.shape[:2])
 
     def forward(
         self,

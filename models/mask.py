@@ -82,11 +82,9 @@ def _fused_flex_attention() -> Any:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def _attend_sdpa(
-    mask_MR: torch.Tensor, dropout: float, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor
-) -> torch.Tensor:
+def _attend_sdpa(mask_MR: torch.Tensor, dropout: float, query: torch.Tensor, key_value: torch.Tensor) -> torch.Tensor:
     query_BHMK = query[:, :, -len(mask_MR) :]
-    return F.scaled_dot_product_attention(query_BHMK, key, value, attn_mask=mask_MR, dropout_p=dropout)
+    return F.scaled_dot_product_attention(query_BHMK, *key_value.unbind(), attn_mask=mask_MR, dropout_p=dropout)
 
 
 def _attend_flex(
@@ -94,10 +92,9 @@ def _attend_flex(
     mask: BlockMask,
     num_rows: int,
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
+    key_value: torch.Tensor,
 ) -> torch.Tensor:
-    return attention(query[:, :, -num_rows:], key, value, block_mask=mask)
+    return attention(query[:, :, -num_rows:], *key_value.unbind(), block_mask=mask)
 
 
 def training_attention(

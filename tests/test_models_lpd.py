@@ -92,13 +92,14 @@ def test_cached_attention_is_a_slice_of_the_training_mask(group_sizes: list[int]
     table = brute_force_visibility(group_sizes)
     num_rows, num_context_rows = len(table), sum(group_sizes)
     query, key, value = torch.randn(3, 2, 3, 4, num_rows, 5, dtype=torch.float64)  # (layers, B, H, rows, K)
+    key_value = torch.stack([key, value])
     expected = F.scaled_dot_product_attention(query, key, value, attn_mask=table)
     cache = KVCache(2, 3, 4, 1 + sum(group_sizes), 5, torch.device("cpu"), torch.float64)
     cached, context, first_query = 0, 1, 0
     for size in group_sizes:
         queries = num_context_rows + torch.arange(first_query, first_query + size)
         rows = torch.cat([torch.arange(cached, cached + context), queries])
-        first, last = (cache.attend(i, context, *(x[i][:, :, rows] for x in (query, key, value))) for i in range(2))
+        first, last = (cache.attend(i, context, query[i][:, :, rows], key_value[:, i, :, :, rows]) for i in range(2))
         cache.commit(context)
         torch.testing.assert_close(first, expected[0][:, :, rows])
         torch.testing.assert_close(last, expected[1][:, :, queries])  # nobody reads context rows of the last layer
