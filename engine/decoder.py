@@ -6,17 +6,15 @@ Shape legend: `B` images, `L` tokens of an image, `H` `W` pixels.
 from __future__ import annotations
 
 import contextlib
-import copy
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, cast
+from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.generate import Sampling, check_batch, decode, draw_codes, make_cache
-from models.block import Attend, Block
-from models.inference import bf16_copy, can_pack, packed_copy, share_weights
+from models.inference import CompiledLPD, can_pack, narrow_linear_weights, packed_copy, share_weights
 from models.lpd import LPD
 from tokenizers import VQModel
 from util.errors import UserError
@@ -65,7 +63,7 @@ class Decoder:
             model: in eval mode, on the device to use.
             batch_size: images of a call.
             tokenizer: decodes the pictures; None gives codes only.
-            bf16: bfloat16 autocast; logits, guidance and noise are float32 all the same.
+            bf16: bfloat16 autocast; logits (of bfloat16 factors), guidance and noise are float32 all the same.
             with_class: False decodes without labels (then `sampling.cfg` must be 1).
 
         Raises:
@@ -88,20 +86,19 @@ class Decoder:
 
         self._draw: Callable[..., Tensor] = draw_codes
         self._to_pixels: Callable[[VQModel, Tensor], Tensor] = _to_pixels
+        self.compiled = self.path in ("compiled", "graph")
         if self.path.startswith("packed"):
             model = packed_copy(model, self.path.removeprefix("packed").removeprefix("_") or "float32")
-        elif self.path in ("compiled", "graph"):
-            model = bf16_copy(model) if bf16 else share_weights(model)
-            _compile_blocks(model)
+        elif self.compiled:
+            model = share_weights(model, CompiledLPD)
             self._draw = torch.compile(draw_codes)
-            self._to_pixels = torch.compile(_to_pixels)
-            if tokenizer is not None and bf16:
-                tokenizer = copy.deepcopy(tokenizer)
-                tokenizer.post_quant_conv.to(torch.bfloat16)
-                tokenizer.decoder.to(torch.bfloat16)
-                tokenizer.decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+            # A symbolic batch size would switch off the choice of layouts for convolutions.
+            self._to_pixels = torch.compile(_to_pixels, dynamic=False)
+            if bf16:
+                narrow_linear_weights(model)
+                tokenizer = None if tokenizer is None else _narrow_decoder(tokenizer)
         self.model, self.tokenizer = model, tokenizer
-        with self._precision():
+        with self._settings():
             self.cache = make_cache(model, batch_size * (2 if sampling.guided else 1))
         self.graph: torch.cuda.CUDAGraph | None = None
         if self.path == "graph":
@@ -115,23 +112,30 @@ class Decoder:
             orders: integer (B, L), each row a permutation of raster indices.
             seeds: integer (B,); an image's draws follow its seed alone.
 
+        Returns:
+            Tensors made in inference mode: clone them to use them where gradients are recorded.
+
         Raises:
             UserError: for a batch that does not fit. Values are checked where the tensors are on the host; a look at
                 values on the device would have to wait for it.
         """
         if (labels is None) != (self.labels is None):
             raise UserError("labels are given to a decoder made without class, or missing for one made with classes.")
-        if orders.shape != self.orders.shape:
-            raise UserError(
-                f"orders have shape {tuple(orders.shape)}; this decoder was made for {tuple(self.orders.shape)}."
-            )
-        if orders.device.type == "cpu":
+        given = [(self.orders, orders, "orders"), (self.seeds, seeds, "seeds")]
+        if labels is not None and self.labels is not None:
+            given.append((self.labels, labels, "labels"))
+        for buffer, tensor, name in given:
+            if tensor.shape != buffer.shape:
+                raise UserError(
+                    f"{name} have shape {tuple(tensor.shape)}; this decoder was made for {tuple(buffer.shape)}."
+                )
+        if all(tensor.device.type == "cpu" for _, tensor, _ in given):
             check_batch(self.model, labels, orders, seeds, self.sampling.guided)
-        with self._precision():
-            if labels is not None and self.labels is not None:
-                self.labels.copy_(labels, non_blocking=True)
-            self.orders.copy_(orders, non_blocking=True)
-            self.seeds.copy_(seeds, non_blocking=True)
+        with self._settings():
+            for buffer, tensor, _ in given:
+                if self.device.type == "cuda" and tensor.device.type == "cpu":
+                    tensor = tensor.pin_memory()  # from other memory the copy would wait for what runs before it
+                buffer.copy_(tensor, non_blocking=True)
             if self.graph is None:
                 return self._run()
             self.graph.replay()
@@ -139,16 +143,20 @@ class Decoder:
             return Decoded(codes.clone(), None if images is None else images.clone())
 
     @contextlib.contextmanager
-    def _precision(self) -> Iterator[None]:
-        with (
-            torch.inference_mode(),
-            # Casts are not kept: a graph must not hold on to tensors that live outside of it.
-            torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=False),
+    def _settings(self) -> Iterator[None]:
+        """What holds while the decoder runs; afterwards, whatever happens, all is as before."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode())
+            # Only eager code gains by keeping casts, and a graph must not hold on to tensors that live outside of it.
+            keep = self.path == "plain"
+            stack.enter_context(torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=keep))
             # cuDNN would build a plan for each of a schedule's shapes.
-            sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]),
-            # One function serves all layers and steps of all decoders; by default the ninth variant would be eager.
-            torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True),
-        ):
+            backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+            stack.enter_context(sdpa_kernel(backends))
+            if self.compiled:
+                # One function serves the layers and steps of all decoders; by default the ninth variant would be eager.
+                limits = {"recompile_limit": 64, "fail_on_recompile_limit_hit": True}
+                stack.enter_context(torch._dynamo.config.patch(limits))
             yield
 
     def _run(self) -> Decoded:
@@ -162,17 +170,20 @@ class Decoder:
         return Decoded(codes, torch.cat([self._to_pixels(self.tokenizer, piece) for piece in pieces]))
 
     def _capture(self) -> None:
-        with torch.cuda.device(self.device), self._precision():
-            # Compiling, choosing of kernels and library workspaces must lie behind before the capture.
+        with torch.cuda.device(self.device), self._settings():
+            # Compiling and the choice of kernels must lie behind before the capture; library workspaces belong to a
+            # stream, so it is the same one.
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(stream):
                 for _ in range(2):
                     self._run()
+                stream.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                # Other threads, such as one that pins batches, may go on meanwhile.
+                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                    self._captured = self._run()
             torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
-                self._captured = self._run()
             self.graph = graph
 
 
@@ -197,19 +208,12 @@ def _to_pixels(tokenizer: VQModel, codes: Tensor) -> Tensor:
     return to_uint8(tokenizer.decode(codes))
 
 
-class _CompiledBlock(nn.Module):
-    """A block whose parts before and after the attention are compiled functions, shared by all blocks."""
-
-    def __init__(self, block: Block, before: Callable[..., tuple[Tensor, ...]], after: Callable[..., Tensor]) -> None:
-        super().__init__()
-        self.block, self.before, self.after = block, before, after
-
-    def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        return self.after(self.block, x, attend(*self.before(self.block, x)))
-
-
-def _compile_blocks(model: LPD) -> None:
-    """Compile once for all layers and all numbers of rows."""
-    before = torch.compile(Block.before_attention)
-    after = torch.compile(Block.after_attention)
-    model.blocks = nn.ModuleList(_CompiledBlock(cast(Block, block), before, after) for block in model.blocks)
+def _narrow_decoder(tokenizer: VQModel) -> VQModel:
+    """A tokenizer over the same weights whose decoding half is bfloat16, channels last."""
+    with torch.device("meta"):
+        twin = VQModel(tokenizer.config)
+    twin.load_state_dict(tokenizer.state_dict(), assign=True)
+    twin.post_quant_conv.to(torch.bfloat16)
+    twin.decoder.to(torch.bfloat16)
+    twin.decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return twin.eval()

@@ -80,5 +80,13 @@ def describe_environment(dist: Dist) -> dict[str, Any]:
         "device_type": dist.device.type,
         "world_size": dist.world_size,
         "python": platform.python_version(),
-        "packages": {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES},
+        "cuda": torch.version.cuda if cuda else None,
+        "packages": {name: _version(name) for name in RECORDED_PACKAGES},
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,13 +1,17 @@
-"""Copies of a model for decoding only: linear weights in another precision, or packed for the CPU's matrix kernels."""
+"""Models for decoding only, over the weights of another: compiled, narrower, or packed for the CPU's matrix kernels."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import pairwise
+from typing import cast
 
 import torch
 from torch import nn
 
-from models.lpd import LPD
+from models.block import Block
+from models.kv_cache import KVCache
+from models.lpd import LPD, LPDConfig
 from util.errors import UserError
 
 
@@ -53,10 +57,47 @@ def _pack_int8(weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
 CPU_PACKINGS = {"float32": _pack_float32, "float16": _pack_float16, "int8": _pack_int8}
 
 
-def share_weights(model: LPD) -> LPD:
-    """A second model in eval mode over the same parameter tensors."""
+class CompiledLPD(LPD):
+    """A model whose decoding step is compiled but for the attention, once for all layers and numbers of rows.
+
+    What follows the attention of a layer and what precedes that of the next are one function, so that the sum at the
+    end of a block and the norm at the start of the next become one kernel.
+    """
+
+    def __init__(self, config: LPDConfig) -> None:
+        super().__init__(config)
+        self._first = torch.compile(Block.before_attention)
+        self._between = torch.compile(_between)
+        self._last = torch.compile(Block.after_attention)
+        self._embed_step = torch.compile(LPD.embed_step)
+
+    def embed_step(self, codes_BN: torch.Tensor, known_BN: torch.Tensor, targets_BQ: torch.Tensor) -> torch.Tensor:
+        rows_BND: torch.Tensor = self._embed_step(self, codes_BN, known_BN, targets_BQ)
+        return rows_BND
+
+    def decode_step(self, rows_BND: torch.Tensor, num_context: int, cache: KVCache) -> torch.Tensor:
+        blocks = [cast(Block, block) for block in self.blocks]
+        query, key_value = self._first(blocks[0], rows_BND)
+        for layer, (block, following) in enumerate(pairwise(blocks)):
+            attended = cache.attend(layer, num_context, query, key_value)
+            rows_BND, query, key_value = self._between(block, following, rows_BND, attended)
+        attended = cache.attend(len(blocks) - 1, num_context, query, key_value)
+        rows_BND = self._last(blocks[-1], rows_BND, attended)
+        cache.commit(num_context)
+        return self.predict(rows_BND)
+
+
+def _between(
+    block: Block, following: Block, rows_BND: torch.Tensor, attended_BHNK: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    rows_BND = block.after_attention(rows_BND, attended_BHNK)
+    return rows_BND, *following.before_attention(rows_BND)
+
+
+def share_weights(model: LPD, kind: type[LPD] = LPD) -> LPD:
+    """A second model, of this class, in eval mode over the same parameter tensors."""
     with torch.device("meta"):
-        twin = LPD(model.config)
+        twin = kind(model.config)
     twin.load_state_dict(model.state_dict(), assign=True)
     return twin.eval()
 
@@ -93,13 +134,11 @@ def can_pack(weights: str) -> bool:
     return "fbgemm" in torch.backends.quantized.supported_engines
 
 
-def bf16_copy(model: LPD) -> LPD:
-    """A twin whose linear weights are bfloat16, to be run under autocast.
+def narrow_linear_weights(model: LPD) -> None:
+    """Make the linear weights of a twin bfloat16, in place, to be run under autocast, which would cast them every time.
 
-    Norms, embeddings and the residual stream stay float32, as autocast has them; it casts the weights at every call.
+    Norms, embeddings and the residual stream stay float32, as autocast has them.
     """
-    twin = share_weights(model)
-    for module in twin.modules():
+    for module in model.modules():
         if isinstance(module, nn.Linear):
             module.to(torch.bfloat16)
-    return twin

@@ -83,8 +83,8 @@ def _fused_flex_attention() -> Any:
 
 
 def _attend_sdpa(mask_MR: torch.Tensor, dropout: float, query: torch.Tensor, key_value: torch.Tensor) -> torch.Tensor:
-    query_BHMK = query[:, :, -len(mask_MR) :]
-    return F.scaled_dot_product_attention(query_BHMK, *key_value.unbind(), attn_mask=mask_MR, dropout_p=dropout)
+    query_BHMK, (key, value) = query[:, :, -len(mask_MR) :], key_value.unbind()
+    return F.scaled_dot_product_attention(query_BHMK, key, value, attn_mask=mask_MR, dropout_p=dropout)
 
 
 def _attend_flex(
@@ -94,7 +94,8 @@ def _attend_flex(
     query: torch.Tensor,
     key_value: torch.Tensor,
 ) -> torch.Tensor:
-    return attention(query[:, :, -num_rows:], *key_value.unbind(), block_mask=mask)
+    key, value = key_value.unbind()
+    return attention(query[:, :, -num_rows:], key, value, block_mask=mask)
 
 
 def training_attention(

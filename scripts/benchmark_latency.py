@@ -1,25 +1,27 @@
 """Wall-clock time of generation: decode paths, batch sizes and one-by-one decoding compared in one run.
 
-    python -m scripts.benchmark_latency --rows all --one_by_one --startup --output RESULTS.json
+    python -m scripts.benchmark_latency --rows all --startup --output RESULTS.json
+    python -m scripts.benchmark_latency --rows lpd_l_res256_steps20 --one_by_one --output RESULTS.json
     python -m scripts.benchmark_latency --model lpd_l --img_size 256 --generation_steps 20 --device cpu --threads 2
 
-Rows are named like the published evaluations. Weights are random where no checkpoint is given; the time is the same.
-Prints a table and, as the last line, everything as JSON.
+Rows are named like the published evaluations. Weights are random where no checkpoint is given. Prints a table and, as
+the last line, everything as JSON; the output file is written after every measurement.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import gc
 import itertools
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +30,15 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from engine.decoder import DECODE_PATHS, Decoder, resolve_path
 from engine.eval_outputs import describe_environment
-from engine.generate import Sampling
-from engine.latency import PUBLISHED_RUNS, PUBLISHED_WARMUP, measure_latency, synchronize
+from engine.generate import Sampling, draw_codes
+from engine.latency import PUBLISHED_RUNS, PUBLISHED_WARMUP, measure_latency
 from engine.recipes import EVAL_RECIPES, EXPECTED
 from models import MODEL_SIZES, model_config
 from models.flops import decoding_flops
 from models.lpd import LPD, LPDConfig, load_weights
-from models.sampling import exponential_noise
+from models.sampling import guide, sample
 from orders import group_sizes
+from scripts.device_limits import Marks, copy_bytes, matrix_product_flops
 from tokenizers import VQConfig, VQModel, load_tokenizer
 from util.checkpoint import load_checkpoint
 from util.dist import Dist, resolve_device
@@ -78,7 +81,11 @@ def build_parser() -> argparse.ArgumentParser:
     add("--batch_sizes", type=int, nargs="+", default=[1, 64], help="images per call")
     add("--paths", nargs="+", choices=DECODE_PATHS, help="(default: plain compiled graph on a GPU, else plain auto)")
     add("--pixels", choices=("both", "yes", "no"), default="both", help="with the VQ decoder, without, or both")
-    add("--one_by_one", action="store_true", help="decode one token at a time as well, at batch 1")
+    add(
+        "--one_by_one",
+        action="store_true",
+        help="one token at a time too: batch 1, codes only, a 50th of the runs",
+    )
     add("--warmup", type=int, help=f"(default: {PUBLISHED_WARMUP} on a GPU, else 1)")
     add("--runs", type=int, help=f"measured runs (default: {PUBLISHED_RUNS} on a GPU, else 5)")
     add("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 (default: on a GPU)")
@@ -109,43 +116,40 @@ def choose_rows(args: argparse.Namespace) -> list[Row]:
     return rows
 
 
-def median_sec(run: Callable[[], object], device: torch.device, repeats: int) -> float:
+def measure_draw(device: torch.device, vocab_size: int, sampling: Sampling) -> dict[str, float]:
+    """The whole draw of a step of 20 tokens, with noise that belongs to each image and with torch's own generator."""
+    batch = 64 if device.type == "cuda" else 1
+    seeds, positions = torch.arange(batch, device=device), torch.arange(20, device=device).repeat(batch, 1)
+    logits, weights = torch.randn(2 * batch, 20, vocab_size, device=device), torch.ones(20, device=device)
+
+    def plain_draw() -> torch.Tensor:
+        conditional, unconditional = logits.chunk(2)
+        noise = torch.empty_like(conditional).exponential_()
+        return sample(guide(conditional, unconditional, weights), noise, sampling.temperature)
+
+    def own_draw() -> torch.Tensor:
+        return draw_codes(logits, weights, seeds, positions, sampling)
+
     seconds = []
-    run()
-    for _ in range(repeats):
-        synchronize(device)
-        start = time.perf_counter()
-        run()
-        synchronize(device)
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds)
+    for run in (own_draw, plain_draw):
+        if device.type == "cuda":
+            run = torch.compile(run)
+        marks = Marks(device)
+        for _ in range(31):
+            marks.mark()
+            run()
+        marks.mark()
+        seconds.append(statistics.median(marks.seconds()[10:]))
+    return {"batch_size": batch, "own_noise_sec": seconds[0], "torch_noise_sec": seconds[1]}
 
 
-def measure_limits(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """What the device does at its best: bytes read and written per second by a copy, FLOP/s of a matrix product."""
-    cuda = device.type == "cuda"
-    source = torch.empty((2**31 if cuda else 2**28), dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    side = 8192 if cuda else 2048
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    return {
-        "bytes_per_sec": 2 * len(source) / median_sec(lambda: target.copy_(source), device, 10),
-        "flops_per_sec": 2 * side**3 / median_sec(lambda: a @ b, device, 10),
-    }
-
-
-def measure_noise(device: torch.device, vocab_size: int) -> dict[str, float]:
-    """The draw's noise of 64 images × 20 tokens, ours by (seed, position) against torch's own generator."""
-    batch, tokens = (64, 20) if device.type == "cuda" else (1, 20)
-    seeds, positions = torch.arange(batch, device=device), torch.arange(tokens, device=device).repeat(batch, 1)
-    noise: Callable[..., torch.Tensor] = exponential_noise
-    if device.type == "cuda":
-        noise = torch.compile(exponential_noise)  # as the compiled and graph paths run it
-    buffer = torch.empty(batch, tokens, vocab_size, device=device)
-    return {
-        "per_image_sec": median_sec(lambda: noise(seeds, positions, vocab_size), device, 20),
-        "torch_exponential_sec": median_sec(lambda: buffer.exponential_(), device, 20),
-    }
+def random_tokenizer() -> VQModel:
+    """The published architecture. Fresh residual branches end in zeros, on which GPUs calculate faster."""
+    tokenizer = VQModel(VQConfig())
+    for parameter in tokenizer.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.02)
+    return tokenizer
 
 
 def vq_decode_flops(tokenizer: VQModel, config: LPDConfig) -> int:
@@ -158,48 +162,89 @@ def vq_decode_flops(tokenizer: VQModel, config: LPDConfig) -> int:
     return counter.get_total_flops()
 
 
-def measure(
-    row: Row, model: LPD, tokenizer: VQModel | None, batch_size: int, path: str, args: argparse.Namespace
-) -> dict[str, Any]:
-    """Time one decoder; `startup_sec` is from the first line to the first images."""
-    device = model.pos_embed.device
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-    start = time.perf_counter()
-    decoder = Decoder(
-        model, row.group_sizes, Sampling(row.cfg), batch_size, tokenizer=tokenizer, path=path, bf16=args.bf16
-    )
-    measure_latency(decoder, 0, 1)
-    startup_sec = time.perf_counter() - start
-    latency = measure_latency(decoder, args.warmup, args.runs, progress=f"{row.name}, {path}, batch {batch_size}")
-    guided = row.cfg != 1.0
-    flops = batch_size * decoding_flops(row.config, row.group_sizes, guided)
-    if tokenizer is not None:
-        flops += batch_size * vq_decode_flops(tokenizer, row.config)
-    weights = sum(p.numel() for p in (*model.blocks.parameters(), *model.head.parameters()))
-    weight_bytes = weights * row.steps * WEIGHT_BYTES.get(decoder.path, 2 if args.bf16 else 4)
-    result: dict[str, Any] = {
-        "row": row.name,
-        "steps": row.steps,
-        "batch_size": batch_size,
-        "path": decoder.path,
-        "pixels": tokenizer is not None,
-        "runs": latency.runs,
-        "median_ms": 1000 * latency.median_s,
-        "p10_ms": 1000 * latency.p10_s,
-        "p90_ms": 1000 * latency.p90_s,
-        "images_per_sec": latency.images_per_sec,
-        "startup_sec": startup_sec,
-        "weight_bytes_per_sec": weight_bytes / latency.median_s,
-        "flops_per_sec": flops / latency.median_s,
-    }
-    if device.type == "cuda":
-        result["peak_memory_gib"] = torch.cuda.max_memory_reserved(device) / 2**30
-    if args.profile is not None:
-        name = f"{row.name}_{decoder.path}_batch{batch_size}{'' if tokenizer else '_tokens'}.txt".replace(", ", "_")
-        write_profile(decoder, args.profile / name.replace(" ", "_"))
-    return result
+class Benchmark:
+    """Measures decoders on one device."""
+
+    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
+        self.args, self.device = args, device
+        self.environment, self.load_before = describe_environment(Dist(0, 1, device)), os.getloadavg()[0]
+        dtype = torch.bfloat16 if args.bf16 else torch.float32
+        self.limits = {"bytes_per_sec": copy_bytes(device), "flops_per_sec": matrix_product_flops(device, dtype)}
+        self.results: list[dict[str, Any]] = []
+        self.startup: list[dict[str, Any]] = []
+        self.draw: dict[str, float] | None = None
+
+    def output(self) -> dict[str, Any]:
+        return {
+            "environment": self.environment,
+            "bf16": self.args.bf16,
+            "threads": torch.get_num_threads(),
+            "load_before": self.load_before,
+            "limits": self.limits,
+            "draw": self.draw,
+            "results": self.results,
+            "startup": self.startup,
+        }
+
+    def save(self) -> None:
+        if self.args.output is not None:
+            write_json(self.args.output, self.output())
+
+    def measure(self, row: Row, model: LPD, tokenizer: VQModel | None, batch_size: int, path: str, runs: int) -> None:
+        """Time one decoder; `first_call_sec` is from its making to its first images, in a process that may be warm."""
+        device, args = self.device, self.args
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)
+        start = time.perf_counter()
+        decoder = Decoder(
+            model, row.group_sizes, Sampling(row.cfg), batch_size, tokenizer=tokenizer, path=path, bf16=args.bf16
+        )
+        measure_latency(decoder, 0, 1)
+        first_call_sec = time.perf_counter() - start
+        warmup = min(args.warmup, runs)
+        latency = measure_latency(decoder, warmup, runs, progress=f"{row.name}, {path}, batch {batch_size}")
+        flops = batch_size * decoding_flops(row.config, row.group_sizes, row.cfg != 1.0)
+        if tokenizer is not None:
+            flops += batch_size * vq_decode_flops(tokenizer, row.config)
+        weights = sum(p.numel() for p in (*model.blocks.parameters(), *model.head.parameters()))
+        weight_bytes = weights * row.steps * WEIGHT_BYTES.get(decoder.path, 2 if args.bf16 else 4)
+        result: dict[str, Any] = {
+            "row": row.name,
+            "steps": row.steps,
+            "batch_size": batch_size,
+            "path": decoder.path,
+            "pixels": tokenizer is not None,
+            "warmup": warmup,
+            "runs": latency.runs,
+            "median_ms": 1000 * latency.median_s,
+            "p10_ms": 1000 * latency.p10_s,
+            "p90_ms": 1000 * latency.p90_s,
+            "images_per_sec": latency.images_per_sec,
+            "first_call_sec": first_call_sec,
+            "weight_bytes_per_sec": weight_bytes / latency.median_s,
+            "weight_bytes_share": weight_bytes / latency.median_s / self.limits["bytes_per_sec"],
+            "flops_per_sec": flops / latency.median_s,
+            "flops_share": flops / latency.median_s / self.limits["flops_per_sec"],
+        }
+        if device.type == "cuda":
+            free, total = torch.cuda.mem_get_info(device)
+            result["peak_memory_gib"] = torch.cuda.max_memory_reserved(device) / 2**30
+            result["device_memory_gib"] = (total - free) / 2**30  # with graphs and libraries
+        else:
+            result["peak_memory_gib"] = (
+                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+            )  # of the process so far
+        if row.name in EXPECTED:
+            published = EXPECTED[row.name]
+            figures = {"latency_ms": 1000 * published.latency_s, "images_per_sec": published.images_per_sec}
+            result["published_a100"] = figures
+        if args.profile is not None:
+            name = f"{row.name}_{decoder.path}_batch{batch_size}{'' if tokenizer else '_tokens'}.txt"
+            write_profile(decoder, args.profile / name.replace(", ", "_").replace(" ", "_"))
+        self.results.append(result)
+        self.save()
 
 
 def write_profile(decoder: Decoder, path: Path) -> None:
@@ -229,22 +274,21 @@ def measure_startup(row: Row, args: argparse.Namespace) -> dict[str, Any]:
         seconds = []
         for _ in range(2):
             child = subprocess.run(command, env=os.environ | places, check=True, stdout=subprocess.PIPE, text=True)
-            seconds.append(json.loads(child.stdout.splitlines()[-1])["results"][0]["startup_sec"])
+            seconds.append(json.loads(child.stdout.splitlines()[-1])["results"][0]["first_call_sec"])
     return {"row": row.name, "cold_sec": seconds[0], "warm_sec": seconds[1]}
 
 
-def print_table(results: list[dict[str, Any]], limits: dict[str, float]) -> None:
-    heads = ("median ms", "p10", "p90", "images/s", "bytes/s", "FLOP/s", "GiB", "start s")
+def print_table(results: list[dict[str, Any]]) -> None:
+    heads = ("median ms", "p10", "p90", "images/s", "bytes/s", "FLOP/s", "GiB")
     print(f"\n{'row':42} {'path':>14} {'batch':>5} {'pixels':>6}", *(f"{head:>9}" for head in heads))
     for r in results:
-        figures = [r["median_ms"], r["p10_ms"], r["p90_ms"], r["images_per_sec"]]
-        shares = [r["weight_bytes_per_sec"] / limits["bytes_per_sec"], r["flops_per_sec"] / limits["flops_per_sec"]]
+        figures = [r[name] for name in ("median_ms", "p10_ms", "p90_ms", "images_per_sec")]
+        shares = [r["weight_bytes_share"], r["flops_share"]]
         print(
             f"{r['row']:42} {r['path']:>14} {r['batch_size']:5} {'yes' if r['pixels'] else 'no':>6}",
             *(f"{figure:9.2f}" for figure in figures),
             *(f"{share:9.1%}" for share in shares),
-            f"{r['peak_memory_gib']:9.2f}" if "peak_memory_gib" in r else f"{'–':>9}",
-            f"{r['startup_sec']:9.1f}",
+            f"{r['peak_memory_gib']:9.2f}",
         )
 
 
@@ -267,50 +311,33 @@ def main() -> None:
         raise UserError("--pretrained_ckpt is of one model; measure one of --rows with it.")
     for path in args.paths:
         resolve_path(path, device, torch.float32, args.bf16)
-    tokenizer = VQModel(VQConfig()) if args.vqgan_path is None else load_tokenizer(args.vqgan_path)
+    if cuda:
+        torch.cuda.set_device(device)
+    torch.manual_seed(0)
+    tokenizer = random_tokenizer() if args.vqgan_path is None else load_tokenizer(args.vqgan_path)
     tokenizer = tokenizer.to(device).eval()
-    results, startup = [], []
+    benchmark = Benchmark(args, device)
+    with_pixels = {"both": (False, True), "yes": (True,), "no": (False,)}[args.pixels]
     for row in rows:
         torch.manual_seed(0)
         with torch.device(device):
             model = LPD(row.config).eval()
         if args.pretrained_ckpt is not None:
             load_weights(model, load_checkpoint(args.pretrained_ckpt)["model"], str(args.pretrained_ckpt))
-        cases = list(itertools.product([row], args.batch_sizes, args.paths))
+        for batch_size, path, pixels in itertools.product(args.batch_sizes, args.paths, with_pixels):
+            benchmark.measure(row, model, tokenizer if pixels else None, batch_size, path, args.runs)
         if args.one_by_one:
-            cases += [(row.one_by_one(), 1, path) for path in args.paths]
-        for case, batch_size, path in cases:
-            for with_pixels in {"both": (False, True), "yes": (True,), "no": (False,)}[args.pixels]:
-                result = measure(case, model, tokenizer if with_pixels else None, batch_size, path, args)
-                if row.name in EXPECTED and case is row:
-                    result["published_a100"] = {
-                        "latency_ms": 1000 * EXPECTED[row.name].latency_s,
-                        "images_per_sec": EXPECTED[row.name].images_per_sec,
-                    }
-                results.append(result)
-                if args.output is not None:
-                    write_json(args.output.with_suffix(".partial.json"), results)
+            for path in args.paths:
+                benchmark.measure(row.one_by_one(), model, None, 1, path, max(1, args.runs // 50))
         del model
         if args.startup:
-            startup.append(measure_startup(row, args))
-    # Last, so that compiling the noise does not shorten a start-up that was measured.
-    limits = measure_limits(device, torch.bfloat16 if args.bf16 else torch.float32)
-    noise = measure_noise(device, tokenizer.config.codebook_size)
-    print_table(results, limits)
-    output = {
-        "environment": describe_environment(Dist(0, 1, device)),
-        "bf16": args.bf16,
-        "threads": torch.get_num_threads(),
-        "load": os.getloadavg()[0],
-        "limits": limits,
-        "noise": noise,
-        "results": results,
-        "startup": startup,
-    }
-    if args.output is not None:
-        write_json(args.output, output)
-        args.output.with_suffix(".partial.json").unlink(missing_ok=True)
-    print(json.dumps(output))
+            benchmark.startup.append(measure_startup(row, args))
+            benchmark.save()
+    # Last, so that what it compiles does not shorten a start-up that is measured.
+    benchmark.draw = measure_draw(device, tokenizer.config.codebook_size, Sampling(cfg=2.0))
+    print_table(benchmark.results)
+    benchmark.save()
+    print(json.dumps(benchmark.output()))
 
 
 if __name__ == "__main__":

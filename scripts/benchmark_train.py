@@ -34,6 +34,7 @@ from models import MODEL_SIZES, model_config
 from models.flops import training_flops
 from models.lpd import LPD, LPDConfig
 from orders import published_group_sizes
+from scripts.device_limits import Marks, matrix_product_flops
 from util.data import CODES, CODES_FLIP, HEADER, LABELS, CacheHeader, GlobalBatchSampler, open_codes
 from util.dist import Dist, resolve_device
 from util.errors import UserError, exit_on_user_error
@@ -66,42 +67,6 @@ class PlainStep:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return loss.detach(), norm
-
-
-class Marks:
-    """Moments on the device's clock, taken without waiting for it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.cuda = device.type == "cuda"
-        self.moments: list[Any] = []
-
-    def mark(self) -> None:
-        if self.cuda:
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self.moments.append(event)
-        else:
-            self.moments.append(time.perf_counter())
-
-    def seconds(self) -> list[float]:
-        """Between each moment and the next."""
-        pairs = zip(self.moments, self.moments[1:], strict=False)
-        if not self.cuda:
-            return [end - start for start, end in pairs]
-        torch.cuda.synchronize()
-        return [start.elapsed_time(end) / 1000 for start, end in pairs]
-
-
-def matrix_product_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of a large matrix product: the fastest of several."""
-    side = 8192 if device.type == "cuda" else 1024
-    left, right = (torch.randn(side, side, device=device, dtype=dtype) for _ in range(2))
-    marks = Marks(device)
-    for _ in range(21):
-        marks.mark()
-        left @ right
-    marks.mark()
-    return 2 * side**3 / min(marks.seconds()[5:])
 
 
 def write_random_cache(cache: Path, config: LPDConfig, num_images: int) -> None:
@@ -226,6 +191,9 @@ def main() -> None:
     args.bf16 = device.type == "cuda" if args.bf16 is None else args.bf16
     args.compile = device.type == "cuda" if args.compile is None else args.compile
     dist = Dist(0, 1, device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    environment = describe_environment(dist)
     benchmark = Benchmark(args, device)
     attention = choose_attention(args.attention, benchmark.config, device)
     load_before = os.getloadavg()[0]
@@ -253,7 +221,7 @@ def main() -> None:
         "gflop_per_image": benchmark.flops_per_image / 1e9,
         "matrix_product_tflops": benchmark.peak / 1e12,
         "rows": rows,
-        "environment": describe_environment(dist),
+        "environment": environment,
         "cpu_cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),
         "load_before": load_before,

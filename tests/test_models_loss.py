@@ -63,4 +63,4 @@ def test_compiled_on_a_gpu_equals_plain() -> None:
         with torch.autocast("cuda", torch.bfloat16):
             loss = linear_cross_entropy(features, weight, targets, chunk_elements=128_000, fused=fused)
         results.append((loss.detach(), *torch.autograd.grad(loss, (features, weight))))
-    torch.testing.assert_close(results[1], results[0], rtol=1e-2, atol=1e-5)
+    torch.testing.assert_close(results[1], results[0], rtol=1e-2, atol=1e-4)
