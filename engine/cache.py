@@ -383,7 +383,8 @@ class _Builder:
         shutil.rmtree(self.cache / PARTS)
         for stray in self.cache.glob(".*.tmp"):  # of a run that was killed while it wrote these files
             stray.unlink()
-        logger.info("%s: %d images cached, %d broken files left out", self.cache, len(labels), len(errors))
+        listed = f", listed as 'skipped' in {HEADER}" if errors else ""
+        logger.info("%s: %d images cached, %d broken files left out%s", self.cache, len(labels), len(errors), listed)
         return header
 
     def _require_part(self, part: range) -> tuple[np.ndarray, np.ndarray]:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from engine.monitor import Monitor
 from engine.stop import StopRequest, ignore_stop_signals
@@ -135,8 +136,14 @@ def load_batches(
         pin_memory=device.type == "cuda",
         worker_init_fn=ignore_stop_signals,
     )
-    for batch in loader:
-        yield [tensor.to(device, non_blocking=True) for tensor in batch]
+    batches = iter(loader)
+    try:
+        for batch in batches:
+            yield [tensor.to(device, non_blocking=True) for tensor in batch]
+    finally:
+        # Workers ignore the signal by which they would be ended at exit, and an error keeps the iterator alive.
+        if isinstance(batches, _MultiProcessingDataLoaderIter):
+            batches._shutdown_workers()
 
 
 def train(

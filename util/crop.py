@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from util.errors import UserError
 
@@ -49,6 +49,8 @@ def load_rgb(source: str | Path | BinaryIO, name: str | None = None) -> Image.Im
     try:
         with Image.open(source) as image:
             image.load()
+    except UnidentifiedImageError:
+        raise UserError(f"Image file {name} can't be read: it is no image, or damaged.") from None
     # Decoders fail on damaged bytes in many ways: OSError, SyntaxError, struct.error, DecompressionBombError, ...
     except Exception as error:
         raise UserError(f"Image file {name} can't be read: {error}.") from error

@@ -71,7 +71,7 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int]], abc.ABC):
 
     @abc.abstractmethod
     def read(self, index: int) -> Image.Image:
-        """Image ``index`` as it is stored: upright, RGB, of any size; raises UserError if it is broken."""
+        """Image ``index`` as it is stored: RGB, of any size; raises UserError if it is broken."""
 
     @abc.abstractmethod
     def fingerprint(self) -> str:
@@ -83,7 +83,10 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int]], abc.ABC):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         if not self.skip_broken:
-            return self.load(index), int(self.labels[index])
+            try:
+                return self.load(index), int(self.labels[index])
+            except UserError as error:
+                raise UserError(f"{error} Mend or remove it; --skip_broken goes on without broken images.") from None
         for candidate in range(index, index + len(self)):
             candidate %= len(self)
             try:
