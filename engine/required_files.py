@@ -107,8 +107,8 @@ def statistics_origin(path: Path) -> str:
     if "imagenet" not in path.name and "adm_in" not in path.name:
         return f"compute them from real images with: {ours}"
     return (
-        f"ADM's of ImageNet. OpenAI's {OPENAI_STATISTICS[size]} ({GUIDED_DIFFUSION}) holds the same: put it there under "
-        f"that name, or give it as --reference_statistics; or compute them with: {ours}"
+        f"ADM's of ImageNet. OpenAI's {OPENAI_STATISTICS[size]} ({GUIDED_DIFFUSION}) holds the same: put it there as "
+        f"{path.name}, or give it as --reference_statistics; or compute them with: {ours}"
     )
 
 
