@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_a_broken_image_ends_the_training_at_once(tmp_path: Path) -> None:
-    """Loading processes ignore stop signals, so an error must end them otherwise, or the exit waits for them forever."""
+    """Loading processes ignore stop signals, so an error must end them in another way, or the exit waits forever."""
     rng = np.random.default_rng(0)
     for i in range(8):
         path = tmp_path / "images" / "ab"[i % 2] / f"{i}.png"
