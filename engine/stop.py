@@ -1,10 +1,8 @@
-"""Leaving when told to: which signals ask for it, how several processes agree on a step, and the exit statuses."""
+"""Leaving when told to, for programs of several processes: how they agree on a step. The signals: util/stop.py."""
 
 from __future__ import annotations
 
 import contextlib
-import logging
-import os
 import signal
 from collections import deque
 from collections.abc import Iterator
@@ -13,17 +11,14 @@ from types import FrameType
 import torch
 
 from util.dist import Dist
+from util.stop import REQUEUE_STATUS, STOP_SIGNALS, StopSignal, exit_status, ignore_stop_signals
 
-logger = logging.getLogger(__name__)
+__all__ = [
+    "READ_BACK_DELAY", "REQUEUE_STATUS", "STOP_SIGNALS", "StopRequest", "exit_status", "exit_when_told",
+    "ignore_stop_signals",
+]  # fmt: skip
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-REQUEUE_STATUS = os.EX_TEMPFAIL  # 75: everything is saved, the same command goes on
 READ_BACK_DELAY = 2  # steps after which a GPU's answer is read, so that nobody waits for the device
-
-
-def exit_status(number: int) -> int:
-    """Exit status of a run that a signal stopped after saving: 130 for Ctrl-C, else the one that asks to requeue."""
-    return 128 + signal.SIGINT if number == signal.SIGINT else REQUEUE_STATUS
 
 
 @contextlib.contextmanager
@@ -41,36 +36,24 @@ def exit_when_told() -> Iterator[None]:
             signal.signal(number, handler)
 
 
-class StopRequest:
-    """The stop signals ask the loop to finish its step and save; a second Ctrl-C interrupts at once."""
+class StopRequest(StopSignal):
+    """The stop signals of all processes ask their loop to finish its step and save."""
 
     def __init__(self) -> None:
-        self.signal: int | None = None
+        super().__init__()
         self._pending: deque[tuple[torch.cuda.Event, torch.Tensor]] = deque()
 
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        if self.signal is not None and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        if self.signal is None:
-            logger.info("%s: finishing this step, then saving", signal.Signals(number).name)
-            self.signal = number
-
     def __enter__(self) -> StopRequest:
-        self._previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        super().__enter__()
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler)
-
     @contextlib.contextmanager
-    def suspended(self) -> Iterator[None]:
-        """Let signals act as before, while something runs that can be interrupted at any time."""
-        self.__exit__()
-        try:
+    def suspended(self, told: int | None = None) -> Iterator[None]:
+        """As in StopSignal; a signal that came already acts at once, and so does `told`, which another process got."""
+        with super().suspended():
+            if number := self.signal or told:
+                signal.raise_signal(number)
             yield
-        finally:
-            self.__enter__()
 
     def agreed(self, dist: Dist) -> bool:
         """Whether to stop after this step: the same answer in all processes, which call this once per step.
@@ -91,9 +74,3 @@ class StopRequest:
         event, answer = self._pending.popleft()
         event.synchronize()
         return answer.item() > 0
-
-
-def ignore_stop_signals(worker: int) -> None:
-    """For processes that load data: a launcher signals its whole group; loading goes on until the step is finished."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)

@@ -80,12 +80,20 @@ class SlurmCluster:
     def call(self, *command: object) -> str:
         """Standard output of one of Slurm's commands."""
         words = [str(word) for word in command]
-        return subprocess.run(words, env=self.environment, check=True, capture_output=True, text=True).stdout
+        return subprocess.run(
+            words, env=self.environment, check=True, capture_output=True, text=True, timeout=60
+        ).stdout
 
     def job(self, job_id: str) -> dict[str, str]:
         """The fields of `scontrol show job`: JobState, Restarts, ExitCode …"""
         words = self.call("scontrol", "--oneliner", "show", "job", job_id).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
+
+    def seconds_run(self, job_id: str) -> int:
+        """How long the job has been running since its last start; Slurm writes [D-]HH:MM:SS."""
+        days, _, time_of_day = self.job(job_id)["RunTime"].rpartition("-")
+        hours, minutes, seconds = map(int, time_of_day.split(":"))
+        return ((int(days or 0) * 24 + hours) * 60 + minutes) * 60 + seconds
 
     def wait_for(self, job_id: str, *states: str, seconds: float = 60) -> dict[str, str]:
         wait_until(lambda: self.job(job_id)["JobState"] in states, seconds, f"job {job_id} {' or '.join(states)}")

@@ -8,8 +8,8 @@ import io
 import json
 import runpy
 import shlex
+import subprocess
 import sys
-import threading
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -21,12 +21,14 @@ import torch
 import torch.nn.functional as F
 from evaluation_case import toy_extractor
 from PIL import Image, ImageFilter
+from slurm_cluster import wait_until
 
 from engine import features
 from experiments.cifar10 import page, report, run, sweep
 from experiments.cifar10.settings import FULL, TINY
 from experiments.cifar10.stages import Clock, OutOfTime, Stages
 from util.errors import UserError, exit_on_user_error
+from util.files import sha256, write_json
 from util.image_data import open_images, write_packed
 
 ROOT = Path(__file__).parents[1]
@@ -180,6 +182,47 @@ def test_page_and_plots_are_made_from_the_json_alone(tmp_path: Path) -> None:
         report.publish(folder, "test", tmp_path / "repository")
 
 
+def write_cells(out: Path, cells: list[sweep.Cell], distance: float, lpd_distance: dict[float, float]) -> None:
+    """Results as the sweep leaves them, of the folder's present files."""
+    hashes = sweep.model_hashes(out) | {"extractor_sha256": sha256(out / "classifier.pt")}
+    for cell in cells:
+        figure = lpd_distance.get(cell.cfg, distance) if (cell.kind, cell.order) == ("tuning", "lpd") else distance
+        written = {"frechet_distance": figure, "record": dataclasses.asdict(cell) | hashes}
+        (out / "eval" / cell.name).mkdir(parents=True, exist_ok=True)
+        write_json(out / "eval" / cell.name / "results.json", written)
+
+
+def test_cells_of_an_older_model_are_left_out(tmp_path: Path) -> None:
+    """Guards against figures of two models, or of two guidance scales, averaged as if they were of two seeds."""
+    for name in ("lpd/checkpoint-last.pth", "tokenizer/tokenizer.pt", "classifier.pt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"first")
+    tuning = sweep.tuning_cells(FULL)
+
+    def table(lpd_cfg: float) -> list[sweep.Cell]:
+        guidance = dict.fromkeys(FULL.orders, 1.0) | {"lpd": lpd_cfg}
+        return sweep.table_cells(FULL, guidance, fid=False)
+
+    write_cells(tmp_path, tuning, 10, {2.0: 9})
+    write_cells(tmp_path, table(2.0), 10, {})
+    write_cells(tmp_path, table(3.0), 7, {})  # of no tuned scale
+    rows = [row for row, _ in sweep.finished_rows(tmp_path, FULL)]
+    assert len(rows) == len(tuning) + len(table(2.0))
+    assert page.values({"cells": rows}, "frechet_distance", "lpd", 64) == [10]
+
+    (tmp_path / "lpd" / "checkpoint-last.pth").write_bytes(b"trained again")
+    assert list(sweep.finished_rows(tmp_path, FULL)) == []
+    write_cells(tmp_path, tuning, 5, {3.0: 4})
+    write_cells(tmp_path, [cell for cell in table(3.0) if cell.steps == 64], 5, {})
+    rows = [row for row, _ in sweep.finished_rows(tmp_path, FULL)]
+    assert page.values({"cells": rows}, "frechet_distance", "lpd", 64) == [5]
+    assert page.values({"cells": rows}, "frechet_distance", "lpd", 32) == []
+    for name in ("tokenizer/tokenizer.pt", "classifier.pt"):
+        (tmp_path / name).write_bytes(b"trained again")
+        assert list(sweep.finished_rows(tmp_path, FULL)) == []
+        (tmp_path / name).write_bytes(b"first")
+
+
 class ClockUntil(Clock):
     """Time is up after ``calls`` looks at the clock, but not before the file ``ready`` is there."""
 
@@ -189,8 +232,8 @@ class ClockUntil(Clock):
 
     def left(self) -> float:
         self.calls -= 1
-        while self.calls < 0 and self.ready is not None and not self.ready.exists():
-            threading.Event().wait(0.02)
+        if self.calls < 0 and self.ready is not None:
+            wait_until(self.ready.exists, 60, str(self.ready))
         return float(self.calls >= 0)
 
 
@@ -202,10 +245,11 @@ def test_a_stage_that_can_save_is_stopped_by_the_time_limit_and_goes_on(tmp_path
         "state = pathlib.Path(sys.argv[1])\n"
         "def stop(*_):\n"
         "    state.write_text('saved')\n"
-        "    sys.exit(128 + signal.SIGTERM)\n"
+        "    sys.exit(int(sys.argv[2]))\n"
         "signal.signal(signal.SIGTERM, stop)\n"
         "state.with_name('ready').touch()\n"
         "if not state.exists():\n"
+        "    signal.alarm(60)\n"
         "    signal.pause()\n"
         "print('printed')\n"
     )
@@ -214,20 +258,23 @@ def test_a_stage_that_can_save_is_stopped_by_the_time_limit_and_goes_on(tmp_path
     def stages(limit: float | None) -> Stages:
         return Stages(tmp_path, Clock(limit))
 
-    with pytest.raises(OutOfTime, match="which can go on"):
-        Stages(tmp_path, ClockUntil(1, tmp_path / "ready")).command(
-            "work", script, state, output=output, stoppable=True
-        )
+    for status, error, message in (("1", UserError, "'work' ended with status 1"), ("75", OutOfTime, "can go on")):
+        state.unlink(missing_ok=True)
+        (tmp_path / "ready").unlink(missing_ok=True)
+        with pytest.raises(error, match=message):
+            Stages(tmp_path, ClockUntil(1, tmp_path / "ready")).command(
+                "work", script, state, status, output=output, stoppable=True
+            )
     assert state.read_text() == "saved"
     assert not output.exists()
     with pytest.raises(OutOfTime, match="before the stage 'work'"):
-        stages(0).command("work", script, state, output=output, stoppable=True)
+        stages(0).command("work", script, state, "75", output=output, stoppable=True)
     before = stages(None).seconds()["work"]
-    stages(None).command("work", script, state, output=output, stoppable=True)
+    stages(None).command("work", script, state, "75", output=output, stoppable=True)
     assert output.read_text() == "printed\n"
     assert stages(None).seconds()["work"] > before  # over all calls
     output.unlink()
-    stages(0).command("work", script, state, output=output, stoppable=True)
+    stages(0).command("work", script, state, "75", output=output, stoppable=True)
     assert not output.exists()  # done before
     with pytest.raises(UserError, match="'work' ended with status"):
         stages(None).command("work", tmp_path / "missing.py")
@@ -265,6 +312,19 @@ def test_wrong_arguments(tmp_path: Path, command: Callable[..., tuple[int, str, 
         assert status == 2
         assert named in errors.splitlines()[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_keeps_its_number_of_epochs(tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
+    """Guards against a page that calls a model trained for 18 epochs one of 6."""
+    write_photos(tmp_path / "photos.npz", 3, 3)
+    (tmp_path / "out" / "lpd").mkdir(parents=True)
+    write_json(tmp_path / "out" / "lpd" / "checkpoint-last.json", {"args": {"epochs": 18}})
+    arguments = ("--data", tmp_path / "photos.npz", "--output_dir", tmp_path / "out", "--stage", "report")
+    for setting in (("--epochs", 6), ("--tiny",)):
+        status, _, errors = command(*arguments, *setting)
+        assert status == 2
+        assert "trained with --epochs 18" in errors
+    assert "no evaluated cells" in command(*arguments)[2]
 
 
 def test_plan_needs_no_data(tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
@@ -365,3 +425,17 @@ def test_recipe_from_photos_to_page_in_pieces(
     assert status == 0, errors[-3000:]
     assert printed.count("done before") == 10
     assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "eval").glob("*/results.json")}
+
+
+@pytest.mark.slow
+def test_the_commands_take_the_tiny_setting(tmp_path: Path) -> None:
+    """Guards against flags that a stage's command refuses, and a status that gets lost between the processes."""
+    write_photos(tmp_path / "photos.npz", 40, 20)
+    arguments = ["--tiny", "--data", tmp_path / "photos.npz", "--output_dir", tmp_path / "out", "--device", "cpu"]
+    stages = ["tokenizer", "codes", "classifier", "reference", "floors", "lpd"]  # the processes of their own
+    words = [sys.executable, "-m", "experiments.cifar10.run", *map(str, arguments), "--stage", *stages]
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    state = json.loads((tmp_path / "out" / "lpd" / "checkpoint-last.json").read_text())
+    assert state["args"]["epochs"] == 2
+    assert state["step"] == 4

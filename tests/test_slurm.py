@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import signal
@@ -22,7 +23,8 @@ pytestmark = [
     pytest.mark.skipif(bool(MISSING), reason=f"Slurm is not installed (no {', '.join(MISSING)}); see --with-slurm"),
 ]
 EPOCHS = 20  # of 8 steps by two processes
-SIGNAL_DELAY = 85  # with a limit of two minutes the signal comes at Slurm's next look, which it has every 30 seconds
+SIGNAL_DELAY = 85  # Slurm looks every 30 seconds, and sends the signal up to as much earlier
+TIME_TO_SIGNAL = 75  # the least that a shortened limit leaves: a look, and then time to save on a busy machine
 
 Submit = Callable[..., str]
 
@@ -44,7 +46,7 @@ def submit(cluster: SlurmCluster, tmp_path: Path) -> Submit:
         environment = cluster.environment | {"NPROC_PER_NODE": str(processes), "OMP_NUM_THREADS": "1"}
         environment["PATH"] = os.pathsep.join(["/usr/local/bin", "/usr/bin", "/bin", "/usr/sbin", "/sbin"])
         result = subprocess.run(
-            [str(word) for word in command], cwd=ROOT, env=environment, capture_output=True, text=True
+            [str(word) for word in command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=60
         )
         assert result.returncode == 0, result.stderr
         (number,) = re.findall(r"job (\d+) submitted", result.stdout)
@@ -121,10 +123,11 @@ def test_preempted_trainings_end_like_an_uninterrupted_one(
     frozen += freeze(one)
 
     for job in (first, second):  # trainings stand still meanwhile: however fast they are, the limit finds them
-        cluster.call("scontrol", "update", f"JobId={job}", "TimeLimit=2")
+        limit = math.ceil((cluster.seconds_run(job) + TIME_TO_SIGNAL) / 60)
+        cluster.call("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
     wait_until(
         lambda: "SIGUSR2" in log_of(tmp_path / "first", first) and "SIGUSR2" in log_of(tmp_path / "second", second),
-        60,
+        90,
         "the signal before the time limit",
     )
     for pid in frozen:
@@ -136,7 +139,7 @@ def test_preempted_trainings_end_like_an_uninterrupted_one(
     assert 0 < steps_done(two) < EPOCHS * 8
 
     environment = os.environ | {"NPROC_PER_NODE": "2"}
-    subprocess.run(training(whole), cwd=ROOT, env=environment, check=True, capture_output=True)
+    subprocess.run(training(whole), cwd=ROOT, env=environment, check=True, capture_output=True, timeout=120)
     expected = weights(whole)
     for job, restarts, output in ((first, "2", one), (second, "1", two)):
         ended = cluster.wait_for(job, "COMPLETED", "FAILED", "TIMEOUT", seconds=90)
@@ -182,6 +185,6 @@ def test_early_signal_and_wrong_account(cluster: SlurmCluster, submit: Submit, t
     assert cluster.job(early)["Restarts"] == "1"
     options = ["-p", "nowhere", "--gpus_per_node", "0", "--log_dir", str(tmp_path / "no")]
     command = [sys.executable, "scripts/cli/run.py", *options, "true"]
-    result = subprocess.run(command, cwd=ROOT, env=cluster.environment, capture_output=True, text=True)
+    result = subprocess.run(command, cwd=ROOT, env=cluster.environment, capture_output=True, text=True, timeout=60)
     assert result.returncode == 2
     assert "Invalid partition" in result.stderr.splitlines()[-1]

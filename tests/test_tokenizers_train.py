@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -180,6 +182,39 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path: Path, monkeypa
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
+@pytest.mark.parametrize(
+    ("told", "status", "step"), [(signal.SIGTERM, 75, 3), (signal.SIGUSR2, 75, 13), (signal.SIGINT, 130, 9)]
+)
+def test_a_stop_signal_saves_and_the_same_call_goes_on_exactly(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: signal.Signals, status: int, step: int
+) -> None:
+    """Guards against steps since the last measurement being lost, and a time limit below them that never gets on."""
+    monkeypatch.setattr(train_module, "_PLAIN", 0.25)
+    config = TokenizerTrainConfig(16, batch_size=8, eval_freq=100, flip=True, lr=4e-3)
+    train_tokenizer(Blobs(), MODEL, config, tmp_path / "whole", CPU)
+    real = train_module._losses
+    steps = iter(range(1000))
+
+    def signalled(*args: Any, **kwargs: Any) -> Any:
+        if next(steps) == step - 1:
+            os.kill(os.getpid(), told)
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(train_module, "_losses", signalled)
+    with pytest.raises(SystemExit) as stop:
+        train_tokenizer(Blobs(), MODEL, config, tmp_path / "run", CPU)
+    assert stop.value.code == status
+    train_tokenizer(Blobs(), MODEL, config, tmp_path / "run", CPU)
+    assert next(steps) == 16  # none is done twice
+    whole, resumed = (load_tokenizer(tmp_path / name / "tokenizer.pt").state_dict() for name in ("whole", "run"))
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+
+
+def test_the_largest_seed_trains(tmp_path: Path) -> None:
+    """Guards against a seed that is accepted and overflows with the first step."""
+    train_tokenizer(Blobs(), MODEL, TokenizerTrainConfig(2, batch_size=8, seed=2**32 - 1), tmp_path, CPU)
+
+
 def test_a_test_set_is_measured_and_not_trained_on(tmp_path: Path) -> None:
     class Grey(Blobs):
         def __init__(self) -> None:
@@ -308,6 +343,8 @@ def test_the_command_trains_a_loadable_tokenizer(
         (["--steps", 1, "--held_out", 1], "--held_out 1"),
         (["--steps", 1, "--eval_freq", 0], "--eval_freq 0"),
         (["--steps", 1, "--num_workers", -1], "--num_workers -1"),
+        (["--steps", 1, "--seed", 2**32], "--seed 4294967296"),
+        (["--steps", 1, "--seed", -1], "--seed -1"),
         (["--steps", 1, "--base_width", 6], "base_width 6"),
         (["--steps", 1, "--codebook_size", 0], "codebook_size 0"),
         (["--steps", 1, "--multipliers", 1, 2], "--multipliers"),

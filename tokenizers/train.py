@@ -37,6 +37,7 @@ from util.image_data import open_images
 from util.images import image_grid, save_png, to_float, to_uint8
 from util.logger import MetricsWriter, setup_logging
 from util.lr_sched import learning_rate
+from util.stop import StopSignal, exit_status
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +75,8 @@ class TokenizerTrainConfig:
         for name, low in (("steps", 1), ("batch_size", 1), ("eval_freq", 1), ("num_workers", 0)):
             if getattr(self, name) < low:
                 raise UserError(f"--{name} {getattr(self, name)} must be at least {low}.")
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"--seed {self.seed} must be at least 0 and below 2^32.")
         if not 0 < self.lr < math.inf:
             raise UserError(f"--lr {self.lr} must be positive.")
         if not 0 < self.held_out < 1:
@@ -93,7 +96,7 @@ def train_tokenizer(
     Writes into ``output_dir``, every ``eval_freq`` steps and at the end: ``tokenizer.pt``, ``metrics.json`` (the
     returned figures and the settings), ``reconstructions.png`` (held-out images above their reconstructions) and a line
     of ``metrics.jsonl``. Until it is finished ``state.pth`` lies beside them, from which the same call goes on, exactly
-    as if it had not been interrupted; files of any other run are replaced.
+    as if it had not been interrupted; files of any other run are replaced. A stop signal saves it after the step.
 
     Returns:
         On the held-out images: ``psnr_db``, ``codebook_share`` (of entries chosen at all) and ``codebook_perplexity``;
@@ -101,6 +104,7 @@ def train_tokenizer(
 
     Raises:
         UserError: when the images don't fit the tokenizer's stride or are fewer than two.
+        SystemExit: when a stop signal came and the state is saved, with status 75; 130 for Ctrl-C.
     """
     train_set, held_out_set = (
         split(dataset, config.held_out, config.seed)
@@ -150,7 +154,15 @@ def train_tokenizer(
     }
     start = time.perf_counter() - elapsed
 
+    def save_state(step: int) -> None:
+        seconds = round(time.perf_counter() - start, 2)
+        progress = {"step": step, "counts": revival.counts, "elapsed_sec": seconds}
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **progress, **settings}
+        with atomic_write(output_dir / STATE) as file:
+            torch.save(state, file)
+
     with (
+        StopSignal() as stop,
         MetricsWriter(output_dir / "metrics.jsonl", start_step) as writer,
         tqdm(total=config.steps, initial=start_step, desc="tokenizer", unit="step") as bar,
     ):
@@ -199,10 +211,11 @@ def train_tokenizer(
                 write_json(output_dir / "metrics.json", {"step": step + 1, **settings, **metrics})
                 save_png(reconstruction_grid(model, held_out[:_PICTURES]), output_dir / "reconstructions.png")
                 if step + 1 < config.steps:
-                    progress = {"step": step + 1, "counts": revival.counts, "elapsed_sec": metrics["train_sec"]}
-                    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), **progress, **settings}
-                    with atomic_write(output_dir / STATE) as file:
-                        torch.save(state, file)
+                    save_state(step + 1)
+            if stop.signal is not None and step + 1 < config.steps:
+                save_state(step + 1)
+                log.info("stopped at step %d of %d; run the same command again to go on", step + 1, config.steps)
+                raise SystemExit(exit_status(stop.signal))
     (output_dir / STATE).unlink(missing_ok=True)
     return metrics
 

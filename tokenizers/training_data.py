@@ -13,6 +13,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Subset
 from tqdm import tqdm
 
 from util.errors import UserError
+from util.stop import ignore_stop_signals
 
 _IN_MEMORY_BYTES = 2 * 2**30  # a data set up to this size is decoded once and kept on the device
 _HELD_OUT_MAX = 2000  # images
@@ -66,7 +67,13 @@ def read_batches(
     if len(train_set) * train_set[0][0].numel() <= _IN_MEMORY_BYTES:
         images = load_all(train_set, num_workers).to(device)
         return (images[torch.tensor(batch)] for batch in rows)
-    loader = DataLoader(train_set, batch_sampler=rows, num_workers=num_workers, pin_memory=device.type == "cuda")
+    loader = DataLoader(
+        train_set,
+        batch_sampler=rows,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=ignore_stop_signals,
+    )
     return (images.to(device, non_blocking=True) for images, _ in loader)
 
 

@@ -25,7 +25,8 @@ def plot_loss(lines: Sequence[dict[str, Any]], path: Path, vocab_size: int | Non
     if vocab_size is not None:
         axis.axhline(math.log(vocab_size), color="grey", linestyle=":")
         text = f"ln {vocab_size}: guessing"
-        axis.annotate(text, (0, math.log(vocab_size)), (4, -4), textcoords="offset points", va="top")
+        place = ("axes fraction", "data")
+        axis.annotate(text, (1, math.log(vocab_size)), (-4, -4), place, "offset points", ha="right", va="top")
     axis.set_xlabel("epoch")
     axis.set_ylabel("cross-entropy per token, nats")
     axis.grid(alpha=0.3)

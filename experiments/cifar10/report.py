@@ -17,7 +17,7 @@ from pathlib import Path
 
 from experiments.cifar10.page import PICTURES, Results, page, plot_quality
 from experiments.cifar10.settings import IMG_SIZE, Settings
-from experiments.cifar10.sweep import finished_rows
+from experiments.cifar10.sweep import cell_of, finished_rows
 from util.checkpoint import load_checkpoint
 from util.errors import UserError, exit_on_user_error
 from util.files import sha256, write_json
@@ -31,7 +31,7 @@ CURVE_POINTS = 400
 
 def collect(out: Path, settings: Settings, seconds: dict[str, float], data: tuple[str, str]) -> Results:
     """Everything measured in an output folder, as plain data. UserError if the sweep has no results yet."""
-    cells = list(finished_rows(out))
+    cells = list(finished_rows(out, settings))
     if not cells:
         raise UserError(f"{out} has no evaluated cells yet; run the stage sweep before the report.")
     lines = [json.loads(line) for line in (out / "lpd" / "metrics.jsonl").read_text().splitlines()]
@@ -68,10 +68,10 @@ def write_report(out: Path, settings: Settings, seconds: dict[str, float], data:
     results = collect(out, settings, seconds, data)
     (folder / PICTURES).mkdir(parents=True, exist_ok=True)
     write_json(folder / RESULTS, results)
-    for steps in (256, 20):
-        grids = sorted((out / "eval").glob(f"table_lpd_{steps}steps_*/grid.png"))
-        for grid in grids:
-            shutil.copy(grid, folder / PICTURES / f"cifar10_samples_{steps}.png")
+    for cell in map(cell_of, results["cells"]):
+        grid = out / "eval" / cell.name / "grid.png"
+        if (cell.kind, cell.order) == ("table", "lpd") and cell.steps in (256, 20) and grid.exists():
+            shutil.copy(grid, folder / PICTURES / f"cifar10_samples_{cell.steps}.png")
     draw(folder)
     print(f"results: {folder / RESULTS}, page: {folder / PAGE}")
 

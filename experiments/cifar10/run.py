@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import io
+import json
 from pathlib import Path
 
 import numpy as np
@@ -28,9 +29,10 @@ from util.files import check_output_dir
 from util.help import HelpFormatter
 from util.image_data import CIFAR10_FOLDER, open_images, write_packed
 from util.logger import setup_logging
+from util.stop import REQUEUE_STATUS
 
 STAGES = ("tokenizer", "codes", "classifier", "reference", "floors", "lpd", "sweep", "report")
-OUT_OF_TIME = 75  # exit status: not finished, run the same command again (EX_TEMPFAIL of sysexits.h)
+OUT_OF_TIME = REQUEUE_STATUS  # exit status: not finished, run the same command again
 
 
 def split_paths(data: Path) -> tuple[str, str]:
@@ -76,6 +78,18 @@ class Experiment:
         self.bf16 = ("--bf16",) if self.dist.device.type == "cuda" else ()
         self.common = ("--img_size", str(IMG_SIZE), "--device", device)
         self.tokenizer_file = out / "tokenizer" / "tokenizer.pt"
+
+    def check_epochs(self) -> None:
+        """Raise UserError if the folder's LPD was trained for another number of epochs than the report would say."""
+        path = self.out / "lpd" / "checkpoint-last.json"
+        if not path.exists():
+            return
+        trained, wanted = json.loads(path.read_text())["args"]["epochs"], lpd_flags(self.settings)["--epochs"]
+        if trained != int(wanted):
+            raise UserError(
+                f"{self.out} holds an LPD trained with --epochs {trained}, not {wanted}; go on with {trained} or give "
+                "another --output_dir."
+            )
 
     def subset(self) -> None:
         """Replace the photos by a few of them, where the setting says so."""
@@ -153,9 +167,14 @@ class Experiment:
         write_report(self.out, self.settings, self.stages.seconds(), (self.train, self.test))
 
 
+def lpd_flags(settings: Settings) -> dict[str, str]:
+    """The flags of the LPD training, all of which take a value; the last one counts."""
+    return dict(zip(settings.lpd[::2], settings.lpd[1::2], strict=True))
+
+
 def print_plan(settings: Settings, fid: bool) -> None:
     """The work to come, in cells and in floating point operations."""
-    flags = dict(zip(settings.lpd[::2], settings.lpd[1::2], strict=True))  # all of them take a value
+    flags = lpd_flags(settings)
     name, epochs = flags["--model"], int(flags["--epochs"])
     model = model_config(name, img_size=IMG_SIZE, stride=STRIDE, class_num=10, vocab_size=1024)
     pflop = epochs * 50_000 * training_flops(model) / 1e15
@@ -199,6 +218,7 @@ def main() -> None:
     experiment = Experiment(
         args.output_dir, args.data, settings, args.device, args.inception_path, Clock(args.time_limit)
     )
+    experiment.check_epochs()
     for path in split_paths(args.data):
         open_images(path, IMG_SIZE)  # a wrong path is named before anything is made
     args.output_dir.mkdir(parents=True, exist_ok=True)

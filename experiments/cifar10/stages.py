@@ -14,6 +14,10 @@ from typing import Any
 
 from util.errors import UserError
 from util.files import atomic_write, write_json
+from util.stop import REQUEUE_STATUS
+
+# Of a stage told to stop: saved, or ended before or without a handler, since what it finished is on the disk already.
+STOPPED = (REQUEUE_STATUS, -signal.SIGTERM)
 
 
 class OutOfTime(Exception):
@@ -102,7 +106,7 @@ class Stages:
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGTERM)
                 printed, _ = process.communicate()
-                if process.returncode:
+                if process.returncode in STOPPED:
                     raise OutOfTime(f"time limit reached in the stage '{name}', which can go on") from None
             except KeyboardInterrupt:
                 process.wait()  # it got the signal too and may be saving

@@ -15,6 +15,7 @@ from typing import Any
 
 from engine.evaluate import EvalConfig, evaluate, prepare
 from engine.features import INCEPTION, FeatureExtractor, load_feature_extractor
+from engine.metrics import load_reference_statistics
 from experiments.cifar10.settings import GRID, IMG_SIZE, OWN_STEPS, STRIDE, Settings
 from experiments.cifar10.stages import Clock
 from models.flops import decoding_flops
@@ -98,12 +99,29 @@ def best_guidance(settings: Settings, rows: Iterable[dict[str, Any]]) -> dict[st
     }
 
 
+def model_files(out: Path) -> tuple[Path, Path]:
+    """Checkpoint and tokenizer of an output folder."""
+    return out / "lpd" / "checkpoint-last.pth", out / "tokenizer" / "tokenizer.pt"
+
+
+def model_hashes(out: Path) -> dict[str, str]:
+    checkpoint, tokenizer = model_files(out)
+    return {"checkpoint_sha256": sha256(checkpoint), "tokenizer_sha256": sha256(tokenizer)}
+
+
+def results_of(out: Path, cell: Cell, hashes: dict[str, str]) -> dict[str, Any] | None:
+    """The results of a cell, unless there are none or they were made with other files."""
+    path = out / "eval" / cell.name / "results.json"
+    results = json.loads(path.read_text()) if path.exists() else None
+    return results if results is not None and results["record"] == dataclasses.asdict(cell) | hashes else None
+
+
 class Sweep:
     """Model, tokenizer and extractors of one output folder, and the cells they evaluate."""
 
     def __init__(self, out: Path, settings: Settings, dist: Dist, inception_path: Path | None) -> None:
         self.out, self.settings, self.dist, self.inception_path = out, settings, dist, inception_path
-        checkpoint_path, tokenizer_path = out / "lpd" / "checkpoint-last.pth", out / "tokenizer" / "tokenizer.pt"
+        checkpoint_path, tokenizer_path = model_files(out)
         checkpoint = load_checkpoint(checkpoint_path)
         self.model = LPD(LPDConfig(**checkpoint["config"]))
         load_weights(self.model, checkpoint["model"], str(checkpoint_path))
@@ -113,7 +131,7 @@ class Sweep:
         self.extractors = {"own": load_feature_extractor(str(out / "classifier.pt"), dist.device)}
         if inception_path is not None:
             self.extractors["fid"] = load_feature_extractor(INCEPTION, dist.device, inception_path)
-        self.files = {"checkpoint_sha256": sha256(checkpoint_path), "tokenizer_sha256": sha256(tokenizer_path)}
+        self.files = model_hashes(out)
 
     def run(self, clock: Clock) -> None:
         """Evaluate what is missing; raises OutOfTime between two cells."""
@@ -133,22 +151,17 @@ class Sweep:
     def _extractor(self, cell: Cell) -> FeatureExtractor:
         return self.extractors["fid" if cell.kind == "fid" else "own"]
 
-    def _record(self, cell: Cell) -> dict[str, Any]:
-        """What the results depend on; results with another record are done again."""
-        return dataclasses.asdict(cell) | self.files | {"extractor_sha256": self._extractor(cell).weights_hash}
-
-    def _folder(self, cell: Cell) -> Path:
-        return self.out / "eval" / cell.name
+    def _hashes(self, cell: Cell) -> dict[str, str]:
+        """Of the files that the results depend on; results of others are done again."""
+        return self.files | {"extractor_sha256": self._extractor(cell).weights_hash}
 
     def _results(self, cell: Cell) -> dict[str, Any] | None:
-        path = self._folder(cell) / "results.json"
-        results = json.loads(path.read_text()) if path.exists() else None
-        return results if results is not None and results["record"] == self._record(cell) else None
+        return results_of(self.out, cell, self._hashes(cell))
 
     def _evaluate(self, cell: Cell) -> None:
         inception = cell.kind == "fid"
         config = EvalConfig(
-            output_dir=self._folder(cell),
+            output_dir=self.out / "eval" / cell.name,
             group_sizes=cell.group_sizes(),
             num_images=cell.num_images,
             eval_bsz=min(self.settings.eval_bsz, FID_BATCH) if inception else self.settings.eval_bsz,
@@ -166,7 +179,8 @@ class Sweep:
             classes=self.classes,
         )
         inputs = prepare(config, self.model.config, self.dist, self._extractor(cell))
-        evaluate(self.model, self.tokenizer, config, self.dist, inputs=inputs, record=self._record(cell))
+        record = dataclasses.asdict(cell) | self._hashes(cell)
+        evaluate(self.model, self.tokenizer, config, self.dist, inputs=inputs, record=record)
 
 
 def row(cell: Cell, results: dict[str, Any]) -> dict[str, Any]:
@@ -175,13 +189,40 @@ def row(cell: Cell, results: dict[str, Any]) -> dict[str, Any]:
     return dataclasses.asdict(cell) | {name: results[name] for name in figures if name in results}
 
 
-def finished_rows(out: Path) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """(row, whole results) of every cell that has results, in the order of their names."""
-    fields = Cell.__dataclass_fields__
-    for path in sorted((out / "eval").glob("*/results.json")):
-        results = json.loads(path.read_text())
-        cell = Cell(**{name: results["record"][name] for name in fields})
-        yield row(cell, results), results
+def cell_of(row: dict[str, Any]) -> Cell:
+    """The cell whose figures a row holds."""
+    return Cell(**{name: row[name] for name in Cell.__dataclass_fields__})
+
+
+def finished_rows(out: Path, settings: Settings) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
+    """(row, whole results) of every cell of the settings that has results, in their order.
+
+    Results of an earlier model, tokenizer or extractor, or of another guidance than the tuned one, may still lie in the
+    folder; they are left out.
+    """
+    if not all(path.exists() for path in (*model_files(out), out / "classifier.pt")):
+        return
+    files = model_hashes(out)
+    extractors = {"own": sha256(out / "classifier.pt")}
+    inception = out / "inception.npz"
+    if inception.exists():
+        extractors["fid"] = load_reference_statistics(inception).metadata["extractor_sha256"]
+
+    def finished(cells: list[Cell]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+        found = []
+        for cell in cells:
+            hashes = files | {"extractor_sha256": extractors["fid" if cell.kind == "fid" else "own"]}
+            results = results_of(out, cell, hashes)
+            if results is not None:
+                found.append((row(cell, results), results))
+        return found
+
+    cells = tuning_cells(settings)
+    tuned = finished(cells)
+    yield from tuned
+    if len(tuned) == len(cells):
+        guidance = best_guidance(settings, (figures for figures, _ in tuned))
+        yield from finished(table_cells(settings, guidance, "fid" in extractors))
 
 
 def plan(settings: Settings, model: LPDConfig, fid: bool) -> dict[str, dict[str, float]]:

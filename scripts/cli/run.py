@@ -5,6 +5,8 @@
 The job gets one task per node, which runs the command with the variables that scripts/launch.sh takes; launch.sh starts
 one process per GPU. Before the time limit or on preemption the processes save and leave with status 75, and the job is
 put back into the queue under the same number; started again it goes on where it was. Any other status ends the job.
+A job on one node has the cluster's KillWait to save in when it is preempted; Slurm signals it during the partition's
+grace time only with PreemptParameters=send_user_signal. What can't be saved in time goes on from the last checkpoint.
 """
 
 from __future__ import annotations

@@ -1,0 +1,57 @@
+"""Stop signals: which ones ask a program to save and leave, how a loop notices them, and the exit statuses."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from types import FrameType
+
+logger = logging.getLogger(__name__)
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+REQUEUE_STATUS = os.EX_TEMPFAIL  # 75: everything is saved, the same command goes on
+
+
+def exit_status(number: int) -> int:
+    """Exit status of a run that a signal stopped after saving: 130 for Ctrl-C, else the one that asks to requeue."""
+    return 128 + signal.SIGINT if number == signal.SIGINT else REQUEUE_STATUS
+
+
+class StopSignal:
+    """The stop signals ask the loop to finish its step and save; a second Ctrl-C interrupts at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.signal is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        if self.signal is None:
+            logger.info("%s: finishing this step, then saving", signal.Signals(number).name)
+            self.signal = number
+
+    def __enter__(self) -> StopSignal:
+        self._previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """Let signals act as before, while something runs that can be interrupted at any time."""
+        self.__exit__()
+        try:
+            yield
+        finally:
+            self.__enter__()
+
+
+def ignore_stop_signals(worker: int) -> None:
+    """For processes that load data: a launcher signals its whole group; loading goes on until the step is finished."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
