@@ -21,7 +21,6 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
-from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from engine.monitor import Monitor
 from engine.stop import StopRequest, ignore_stop_signals
@@ -31,7 +30,7 @@ from models.flops import training_flops
 from models.lpd import LPD
 from tokenizers import VQModel
 from util.checkpoint_writer import CheckpointWriter
-from util.data import CodeDataset, GlobalBatchSampler, whole_batch
+from util.data import CodeDataset, GlobalBatchSampler, PackedCodes, all_batches, whole_batch
 from util.dist import Dist
 from util.errors import UserError
 from util.image_data import ImageDataset
@@ -132,18 +131,13 @@ def load_batches(
         dataset,
         batch_sampler=sampler,
         collate_fn=collate,
-        num_workers=0 if cached else num_workers,  # a batch of codes is read faster than handed over
+        # A batch of packed codes is read faster than handed over.
+        num_workers=0 if isinstance(dataset, PackedCodes) else num_workers,
         pin_memory=device.type == "cuda",
         worker_init_fn=ignore_stop_signals,
     )
-    batches = iter(loader)
-    try:
-        for batch in batches:
-            yield [tensor.to(device, non_blocking=True) for tensor in batch]
-    finally:
-        # Workers ignore the signal by which they would be ended at exit, and an error keeps the iterator alive.
-        if isinstance(batches, _MultiProcessingDataLoaderIter):
-            batches._shutdown_workers()
+    for batch in all_batches(loader):
+        yield [tensor.to(device, non_blocking=True) for tensor in batch]
 
 
 def train(
@@ -168,7 +162,8 @@ def train(
     Args:
         schedules: group sizes to draw from, each summing to L.
         tokenizer: encodes images; not needed for cached codes.
-        resume: a checkpoint of an earlier run of this one; its `model` is loaded already.
+        resume: a checkpoint of an earlier run of this one; its `model` is loaded already. It is emptied once it is
+            loaded, so that it does not stay in memory.
         metadata: plain data stored in every checkpoint (settings, class names, tokenizer hash).
         evaluate: called as (model, epoch) every `eval_freq` epochs and after the last, on all processes; once more when
             a run is resumed just there, since it may have been killed in the middle.
@@ -179,8 +174,8 @@ def train(
         None when finished, or the number of the signal that stopped the run after saving.
 
     Raises:
-        UserError: for a data set smaller than one global batch, a checkpoint that does not fit, or a last state that
-            can't be written.
+        UserError: for a data set smaller than one global batch, a checkpoint that does not fit or has trained for
+            longer, or a last state that can't be written.
         FloatingPointError: when the loss is no longer finite; the last good checkpoint is kept.
     """
     device, L = dist.device, model.config.num_tokens
@@ -213,8 +208,14 @@ def train(
                 )
         train_step.load(resume)
         start_step = resume["step"]
+        resume.clear()
     steps_per_epoch = sampler(0, 0).steps_per_epoch
     total_steps = config.epochs * steps_per_epoch
+    if start_step > total_steps:
+        raise UserError(
+            f"--epochs is {config.epochs}, but the checkpoint has {start_step / steps_per_epoch:.4g} epochs behind it; "
+            "give more epochs or another --output_dir."
+        )
     last_step = min(total_steps, config.max_steps or total_steps)
     peak_lr = config.peak_lr(dist.world_size)
     min_lr = min(config.min_lr, peak_lr)
@@ -265,7 +266,10 @@ def train(
                     monitor.picture("samples", picture, epoch)
             if evaluate is not None and due(epoch, config.eval_freq):
                 writer.wait()
-                with stop.suspended():
+                told = next(filter(None, dist.gather(stop.signal)), None)  # came after the agreement of the last step
+                if told is not None:
+                    check_saved()
+                with stop.suspended(told):
                     evaluate(train_step.evaluation_model(), epoch)
 
     model.train()

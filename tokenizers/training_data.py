@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Subset
 from tqdm import tqdm
 
+from util.data import all_batches
 from util.errors import UserError
 from util.stop import ignore_stop_signals
 
@@ -74,7 +75,7 @@ def read_batches(
         pin_memory=device.type == "cuda",
         worker_init_fn=ignore_stop_signals,
     )
-    return (images.to(device, non_blocking=True) for images, _ in loader)
+    return (images.to(device, non_blocking=True) for images, _ in all_batches(loader))
 
 
 def flip_half(batch: Tensor) -> Tensor:

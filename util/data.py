@@ -21,7 +21,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 
 from util.errors import UserError
 from util.image_data import list_class_folders
@@ -248,6 +249,19 @@ def check_labels(labels: np.ndarray, class_num: int, source: str | Path) -> None
     if low < 0 or high >= class_num:
         bad = low if low < 0 else high
         raise UserError(f"{source} has label {bad}; --class_num {class_num} allows 0 to {class_num - 1}.")
+
+
+def all_batches(loader: DataLoader[Any]) -> Iterator[Any]:
+    """The batches of a loader whose processes ignore stop signals; they end with it, after an error too.
+
+    Torch ends them by such a signal when the program exits, and would wait for them forever.
+    """
+    batches = iter(loader)
+    try:
+        yield from batches
+    finally:
+        if isinstance(batches, _MultiProcessingDataLoaderIter):
+            batches._shutdown_workers()
 
 
 def whole_batch(batch: T) -> T:
