@@ -14,7 +14,7 @@ import torch
 
 from engine.evaluate import evaluate, prepare
 from engine.options import eval_config, parse, recipe_changes, resolve_model, settings, train_config
-from engine.recipes import EXPECTED
+from engine.recipes import EXPECTED, TOKENIZER
 from engine.required_files import check_files
 from engine.sample_grid import SampleGrid
 from engine.stop import exit_status, exit_when_told
@@ -29,6 +29,7 @@ from util.data import CodeDataset, GlobalBatchSampler, open_codes
 from util.dist import Dist, distributed
 from util.errors import UserError, exit_on_user_error
 from util.files import check_output_dir, sha256, write_json
+from util.folder_lock import FolderLock
 from util.hub import Choice, choose_tokenizer, choose_weights, find_file
 from util.image_data import ImageDataset, open_images
 from util.logger import setup_logging
@@ -53,12 +54,8 @@ def announce(args: argparse.Namespace, config: LPDConfig, dist: Dist, file_name:
 
 def local_file(path: Path, choose: Choice, dist: Dist) -> Path:
     """The file that a path or a name on the hub stands for (see :func:`util.hub.find_file`); rank 0 downloads it."""
-    if not dist.is_main:
-        dist.barrier()
-    found = find_file(path, choose)
-    if dist.is_main:
-        dist.barrier()
-    return found
+    found = dist.on_main(lambda: find_file(path, choose))
+    return found if found.is_file() else find_file(path, choose)  # a machine with a cache of its own
 
 
 def open_tokenizer(args: argparse.Namespace, dist: Dist) -> VQModel:
@@ -76,8 +73,20 @@ def open_dataset(args: argparse.Namespace, recorded: dict[str, Any]) -> CodeData
         return open_images(args.data_path, 256 if img_size is None else img_size, args.skip_broken)
     if args.cached_path is None:
         raise UserError("--use_cached needs --cached_path, a cache of codes made by main_cache.py.")
-    tokenizer_hash = None if args.vqgan_path is None else sha256(args.vqgan_path)
-    return open_codes(args.cached_path, img_size=img_size, tokenizer_hash=tokenizer_hash)
+    # The published runs (--recipe) need no tokenizer but name one: codes of another are refused as far as can be told.
+    published = args.recipe is not None and args.vqgan_path is None
+    tokenizer = Path(TOKENIZER) if published and Path(TOKENIZER).is_file() else args.vqgan_path
+    tokenizer_hash = None if tokenizer is None else sha256(tokenizer)
+    dataset = open_codes(args.cached_path, img_size=img_size, tokenizer_hash=tokenizer_hash)
+    if published and dataset.header is not None:
+        _, stride, vocab_size = code_geometry(dataset, None)
+        if (stride, vocab_size) != (PUBLISHED_STRIDE, PUBLISHED_VOCAB):
+            raise UserError(
+                f"cache {args.cached_path} was made with another tokenizer (stride {stride}, {vocab_size} codes) than "
+                f"that of --recipe {args.recipe} (stride {PUBLISHED_STRIDE}, {PUBLISHED_VOCAB} codes); give a cache of "
+                "the published one, or your tokenizer as --vqgan_path."
+            )
+    return dataset
 
 
 def code_geometry(dataset: CodeDataset | ImageDataset, tokenizer: VQModel | None) -> tuple[int, int, int]:
@@ -94,14 +103,18 @@ def code_geometry(dataset: CodeDataset | ImageDataset, tokenizer: VQModel | None
 def find_resume(args: argparse.Namespace, dist: Dist) -> tuple[Path, dict[str, Any]] | None:
     """What the run goes on from: the newest checkpoint of the output folder, else --resume, else nothing."""
     found = None
-    if dist.is_main:
+
+    def find() -> Path | None:
+        nonlocal found
         found = load_newest(args.output_dir)
         if found is None and args.resume is not None:
             path = args.resume
             found = (path, load_checkpoint(path)) if path.is_file() else load_newest(path)
             if found is None:
                 raise UserError(f"--resume {path} is neither a checkpoint nor a folder of checkpoints.")
-    path = dist.broadcast(None if found is None else found[0])
+        return None if found is None else found[0]
+
+    path = dist.on_main(find)
     if path is None:
         return None
     checkpoint = found[1] if found is not None else load_checkpoint(path)
@@ -158,7 +171,7 @@ def open_trackers(args: argparse.Namespace, dist: Dist, start_step: int) -> list
     return trackers
 
 
-def run_training(args: argparse.Namespace, dist: Dist) -> int:
+def run_training(args: argparse.Namespace, dist: Dist, lock: FolderLock) -> int:
     config = train_config(args)
     check_trackers(args.tensorboard, args.use_wandb)
     check_output_dir(args.output_dir)
@@ -167,6 +180,8 @@ def run_training(args: argparse.Namespace, dist: Dist) -> int:
     check_files(args)
     if args.vqgan_path is not None:
         args.vqgan_path = local_file(args.vqgan_path, choose_tokenizer, dist)
+    if not args.dry_run:
+        dist.on_main(lock.acquire)
     resume = find_resume(args, dist)
     if resume is None and args.pretrained_ckpt is not None:
         args.pretrained_ckpt = local_file(args.pretrained_ckpt, choose_weights, dist)
@@ -203,25 +218,35 @@ def run_training(args: argparse.Namespace, dist: Dist) -> int:
     announce(args, model_config, dist, "train_settings.json")
     if args.dry_run:
         return 0
+    dist.on_main(lock.acquire)  # the folder is there now
     torch.manual_seed(args.seed)
     model = LPD(model_config)
     if checkpoint is not None:
         state, anew = checkpoint.pop("model"), resume is None
         load_weights(model, state, str(source), resize=anew, new_classes=anew and args.new_classes)
+        del state
+    start_step = 0
     if resume is not None:
-        logger.info("going on from %s, step %d", source, resume[1]["step"])
+        start_step = resume[1]["step"]
+        logger.info("going on from %s, step %d", source, start_step)
+    del checkpoint  # gigabytes; what is left of it to resume from is dropped by train()
 
     def evaluate_now(model: LPD, epoch: int) -> None:
         assert evaluation is not None
         assert tokenizer is not None
-        config = evaluation.for_epoch(epoch)
-        if not (config.output_dir / "results.json").exists():
-            results = evaluate(model, tokenizer, config, dist, inputs=inputs)
-            scores = {f"eval/{name}": value for name, value in results.items() if isinstance(value, float)}
-            for tracker in trackers:
-                tracker.scalars(scores, epoch * sampler.steps_per_epoch)
+        config, step = evaluation.for_epoch(epoch), epoch * sampler.steps_per_epoch
+        path = config.output_dir / "results.json"
+        if dist.broadcast(step == start_step and path.exists()):  # done before the run was resumed just here
+            return
+        if dist.is_main:
+            path.unlink(missing_ok=True)  # of an earlier run
+        record = {"training_recipe": args.recipe, "epoch": epoch, "step": step, "ema": args.ema}
+        results = evaluate(model, tokenizer, config, dist, inputs=inputs, record=record)
+        scores = {f"eval/{name}": value for name, value in results.items() if isinstance(value, float)}
+        for tracker in trackers:
+            tracker.scalars(scores, step)
 
-    trackers = open_trackers(args, dist, resume[1]["step"] if resume else 0)
+    trackers = open_trackers(args, dist, start_step)
     try:
         stopped_by = train(
             model.to(dist.device),
@@ -257,6 +282,8 @@ def run_evaluation(args: argparse.Namespace, dist: Dist) -> int:
     config = resolve_model(args, checkpoint.get("config"), tokenizer.stride, tokenizer.config.codebook_size)
     evaluation = eval_config(args, config, checkpoint.get("classes"))
     inputs = prepare(evaluation, config, dist)
+    if evaluation.lpd_order_file is not None:
+        logger.info("image i uses order i of %s", evaluation.lpd_order_file)
     model = LPD(config)
     load_weights(model, checkpoint["model"], str(args.pretrained_ckpt))
     announce(args, config, dist, "eval_settings.json")
@@ -281,9 +308,9 @@ def main() -> None:
         if args.threads < 1:
             raise UserError(f"--threads is {args.threads}; it must be at least 1.")
         torch.set_num_threads(args.threads)
-    with exit_when_told(), distributed(args.device) as dist:
+    with exit_when_told(), distributed(args.device) as dist, FolderLock(args.output_dir) as lock:
         setup_logging(dist.rank)
-        status = run_evaluation(args, dist) if args.evaluate else run_training(args, dist)
+        status = run_evaluation(args, dist) if args.evaluate else run_training(args, dist, lock)
     sys.exit(status)
 
 

@@ -17,7 +17,7 @@ import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -34,7 +34,6 @@ from util.image_data import hash_names, open_images
 from util.images import to_float
 
 logger = logging.getLogger(__name__)
-T = TypeVar("T")
 
 PART_SIZE = 256  # images; what a killed run can lose per process
 MAX_VOCAB = 2**16  # codes are stored as uint16
@@ -233,24 +232,11 @@ class _Builder:
             raise UserError(f"--batch_size {self.batch_size} must be at least 1.")
         if self.num_workers < 0:
             raise UserError(f"--num_workers {self.num_workers} must be at least 0.")
-        todo = self._on_main(self._prepare)
+        todo = self.dist.on_main(self._prepare)
         if todo is None:
             return CacheHeader.read(self.cache)
         self._make_parts(todo)
-        return self._on_main(self._join_parts)
-
-    def _on_main(self, function: Callable[[], T]) -> T:
-        """Run ``function`` on rank 0; every process gets its result or its UserError, so that none is left waiting."""
-        result, message = None, ""
-        if self.dist.is_main:
-            try:
-                result = function()
-            except UserError as error:
-                message = str(error)
-        result, message = self.dist.broadcast((result, message))
-        if message:
-            raise UserError(message)
-        return result  # type: ignore[return-value]
+        return self.dist.on_main(self._join_parts)
 
     def _parts(self) -> list[range]:
         total = len(self.labels)

@@ -48,7 +48,7 @@ from tokenizers import VQModel
 from util.counter_rng import fold_in
 from util.dist import Dist
 from util.errors import UserError
-from util.files import sha256, write_json
+from util.files import atomic_write, sha256, write_json
 from util.images import save_png
 
 logger = logging.getLogger(__name__)
@@ -174,12 +174,15 @@ def prepare(config: EvalConfig, model: LPDConfig, dist: Dist, extractor: Feature
 
 
 def _load_extractor(name: str, inception_path: Path | None, dist: Dist) -> FeatureExtractor:
-    if not dist.is_main:
-        dist.barrier()  # rank 0 downloads what is missing
-    extractor = load_feature_extractor(name, dist.device, inception_path)
-    if dist.is_main:
-        dist.barrier()
-    return extractor
+    loaded: list[FeatureExtractor] = []
+
+    def load() -> None:
+        loaded.append(load_feature_extractor(name, dist.device, inception_path))
+
+    dist.on_main(load)  # downloads what is missing
+    if not loaded:
+        load()
+    return loaded[0]
 
 
 def evaluate(
@@ -224,6 +227,26 @@ def evaluate(
     finally:
         model.train(training)
     return evaluation.finish(dict(record or {}))
+
+
+MEASURED_ANEW = ("images_per_sec", "latency_s", "throughput_images_per_sec", "environment")
+
+
+def append_results(path: Path, results: dict[str, Any], again: bool) -> dict[str, Any]:
+    """Append a line to a ``results.jsonl``, which is whole at any moment; returns what the last line holds.
+
+    Args:
+        again: whether the last line may be of this evaluation already; it is kept then.
+    """
+    results = json.loads(json.dumps(results))
+    lines = path.read_text().splitlines() if path.exists() else []
+    if again and lines:
+        last = json.loads(lines[-1])
+        if all(last.get(key) == value for key, value in results.items() if key not in MEASURED_ANEW):
+            return last
+    with atomic_write(path) as file:
+        file.write("".join(line + "\n" for line in [*lines, json.dumps(results)]).encode())
+    return results
 
 
 class _Evaluation:
@@ -379,7 +402,7 @@ class _Evaluation:
         results |= {
             "sec_per_image": timed_sec / timed_images if timed_images else None,
             "images_per_sec": self.made / self.wall_sec if self.made else None,
-            **self.dist.broadcast(self._speed() if dist.is_main else {}),
+            **dist.on_main(self._speed),
             "settings": config.settings(),
             "model": asdict(self.model.config),
             "extractor": self.extractor and {"name": self.extractor.name, "sha256": self.extractor.weights_hash},
@@ -388,10 +411,7 @@ class _Evaluation:
             "environment": describe_environment(dist),
             "record": record,
         }
-        if dist.is_main:
-            self._write_outputs(results, files)
-        dist.barrier()
-        return results
+        return dist.on_main(lambda: self._write_outputs(results, files))
 
     def _speed(self) -> dict[str, Any]:
         """Latency of one image and throughput at batch 64, with pixels; nothing where it is not asked for."""
@@ -407,8 +427,8 @@ class _Evaluation:
     def _scores(self, files: list[Path], extractor: FeatureExtractor) -> dict[str, Any]:
         statistics = self._statistics(files, "features", extractor.feature_dim)
         spatial = self._statistics(files, "spatial", SPATIAL_DIM) if self.config.adm_suite else None
-        scores: dict[str, Any] = {}
-        if self.dist.is_main:
+
+        def compute() -> dict[str, Any]:
             in_order = np.argsort(read_parts(files, "indices"))
             logits = torch.from_numpy(read_parts(files, "logits")[in_order])
             scores = score(statistics, logits, self.reference, extractor.name)
@@ -418,7 +438,9 @@ class _Evaluation:
             if spatial is not None and self.reference is not None:
                 features = torch.from_numpy(read_parts(files, "features"))
                 scores |= adm_scores(spatial, features, self.reference, extractor, self.config.eval_bsz)
-        return self.dist.broadcast(scores)
+            return scores
+
+        return self.dist.on_main(compute)
 
     def _statistics(self, files: list[Path], name: str, dim: int) -> FeatureStatistics:
         """Statistics over all images; each process reads its share of the files."""
@@ -428,7 +450,8 @@ class _Evaluation:
         statistics.merge_processes(self.dist)
         return statistics
 
-    def _write_outputs(self, results: dict[str, Any], files: list[Path]) -> None:
+    def _write_outputs(self, results: dict[str, Any], files: list[Path]) -> dict[str, Any]:
+        """Write everything and drop the partial state; returns the results as they are on disk."""
         config, folder = self.config, self.config.output_dir
         shown = read_parts(files, "grid_images")[np.argsort(read_parts(files, "grid_indices"))]
         save_png(draw_grid(shown, self.grid_indices, self.labels.numpy(), config.classes), folder / "grid.png")
@@ -439,9 +462,9 @@ class _Evaluation:
             if config.save_images:
                 shutil.rmtree(self.images_dir, ignore_errors=True)
                 os.replace(self.png_dir, self.images_dir)
+        # A call that found all images there may be the second after a kill that came when the line was written.
+        results = append_results(folder / "results.jsonl", results, again=self.made == 0)
         write_json(folder / "results.json", results)
-        with open(folder / "results.jsonl", "a") as file:
-            file.write(json.dumps(results) + "\n")
         finished = self.partial.folder.with_suffix(".finished")  # no half-deleted state is ever continued
         shutil.rmtree(finished, ignore_errors=True)
         os.replace(self.partial.folder, finished)
@@ -450,3 +473,4 @@ class _Evaluation:
         logger.info("%s: %s", folder / "results.json", ", ".join(f"{k} {v:.5g}" for k, v in figures.items()))
         if self.reference is not None:
             logger.info("scored against %s (SHA-256 %s…)", self.reference.path, self.reference.sha256[:12])
+        return results

@@ -9,7 +9,8 @@ from typing import Any, NoReturn
 from engine.decoder import DECODE_PATHS
 from engine.evaluate import EvalConfig
 from engine.features import INCEPTION
-from engine.recipes import EVAL_RECIPES, TRAIN_RECIPES
+from engine.recipes import EVAL_RECIPES, RELEASED, TRAIN_RECIPES, checkpoint_path
+from engine.required_files import ORDERS_DIR
 from engine.train import TrainConfig
 from engine.train_step import ATTENTIONS
 from models import MODEL_SIZES, model_config
@@ -51,7 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--threads", type=int, help="of the CPU, per process (default: torch's, one per core)")
     add("--seed", type=int, default=0, help="of weights, data order, orders, dropout; of the images in an evaluation")
     add("--bf16", action=argparse.BooleanOptionalAction, default=False, help="bfloat16 autocast")
-    add("--num_workers", type=int, default=8, help="processes that load images; cached codes need none")
+    add("--num_workers", type=int, default=8, help="processes that load images; packed codes need none")
     add("--dry_run", action="store_true", help="check everything, print the resolved settings and stop")
 
     group = parser.add_argument_group(
@@ -163,16 +164,39 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = build_parser()
     first = parser.parse_args(arguments)
     if first.recipe is None:
-        return first
+        return _released_file(first)
     recipes, kind = (EVAL_RECIPES, "evaluation") if first.evaluate else (TRAIN_RECIPES, "training")
     if first.recipe not in recipes:
         raise UserError(f"there is no {kind} recipe {first.recipe!r}; choose one of {', '.join(recipes)}.")
-    values = recipes[first.recipe]
-    if (weights := values.get("pretrained_ckpt")) and not Path(weights).is_file():
-        other = Path(weights).with_suffix(".safetensors")
-        values = values | ({"pretrained_ckpt": other} if other.is_file() else {})
-    parser.set_defaults(**values)
-    return parser.parse_args(arguments)
+    recipe = recipes[first.recipe]
+    parser.set_defaults(**recipe)
+    if not first.evaluate:
+        return _released_file(parser.parse_args(arguments))
+    parser.set_defaults(order=None)  # to tell whether it is given
+    args = parser.parse_args(arguments)
+    args.lpd_order_file = args.lpd_order_file or _published_orders(args, recipe, parser)
+    args.order = args.order or recipe["order"]
+    return _released_file(args)
+
+
+def _released_file(args: argparse.Namespace) -> argparse.Namespace:
+    """Released weights go by one name, whichever of the two forms has been downloaded."""
+    path = args.pretrained_ckpt
+    if path in {Path(checkpoint_path(*released)) for released in RELEASED} and not path.is_file():
+        other = path.with_suffix(".safetensors")
+        args.pretrained_ckpt = other if other.is_file() else path
+    return args
+
+
+def _published_orders(args: argparse.Namespace, recipe: dict[str, Any], parser: argparse.ArgumentParser) -> Path | None:
+    """The file of the orders that a recipe's figures were published with, if it is there and all flags are its own."""
+    names = ("img_size", "generation_steps", "group_sizes", "repulsion_threshold", "proximity_threshold")
+    if args.order is not None or args.num_images > recipe["num_images"]:
+        return None
+    if any(getattr(args, name) != parser.get_default(name) for name in names):
+        return None
+    name = f"res{args.img_size}_steps{args.generation_steps}_repulsion{args.repulsion_threshold}.json"
+    return ORDERS_DIR / name if (ORDERS_DIR / name).is_file() else None
 
 
 def recipe_changes(args: argparse.Namespace) -> dict[str, Any]:

@@ -38,6 +38,8 @@ def _train(model: str, img_size: int, batch_size: int, **flags: Any) -> None:
     common |= {"blr": 1e-4, "min_lr": 1e-5, "weight_decay": 0.02, "grad_clip": 3.0}
     common |= {"label_drop_prob": 0.1, "proj_dropout": 0.1}
     common |= {"cached_path": f"cached/imagenet_{img_size}"}
+    # No vqgan_path: training on codes needs no tokenizer. main_lpd.py refuses a cache of another stride or number of
+    # codes than TOKENIZER's, and one of another hash where that file is there.
     name = f"{model}_{img_size}"
     TRAIN_RECIPES[name] = common | flags | {"output_dir": f"runs/{name}"}
 

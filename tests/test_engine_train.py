@@ -10,6 +10,7 @@ import signal
 import socket
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,12 +19,13 @@ import torch
 import torch.multiprocessing as mp
 from tiny_run import CLASSES, L, V
 
+import engine.train
 from engine.stop import StopRequest
-from engine.train import TrainConfig, draw_samples, train
+from engine.train import TrainConfig, draw_samples, load_batches, train
 from models import build_model
 from models.lpd import LPD
 from util.checkpoint import LAST, load_checkpoint
-from util.data import CodeBatch, PackedCodes
+from util.data import CodeBatch, GlobalBatchSampler, PackedCodes, open_codes
 from util.dist import Dist, distributed
 from util.errors import UserError
 
@@ -268,3 +270,27 @@ def test_bad_settings_are_named(changes: dict, named: str) -> None:
 def test_data_set_smaller_than_a_batch_is_refused(cache: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="40"):
         train(build(), PackedCodes(cache), SCHEDULES, config(tmp_path, batch_size=64), CPU)
+
+
+@pytest.mark.parametrize(("packed", "workers"), [(True, 0), (False, 2)])
+def test_only_packed_codes_are_read_in_process(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: bool, workers: int
+) -> None:
+    """A file per image is too slow for one process: the GPU would wait."""
+    (tmp_path / "npz" / "a").mkdir(parents=True)
+    codes = np.zeros(L, dtype=np.int64)
+    for i in range(8):
+        np.savez(tmp_path / "npz" / "a" / f"{i}.npz", indices=codes, indices_flip=codes)
+    asked: list[int] = []
+    loader = engine.train.DataLoader
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        asked.append(options["num_workers"])
+        return loader(*arguments, **options)
+
+    monkeypatch.setattr(engine.train, "DataLoader", noted)
+    dataset = open_codes(cache if packed else tmp_path / "npz")
+    sampler = GlobalBatchSampler(8, 4, 0, 1, seed=0, num_steps=1)
+    (batch,) = load_batches(dataset, sampler, 2, CPU.device)
+    assert batch[0].shape == (4, L)
+    assert asked == [workers]

@@ -33,7 +33,7 @@ from PIL import Image
 
 from engine import evaluate as evaluate_module
 from engine import metrics, partial_results
-from engine.evaluate import EvalConfig, evaluate, image_labels, image_seeds, prepare
+from engine.evaluate import EvalConfig, append_results, evaluate, image_labels, image_seeds, prepare
 from engine.metrics import FeatureStatistics, load_batches, load_reference_statistics, score
 from orders import generate_orders, save_orders
 from util.errors import UserError
@@ -342,3 +342,14 @@ def test_too_few_orders_in_the_file(output_dir: Path) -> None:
     save_orders(output_dir.parent / "o.json", generate_orders("random", 5, GROUP_SIZES, SIZE // 4))
     with pytest.raises(UserError, match="holds 5 orders"):
         run(output_dir, lpd_order_file=output_dir.parent / "o.json")
+
+
+def test_a_kill_after_the_line_is_written_writes_no_second(tmp_path: Path) -> None:
+    """The call that goes on makes no images, and measures another speed."""
+    path, results = tmp_path / "results.jsonl", {"fid": 2.0, "images_per_sec": 7.0, "group_sizes": (1, 3)}
+    assert append_results(path, results, again=False)["group_sizes"] == [1, 3]
+    assert append_results(path, results | {"images_per_sec": None}, again=True)["images_per_sec"] == 7.0
+    assert len(path.read_text().splitlines()) == 1
+    append_results(path, results, again=False)
+    append_results(path, results | {"fid": 3.0}, again=True)
+    assert [json.loads(line)["fid"] for line in path.read_text().splitlines()] == [2.0, 2.0, 3.0]

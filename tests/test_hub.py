@@ -133,7 +133,9 @@ def test_two_jobs_download_once(hub: FakeHub, tmp_path: Path) -> None:
     jobs = [threading.Thread(target=fetch, args=(file, tmp_path / "a.pth")) for _ in range(2)]
     for job in jobs:
         job.start()
-    while not hub.ranges("a.pth"):
+    for _ in range(6000):
+        if hub.ranges("a.pth"):
+            break
         threading.Event().wait(0.01)
     hub.stall.set()
     for job in jobs:
@@ -351,6 +353,10 @@ def test_pushed_model_loads_by_name(
     assert "HF_HUB_OFFLINE is set; taken from the hub's cache" in capfd.readouterr().err
     with pytest.raises(UserError, match="nor is it cached"):
         find_file(Path("user/other"))
+    link = found.rename(tmp_path / "link")
+    with pytest.raises(UserError, match="nor is it cached"):  # config.json alone is
+        find_file(Path("user/digits"))
+    found.symlink_to(tmp_path / "cache" / "models--user--digits" / "blobs" / link.readlink().name)
     found.resolve().write_bytes(b"damaged")
     with pytest.raises(UserError, match="damaged"):
         find_file(Path("user/digits"))

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ from engine.sample_grid import SampleGrid
 from models import build_model
 from tokenizers import VQConfig, VQModel, load_tokenizer
 from tokenizers.checkpoint import save_tokenizer
-from util.checkpoint import LAST, load_checkpoint
+from util.checkpoint import LAST, load_checkpoint, load_newest
 from util.data import PackedCodes
 from util.dist import Dist
 from util.files import sha256
@@ -103,7 +104,7 @@ def test_one_step_and_then_the_rest(workspace: Path, tmp_path: Path) -> None:
     assert training(workspace, tmp_path, *flags, "--max_steps", 1) == 0
     assert load_checkpoint(tmp_path / LAST)["step"] == 1
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {"checkpoint-last.json", LAST, "metrics.jsonl", "train_settings.json"}
+    assert names == {".lock", "checkpoint-last.json", LAST, "metrics.jsonl", "train_settings.json"}
     assert training(workspace, tmp_path, *flags) == 0
     assert {path.name for path in (tmp_path / "samples").iterdir()} == {"epoch0001.png", "epoch0002.png"}
     with Image.open(tmp_path / "samples" / "epoch0001.png") as picture:
@@ -263,3 +264,64 @@ def test_exit_status_after_a_signal(
     monkeypatch.setattr(PackedCodes, "__getitems__", fetch_and_signal)
     assert training(workspace, tmp_path, *DEBUG) == status
     assert load_checkpoint(tmp_path / LAST)["step"] == 3
+
+
+def test_results_of_an_earlier_run_are_not_kept(workspace: Path, tmp_path: Path) -> None:
+    """A training started anew in the same folder would pass the old model's scores off as its own."""
+    flags = (*DEBUG, "--online_eval", "--feature_extractor", "none", "--num_images", 3)
+    results = tmp_path / "eval_epoch0002" / "results.json"
+    results.parent.mkdir()
+    results.write_text("{}")
+    assert training(workspace, tmp_path, *flags) == 0
+    record = json.loads(results.read_text())["record"]
+    assert record == {"training_recipe": None, "epoch": 2, "step": 10, "ema": 0.0}
+    before = results.stat().st_mtime_ns
+    assert training(workspace, tmp_path, *flags) == 0  # resumed just there: done already
+    assert results.stat().st_mtime_ns == before
+    results.unlink()
+    assert training(workspace, tmp_path, *flags) == 0  # killed in the middle of it
+    assert results.exists()
+
+
+def test_the_weights_gone_on_from_do_not_stay_in_memory(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a large model they are gigabytes per process."""
+    seen: list[bool] = []
+    left: list[Any] = []
+
+    def load(*arguments: Any) -> Any:
+        found = load_newest(*arguments)
+        if found is not None:
+            left.append(weakref.ref(next(iter(found[1]["model"].values()))))
+        return found
+
+    fetch: Callable[..., Any] = PackedCodes.get_batch
+
+    def look(self: PackedCodes, indices: Any) -> Any:
+        seen.extend(reference() is not None for reference in left)
+        return fetch(self, indices)
+
+    assert training(workspace, tmp_path, *DEBUG, "--max_steps", 9) == 0
+    monkeypatch.setattr(main_lpd, "load_newest", load)
+    monkeypatch.setattr(PackedCodes, "__getitems__", look)
+    assert training(workspace, tmp_path, *DEBUG) == 0
+    assert seen == [False]
+
+
+def test_a_published_recipe_refuses_codes_of_another_tokenizer(
+    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It names no --vqgan_path, with which they would be compared."""
+    flags = (
+        "--recipe", "lpd_l_256", "--cached_path", workspace / "codes", "--output_dir", tmp_path / "run",
+        "--img_size", 64, "--device", "cpu", *DEBUG, "--dry_run", "--batch_size", 8, "--no-bf16",
+    )  # fmt: skip
+    assert run(main_lpd.main, *flags) == 2
+    assert "made with another tokenizer (stride 16, 11 codes)" in capsys.readouterr().err
+    assert run(main_lpd.main, *flags, "--vqgan_path", workspace / "tokenizer.pt") == 0
+    other = tmp_path / "other.pt"
+    other.write_bytes(b"the published one")
+    monkeypatch.setattr(main_lpd, "TOKENIZER", str(other))
+    assert run(main_lpd.main, *flags) == 2
+    assert "made with another tokenizer (SHA-256" in capsys.readouterr().err

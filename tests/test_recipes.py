@@ -16,7 +16,7 @@ import main_lpd
 from engine.latency import PUBLISHED_RUNS
 from engine.options import parse, recipe_changes, resolve_model, settings
 from engine.recipes import EVAL_RECIPES, RELEASED, TOKENIZER, TRAIN_RECIPES, checkpoint_path
-from engine.required_files import DOWNLOADS
+from engine.required_files import DOWNLOADS, ORDERS_DIR
 from models import MODEL_SIZES
 from models.lpd import LPD
 from orders import group_sizes
@@ -168,3 +168,34 @@ def test_a_missing_file_of_ones_own_is_one_sentence(
         assert error.startswith(f"error: missing file {value}: ")
         assert named in error
         assert len(error.splitlines()) == 1
+
+
+def test_published_orders_are_used_where_they_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The published figures are of these orders; flags that ask for others win."""
+    monkeypatch.chdir(tmp_path)
+    recipe = ["--evaluate", "--recipe", "lpd_xxl_res256_steps20"]
+    assert parse(recipe).lpd_order_file is None
+    path = ORDERS_DIR / "res256_steps20_repulsion3.json"
+    path.parent.mkdir(parents=True)
+    path.touch()
+    assert (parse(recipe).lpd_order_file, parse(recipe).order) == (path, "lpd")
+    assert parse([*recipe, "--num_images", "10", "--cfg", "3"]).lpd_order_file == path
+    for flags in (
+        ("--order", "lpd"), ("--order", "raster"), ("--generation_steps", "32"), ("--group_sizes", "1,255"),
+        ("--repulsion_threshold", "2"), ("--proximity_threshold", "2"), ("--num_images", "60000"),
+    ):  # fmt: skip
+        args = parse([*recipe, *flags])
+        assert args.lpd_order_file is None
+        assert args.order == ("raster" if "raster" in flags else "lpd")
+    assert parse([*recipe, "--lpd_order_file", "mine.json"]).lpd_order_file == Path("mine.json")
+
+
+def test_released_weights_in_the_other_form_are_found_without_a_recipe(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    flags = ["--pretrained_ckpt", "checkpoints/lpd_l_256.pth"]
+    assert parse(flags).pretrained_ckpt == Path("checkpoints/lpd_l_256.pth")
+    Path("checkpoints").mkdir()
+    Path("checkpoints/lpd_l_256.safetensors").touch()
+    assert parse(flags).pretrained_ckpt == Path("checkpoints/lpd_l_256.safetensors")

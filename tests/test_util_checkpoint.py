@@ -129,3 +129,18 @@ def test_weights_of_another_grid_are_resized_and_other_sizes_named() -> None:
     ):
         with pytest.raises(UserError, match=named):
             load_weights(build_model("lpd_debug", **(OPTIONS | change)), small.state_dict(), "small.pth", resize=True)
+
+
+def test_a_flipped_byte_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """torch.load compares no check sums: a run would go on from altered weights."""
+    for name, step in (("checkpoint-last.pth", 2), ("checkpoint-last-1.pth", 1)):
+        save_checkpoint(tmp_path / name, {"model": {"a": torch.ones(4096)}, "step": step})
+    content = bytearray((tmp_path / "checkpoint-last.pth").read_bytes())
+    content[len(content) // 2] ^= 1
+    (tmp_path / "checkpoint-last.pth").write_bytes(content)
+    with pytest.raises(UserError, match=r"checkpoint-last\.pth is truncated or damaged .*check sum"):
+        load_checkpoint(tmp_path / "checkpoint-last.pth")
+    newest = load_newest(tmp_path)
+    assert newest is not None
+    assert newest[1]["step"] == 1
+    assert "skipped" in caplog.text

@@ -11,6 +11,7 @@ import logging
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     A `model.safetensors` brings what the `config.json` beside it says (:mod:`util.exported`).
 
     Raises:
-        UserError: if the file is missing, truncated, or holds something else than plain data and tensors.
+        UserError: if the file is missing, truncated, altered, or holds something else than plain data and tensors.
     """
     path = Path(path)
     if not path.is_file():
@@ -78,12 +79,13 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         except (safetensors.SafetensorError, OSError) as error:
             raise UserError(f"checkpoint {path} is damaged or no safetensors file ({error}).") from None
     try:
+        _check_sums(path)
         with torch.serialization.safe_globals([argparse.Namespace]):
             payload = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = str(error).split(". ")[0]
         raise UserError(f"checkpoint {path} is damaged or holds more than plain data and tensors ({reason}).") from None
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
         reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
         raise UserError(f"checkpoint {path} is truncated or damaged ({reason}).") from None
     if not isinstance(payload, dict):
@@ -96,6 +98,22 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"checkpoint {path} holds no state dict, neither under the key 'model' nor by itself.")
     return payload
+
+
+def _check_sums(path: Path) -> None:
+    """Raise BadZipFile where bytes differ from what was written, which torch.load does not look at."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if (damaged := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"the check sum of {damaged} differs")
+
+
+def saved_step(path: Path) -> int | None:
+    """The step that a run's checkpoint was saved at, without reading its tensors; None where that can't be told."""
+    try:
+        return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"])
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError):
+        return None
 
 
 def previous_name(age: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
@@ -13,7 +12,7 @@ from typing import Any
 
 import torch
 
-from util.checkpoint import LAST, previous_name, save_checkpoint
+from util.checkpoint import LAST, previous_name, save_checkpoint, saved_step
 from util.errors import DISK_FULL
 
 logger = logging.getLogger(__name__)
@@ -35,7 +34,8 @@ class CheckpointWriter:
 
     def __init__(self, folder: Path | None, keep_last: int, start_step: int = 0) -> None:
         self._folder, self._keep_last = folder, keep_last
-        self._step_of_last: int | None = start_step
+        # Whether `checkpoint-last.pth` is the state that was saved last, or that the run went on from.
+        self._last_is_good = folder is not None and saved_step(folder / LAST) == start_step
         self._buffers: dict[tuple[Any, ...], torch.Tensor] = {}
         self._thread: threading.Thread | None = None
         self._failure: str | None = None
@@ -101,7 +101,7 @@ class CheckpointWriter:
         except Exception as error:
             self._failure, self._warned = f"step {payload['step']} in {folder} ({error})", False
         else:
-            self._failure, self._step_of_last = None, payload["step"]
+            self._failure, self._last_is_good = None, True
 
     def _write_files(self, folder: Path, payload: dict[str, Any], epoch: int | None) -> None:
         if epoch is None:
@@ -115,24 +115,17 @@ class CheckpointWriter:
 
     def _make_room(self, folder: Path) -> bool:
         """Give up the states before `checkpoint-last.pth`, if it is good; whether there were any."""
-        previous = list(folder.glob("checkpoint-last-*.pth")) if self._last_is_good(folder) else []
+        previous = list(folder.glob("checkpoint-last-*.pth")) if self._last_is_good else []
         for path in previous:
             logger.warning("the disk is full: %s is deleted to make room for the next checkpoint", path)
             path.unlink()
             path.with_suffix(".json").unlink(missing_ok=True)
         return bool(previous)
 
-    def _last_is_good(self, folder: Path) -> bool:
-        """Whether `checkpoint-last.pth` is the state that was saved last, or that the run went on from."""
-        try:
-            return json.loads((folder / LAST).with_suffix(".json").read_text())["step"] == self._step_of_last
-        except (OSError, ValueError, KeyError):
-            return False
-
     def _retire(self, folder: Path) -> None:
         """Keep the present `checkpoint-last.pth` under another name, and no more than `keep_last` states in all."""
         names = [LAST, *(previous_name(age) for age in range(1, self._keep_last))]
-        if self._last_is_good(folder):
+        if self._last_is_good:
             for older, newer in reversed(list(zip(names[1:], names, strict=False))):
                 for suffix in (".pth", ".json"):
                     if (folder / newer).with_suffix(suffix).exists():

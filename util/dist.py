@@ -7,8 +7,9 @@ function here still works.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TypeVar
@@ -19,6 +20,9 @@ import torch.distributed as torch_dist
 from util.errors import UserError
 
 T = TypeVar("T")
+
+TIMEOUT = timedelta(minutes=30)  # of a collective; what rank 0 alone does for longer goes through Dist.on_main
+_turns = itertools.count()  # of on_main, the same in all processes
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,28 @@ class Dist:
         torch_dist.broadcast_object_list(box, src=0)
         return box[0]
 
+    def on_main(self, function: Callable[[], T]) -> T:
+        """Run ``function`` on rank 0; every process gets its result (a small plain object) or its UserError.
+
+        The others wait outside any collective, so that it may take hours.
+        """
+        if self.world_size == 1:
+            return function()
+        key = f"on_main: {_restarts()} {next(_turns)}"
+        result, message = None, None
+        if self.is_main:
+            try:
+                result = function()
+            except UserError as error:
+                message = str(error)
+            _connect().set(key, "done")
+        else:
+            _wait_for(key)
+        result, message = self.broadcast((result, message))
+        if message is not None:
+            raise UserError(message)
+        return result  # type: ignore[return-value]
+
 
 def resolve_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     """``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
@@ -86,13 +112,33 @@ def resolve_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     return device
 
 
+def _connect(timeout: timedelta = timedelta(minutes=5)) -> torch_dist.TCPStore:
+    """The store in which the processes of a run find each other."""
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return torch_dist.TCPStore(address, port, is_master=False, timeout=timeout)
+
+
+def _restarts() -> str:
+    """How often torchrun has started the processes again, with the same store."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+
+
+def _wait_for(key: str) -> None:
+    store = _connect()
+    while True:  # in turns, between which signals are heard
+        try:
+            return store.wait([key], timedelta(seconds=2))
+        except torch_dist.DistStoreError:
+            pass
+
+
 def said_already(line: str) -> bool:
     """Whether another process of this run asked the same before; False where the processes can't be reached."""
     try:
-        store = torch_dist.TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=5)
+        return (
+            _connect(timedelta(seconds=5)).add(f"said: {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} {line}", 1)
+            > 1
         )
-        return store.add(f"said: {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} {line}", 1) > 1
     except (KeyError, ValueError, RuntimeError):
         return False
 
@@ -111,10 +157,7 @@ def distributed(device: str = "auto") -> Iterator[Dist]:
         torch.cuda.set_device(resolved)
     if world_size > 1:
         cuda = resolved.type == "cuda"
-        # Long enough for rank 0 to write 50,000 images while the others wait.
-        torch_dist.init_process_group(
-            "nccl" if cuda else "gloo", timeout=timedelta(hours=2), device_id=resolved if cuda else None
-        )
+        torch_dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT, device_id=resolved if cuda else None)
     yield Dist(rank, world_size, resolved)
     # After an exception the peers may be waiting in a collective, and so would the leaving: the launcher ends them.
     if world_size > 1:

@@ -251,9 +251,9 @@ def _find_on_hub(repo: str, wanted: str | None, choose: Choice) -> Path:
 def _find_in_cache(repo: str, wanted: str | None, choose: Choice) -> Path | None:
     try:
         folder = Path(snapshot_download(repo, local_files_only=True, allow_patterns=wanted or CONFIG))
+        path = folder / (wanted or choose([entry.name for entry in folder.iterdir()], repo))
     except (OSError, ValueError):
         return None
-    path = folder / (wanted or choose([entry.name for entry in folder.iterdir()], repo))
     if not path.is_file():
         return None
     digest = path.resolve().name

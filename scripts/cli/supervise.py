@@ -84,7 +84,7 @@ def supervise(arguments: list[str]) -> int:
             start_new_session=True,  # out of the reach of the terminal's Ctrl-C
             preexec_fn=ignore_stop_signals,
         )
-        left_since = None
+        left_since, killed = None, False
         while True:
             try:
                 status = torchrun.wait(POLL_SECONDS)
@@ -93,7 +93,8 @@ def supervise(arguments: list[str]) -> int:
                 workers.send()
             if left_since is None and any(code in TOLD_TO_LEAVE for code in workers.statuses()):
                 left_since = time.monotonic()
-            if left_since is not None and time.monotonic() - left_since > LEAVE_SECONDS:
+            if not killed and left_since is not None and time.monotonic() - left_since > LEAVE_SECONDS:
+                killed = True
                 print(f"a worker has not left {LEAVE_SECONDS:.0f} s after the first: killing it", file=sys.stderr)
                 workers.send(signal.SIGKILL)
         statuses = workers.statuses()

@@ -1,0 +1,53 @@
+"""One training at a time in an output folder: two would write over each other's checkpoints."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+from pathlib import Path
+from types import TracebackType
+from typing import TextIO
+
+from util.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+NAME = ".lock"
+HELD = (errno.EACCES, errno.EAGAIN)
+
+
+class FolderLock:
+    """Holds a folder until the `with` block is left or the process dies, however it does.
+
+    A record lock, which file systems over a network know too and which processes that load data do not inherit.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._file: TextIO | None = None
+
+    def acquire(self) -> None:
+        """Take the folder, if it exists; once more changes nothing.
+
+        Raises:
+            UserError: where another process has it.
+        """
+        if self._file is not None or not self._folder.is_dir():
+            return
+        self._file = open(self._folder / NAME, "w")  # noqa: SIM115 - closed when the lock is given back
+        try:
+            fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in HELD:
+                raise UserError(
+                    f"another training is writing to --output_dir {self._folder}; wait for its end or give another one."
+                ) from None
+            logger.warning("%s can't be locked (%s); start no second training there", self._folder, error)
+
+    def __enter__(self) -> FolderLock:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+        if self._file is not None:
+            self._file.close()
