@@ -17,7 +17,7 @@ from engine.options import eval_config, parse, recipe_changes, resolve_model, se
 from engine.recipes import EXPECTED, TOKENIZER
 from engine.required_files import check_files
 from engine.sample_grid import SampleGrid
-from engine.stop import exit_status, exit_when_told
+from engine.stop import exit_when_told
 from engine.trackers import TensorBoard, Tracker, WeightsAndBiases, check_trackers
 from engine.train import train
 from engine.train_step import choose_attention
@@ -33,6 +33,7 @@ from util.folder_lock import FolderLock
 from util.hub import Choice, choose_tokenizer, choose_weights, find_file
 from util.image_data import ImageDataset, open_images
 from util.logger import setup_logging
+from util.stop import exit_status
 
 logger = logging.getLogger("lpd")
 

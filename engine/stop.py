@@ -11,12 +11,7 @@ from types import FrameType
 import torch
 
 from util.dist import Dist
-from util.stop import REQUEUE_STATUS, STOP_SIGNALS, StopSignal, exit_status, ignore_stop_signals
-
-__all__ = [
-    "READ_BACK_DELAY", "REQUEUE_STATUS", "STOP_SIGNALS", "StopRequest", "exit_status", "exit_when_told",
-    "ignore_stop_signals",
-]  # fmt: skip
+from util.stop import STOP_SIGNALS, StopSignal, exit_status
 
 READ_BACK_DELAY = 2  # steps after which a GPU's answer is read, so that nobody waits for the device
 

@@ -23,7 +23,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from engine.monitor import Monitor
-from engine.stop import StopRequest, ignore_stop_signals
+from engine.stop import StopRequest
 from engine.trackers import Tracker
 from engine.train_step import ATTENTIONS, Part, TrainStep, draw_samples, mirrored_codes
 from models.flops import training_flops
@@ -35,6 +35,7 @@ from util.dist import Dist
 from util.errors import UserError
 from util.image_data import ImageDataset
 from util.lr_sched import LR_SCHEDULES, learning_rate
+from util.stop import ignore_stop_signals
 
 logger = logging.getLogger(__name__)
 

@@ -18,12 +18,13 @@ import pytest
 import torch
 from test_engine_train import CPU, SCHEDULES, build, config, make_cache
 
-from engine.stop import REQUEUE_STATUS, StopRequest, exit_status, exit_when_told
+from engine.stop import StopRequest, exit_when_told
 from engine.train import train
 from util.checkpoint import LAST, find_checkpoints, load_checkpoint, load_newest, save_checkpoint
 from util.checkpoint_writer import CheckpointWriter
 from util.data import CodeBatch, PackedCodes
 from util.errors import UserError
+from util.stop import REQUEUE_STATUS, exit_status
 
 ROOT = Path(__file__).parents[1]
 
