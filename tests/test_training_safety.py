@@ -10,7 +10,7 @@ import sys
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from threading import Event
+from threading import Semaphore
 from typing import Any
 
 import numpy as np
@@ -178,10 +178,10 @@ def test_checkpoint_is_the_state_of_its_step_though_training_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The optimizer changes tensors in place: a write in the background must not see the next step."""
-    may_write, save = Event(), torch.save
+    may_write, save = Semaphore(0), torch.save
 
     def wait_and_save(payload: Any, file: Any) -> None:
-        may_write.wait()
+        may_write.acquire()
         save(payload, file)
 
     monkeypatch.setattr("util.checkpoint.torch.save", wait_and_save)
@@ -192,10 +192,11 @@ def test_checkpoint_is_the_state_of_its_step_though_training_goes_on(
         weights += 1
         nested["state"][0]["moment"] += 1  # type: ignore[index]
         assert not (tmp_path / LAST).exists()
-        may_write.set()
+        may_write.release()
         writer.save({"model": {"w": weights}, "optimizer": nested, "step": 2}, epoch=7)
         assert not load_checkpoint(tmp_path / LAST)["model"]["w"].any()
         assert not load_checkpoint(tmp_path / LAST)["optimizer"]["state"][0]["moment"].any()
+        may_write.release()
     assert [path.name for path in find_checkpoints(tmp_path)] == [LAST, "checkpoint-7.pth"]
     assert load_checkpoint(tmp_path / LAST)["model"]["w"].tolist() == [1, 1, 1]
     assert json.loads((tmp_path / "checkpoint-7.json").read_text()) == {"step": 2}
