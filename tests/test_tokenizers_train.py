@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -174,12 +175,17 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path: Path, monkeypa
         curves = [[{**json.loads(line), "elapsed_sec": 0} for line in run] for run in lines]
         assert curves[0] == curves[1]
 
-    # Another run's state is left alone: this one starts at its beginning.
-    other = TokenizerTrainConfig(3, batch_size=8, seed=1)
-    train_tokenizer(Blobs(), MODEL, other, tmp_path / "other", CPU)
-    train_tokenizer(Blobs(), MODEL, other, tmp_path / "fresh", CPU)
-    a, b = (load_tokenizer(tmp_path / name / "tokenizer.pt").state_dict() for name in ("other", "fresh"))
-    assert all(torch.equal(a[name], b[name]) for name in a)
+    # Neither an unfinished training nor a finished one, on which caches depend, is replaced by one of other settings.
+    other = dataclasses.replace(config, seed=1)
+    for folder in (tmp_path / "other", tmp_path / "whole"):
+        before = {path.name: path.read_bytes() for path in folder.iterdir()}
+        with pytest.raises(UserError, match="trained with seed 0, not 1"):
+            train_tokenizer(Blobs(), MODEL, other, folder, CPU)
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    monkeypatch.setattr(train_module, "_losses", None)  # nothing is left to do
+    again = train_tokenizer(Blobs(), MODEL, dataclasses.replace(config, num_workers=1), tmp_path / "whole", CPU)
+    assert again == {name: json.loads(before["metrics.json"])[name] for name in again}
+    assert "psnr_db" in again
 
 
 @pytest.mark.parametrize(

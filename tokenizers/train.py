@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
 import logging
 import math
 import os
@@ -96,14 +97,15 @@ def train_tokenizer(
     Writes into ``output_dir``, every ``eval_freq`` steps and at the end: ``tokenizer.pt``, ``metrics.json`` (the
     returned figures and the settings), ``reconstructions.png`` (held-out images above their reconstructions) and a line
     of ``metrics.jsonl``. Until it is finished ``state.pth`` lies beside them, from which the same call goes on, exactly
-    as if it had not been interrupted; files of any other run are replaced. A stop signal saves it after the step.
+    as if it had not been interrupted. A finished training is left as it is. A stop signal saves it after the step.
 
     Returns:
         On the held-out images: ``psnr_db``, ``codebook_share`` (of entries chosen at all) and ``codebook_perplexity``;
         then counts and ``train_sec``.
 
     Raises:
-        UserError: when the images don't fit the tokenizer's stride or are fewer than two.
+        UserError: when the images don't fit the tokenizer's stride or are fewer than two, or the folder holds the
+            training of other settings.
         SystemExit: when a stop signal came and the state is saved, with status 75; 130 for Ctrl-C.
     """
     train_set, held_out_set = (
@@ -118,7 +120,14 @@ def train_tokenizer(
         raise UserError(f"--output_dir {str(output_dir)!r} is a file and should be a folder.")
     output_dir.mkdir(parents=True, exist_ok=True)
     settings = {"tokenizer": asdict(model_config), "training": asdict(config), "train_images": len(train_set)}
-    state = _read_state(output_dir / STATE, settings)
+    state = _read_state(output_dir / STATE)
+    earlier = _read_metrics(output_dir / "metrics.json")
+    for found in (state, earlier):
+        if found is not None:
+            _check_settings(found, settings, output_dir)
+    if earlier is not None and earlier["step"] == config.steps and (output_dir / "tokenizer.pt").exists():
+        log.info("the training is finished: all %d steps are done", config.steps)
+        return {name: value for name, value in earlier.items() if name not in ("step", *settings)}
     start_step = 0 if state is None else state["step"]
     if state is None:
         for name in ("metrics.json", "metrics.jsonl"):
@@ -220,16 +229,36 @@ def train_tokenizer(
     return metrics
 
 
-def _read_state(path: Path, settings: dict[str, Any]) -> dict[str, Any] | None:
-    """The state of an interrupted run with these settings, or None."""
+def _read_state(path: Path) -> dict[str, Any] | None:
+    """The state of an interrupted training, or None."""
     if not path.exists():
         return None
     try:
-        state = load_checkpoint(path)
+        return load_checkpoint(path)
     except UserError as error:
         log.warning("starting anew: %s", error)
         return None
-    return state if all(state.get(name) == value for name, value in settings.items()) else None
+
+
+def _read_metrics(path: Path) -> dict[str, Any] | None:
+    """What an earlier training measured last, with its settings, or None."""
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def _check_settings(found: dict[str, Any], settings: dict[str, Any], output_dir: Path) -> None:
+    """Refuse to go on from, or to replace, what was trained with other settings; caches depend on a tokenizer."""
+
+    def flat(values: dict[str, Any]) -> dict[str, Any]:
+        values = json.loads(json.dumps({name: values.get(name) for name in settings}))
+        return {**values["tokenizer"], **values["training"], "number of training images": values["train_images"]}
+
+    before, now = flat(found), flat(settings)
+    for name, value in now.items():
+        if name not in ("num_workers", "eval_freq") and before.get(name) != value:
+            raise UserError(
+                f"--output_dir {output_dir} holds a tokenizer trained with {name} {before.get(name)}, not {value}; "
+                "give another folder, or delete this one."
+            )
 
 
 def _losses(model: VQModel, images: Tensor, *, quantise: bool) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
