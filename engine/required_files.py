@@ -115,6 +115,7 @@ def statistics_origin(path: Path) -> str:
 def cache_command(args: argparse.Namespace) -> str:
     """The command that makes the cache of codes that the flags ask for."""
     tokenizer = args.vqgan_path or TOKENIZER
-    size = f" --img_size {args.img_size}" if args.img_size is not None else ""
+    size = 256 if args.img_size is None else args.img_size
     data = args.data_path or "IMAGES"
-    return f"python main_cache.py{size} --vqgan_path {tokenizer} --data_path {data} --cached_path {args.cached_path}"
+    files = f"--vqgan_path {tokenizer} --data_path {data} --cached_path {args.cached_path}"
+    return f"python main_cache.py --img_size {size} {files}"

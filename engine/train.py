@@ -203,9 +203,10 @@ def train(
     if resume is not None:
         for name, value in counted_in.items():
             if resume[name] != value:
+                flags = " (--batch_size × --grad_accum × processes)" if name == "global_batch" else ""
                 raise UserError(
-                    f"the checkpoint is of a run with {name} {resume[name]}, this one has {value}; go on with the "
-                    "same, or start anew from its weights with --pretrained_ckpt."
+                    f"the checkpoint is of a run with {name} {resume[name]}{flags}, this one has {value}; go on with "
+                    "the same, or start anew from its weights with --pretrained_ckpt."
                 )
         train_step.load(resume)
         start_step = resume["step"]

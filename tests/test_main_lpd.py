@@ -272,7 +272,7 @@ def test_resuming_with_another_batch_or_tokenizer_is_refused(
 ) -> None:
     """The steps of a run are counted in its global batches; its codes belong to its tokenizer."""
     assert run(main_lpd.main, *training(workspace), "--epochs", 3, "--batch_size", 4) == 2
-    assert "global_batch 8, this one has 4" in capsys.readouterr().err
+    assert "global_batch 8 (--batch_size × --grad_accum × processes), this one has 4" in capsys.readouterr().err
     other = load_checkpoint(workspace / "lpd" / "checkpoint-last.pth") | {"tokenizer_sha256": "f" * 64}
     save_checkpoint(workspace / "other.pth", other)
     arguments = (*training(workspace), "--output_dir", workspace / "wrong", "--epochs", 3)
