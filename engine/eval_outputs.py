@@ -1,8 +1,9 @@
-"""What an evaluation leaves behind besides its figures: a labelled grid, an npz for the ADM evaluator, the versions."""
+"""What an evaluation leaves behind: a line of results, a labelled grid, an npz for the ADM evaluator, the versions."""
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
 import platform
 import re
 import zipfile
@@ -24,6 +25,7 @@ from util.images import image_grid
 
 RECORDED_PACKAGES = ("torch", "torchvision", "torch-fidelity", "timm", "numpy", "scipy", "pillow")
 GRID_CLASSES, GRID_IMAGES_PER_CLASS = 10, 8
+MEASURED_ANEW = ("images_per_sec", "latency_s", "throughput_images_per_sec", "environment")
 
 
 def grid_indices(labels: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -70,6 +72,23 @@ def write_adm_npz(path: Path, png_dir: Path, labels: NDArray[np.int64], seed: in
                     member.write(pixels.tobytes())
         with archive.open("arr_1.npy", "w") as member:
             np.lib.format.write_array(member, labels[order])
+
+
+def append_results(path: Path, results: dict[str, Any], again: bool) -> dict[str, Any]:
+    """Append a line to a ``results.jsonl``, which is whole at any moment; returns what the last line holds.
+
+    Args:
+        again: whether the last line may be of this evaluation already; it is kept then.
+    """
+    results = json.loads(json.dumps(results))
+    lines = path.read_text().splitlines() if path.exists() else []
+    if again and lines:
+        last = json.loads(lines[-1])
+        if all(last.get(key) == value for key, value in results.items() if key not in MEASURED_ANEW):
+            return last
+    with atomic_write(path) as file:
+        file.write("".join(line + "\n" for line in [*lines, json.dumps(results)]).encode())
+    return results
 
 
 def describe_environment(dist: Dist) -> dict[str, Any]:

@@ -28,7 +28,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine.decoder import Decoder, resolve_path
-from engine.eval_outputs import check_replaceable, describe_environment, draw_grid, grid_indices, write_adm_npz
+from engine.eval_outputs import (
+    append_results,
+    check_replaceable,
+    describe_environment,
+    draw_grid,
+    grid_indices,
+    write_adm_npz,
+)
 from engine.features import INCEPTION, SPATIAL_DIM, FeatureExtractor, load_feature_extractor
 from engine.generate import Sampling
 from engine.latency import PUBLISHED_BATCH_SIZE, measure_latency, synchronize
@@ -48,7 +55,7 @@ from tokenizers import VQModel
 from util.counter_rng import fold_in
 from util.dist import Dist
 from util.errors import UserError
-from util.files import atomic_write, sha256, write_json
+from util.files import sha256, write_json
 from util.images import save_png
 
 logger = logging.getLogger(__name__)
@@ -227,26 +234,6 @@ def evaluate(
     finally:
         model.train(training)
     return evaluation.finish(dict(record or {}))
-
-
-MEASURED_ANEW = ("images_per_sec", "latency_s", "throughput_images_per_sec", "environment")
-
-
-def append_results(path: Path, results: dict[str, Any], again: bool) -> dict[str, Any]:
-    """Append a line to a ``results.jsonl``, which is whole at any moment; returns what the last line holds.
-
-    Args:
-        again: whether the last line may be of this evaluation already; it is kept then.
-    """
-    results = json.loads(json.dumps(results))
-    lines = path.read_text().splitlines() if path.exists() else []
-    if again and lines:
-        last = json.loads(lines[-1])
-        if all(last.get(key) == value for key, value in results.items() if key not in MEASURED_ANEW):
-            return last
-    with atomic_write(path) as file:
-        file.write("".join(line + "\n" for line in [*lines, json.dumps(results)]).encode())
-    return results
 
 
 class _Evaluation:

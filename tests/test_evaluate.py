@@ -33,7 +33,8 @@ from PIL import Image
 
 from engine import evaluate as evaluate_module
 from engine import metrics, partial_results
-from engine.evaluate import EvalConfig, append_results, evaluate, image_labels, image_seeds, prepare
+from engine.eval_outputs import append_results
+from engine.evaluate import EvalConfig, evaluate, image_labels, image_seeds, prepare
 from engine.metrics import FeatureStatistics, load_batches, load_reference_statistics, score
 from orders import generate_orders, save_orders
 from util.errors import UserError
