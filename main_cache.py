@@ -11,8 +11,8 @@ from __future__ import annotations
 import argparse
 
 from engine.cache import cache_codes, convert_npz
+from util.cli import exit_on_user_error
 from util.dist import distributed
-from util.errors import exit_on_user_error
 from util.logger import setup_logging
 
 

@@ -12,28 +12,30 @@ from typing import Any
 
 import torch
 
-from engine.evaluate import evaluate, prepare
+from engine.evaluation.evaluate import evaluate, prepare
+from engine.hub.remote import Choice, choose_tokenizer, choose_weights, find_file
+from engine.inputs import check_files
 from engine.options import eval_config, parse, recipe_changes, resolve_model, settings, train_config
 from engine.recipes import EXPECTED, TOKENIZER
-from engine.required_files import check_files
-from engine.sample_grid import SampleGrid
-from engine.stop import exit_when_told
-from engine.trackers import TensorBoard, Tracker, WeightsAndBiases, check_trackers
-from engine.train import train
-from engine.train_step import choose_attention
+from engine.training.sample_grid import SampleGrid
+from engine.training.step import choose_attention
+from engine.training.stop import exit_when_told
+from engine.training.trackers import TensorBoard, Tracker, WeightsAndBiases, check_trackers
+from engine.training.trainer import train
 from models.lpd import LPD, LPDConfig, load_weights
 from orders import published_group_sizes
 from tokenizers import VQModel, load_tokenizer
 from util.checkpoint import load_checkpoint, load_newest
-from util.data import CodeDataset, GlobalBatchSampler, open_codes
+from util.cli import exit_on_user_error
+from util.data.codes import CodeDataset, open_codes
+from util.data.images import ImageDataset, open_images
+from util.data.sampler import GlobalBatchSampler
 from util.dist import Dist, distributed
-from util.errors import UserError, exit_on_user_error
+from util.errors import UserError
 from util.files import check_output_dir, sha256, write_json
 from util.folder_lock import FolderLock
-from util.hub import Choice, choose_tokenizer, choose_weights, find_file
-from util.image_data import ImageDataset, open_images
 from util.logger import setup_logging
-from util.stop import exit_status
+from util.signals import exit_status
 
 logger = logging.getLogger("lpd")
 
@@ -54,7 +56,7 @@ def announce(args: argparse.Namespace, config: LPDConfig, dist: Dist, file_name:
 
 
 def local_file(path: Path, choose: Choice, dist: Dist) -> Path:
-    """The file that a path or a name on the hub stands for (see :func:`util.hub.find_file`); rank 0 downloads it."""
+    """The file that a path or a name on the hub stands for (:func:`engine.hub.remote.find_file`); rank 0 loads it."""
     found = dist.on_main(lambda: find_file(path, choose))
     return found if found.is_file() else find_file(path, choose)  # a machine with a cache of its own
 

@@ -26,12 +26,12 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from tokenizers import VQModel, load_tokenizer
-from util.data import CODES, CODES_FLIP, HEADER, LABELS, PARTS, CacheHeader, NpzCodes
+from util.data.codes import CODES, CODES_FLIP, HEADER, LABELS, PARTS, CacheHeader, NpzCodes
+from util.data.images import hash_names, open_images
 from util.dist import Dist
 from util.errors import UserError
 from util.files import atomic_write, sha256, write_json
-from util.image_data import hash_names, open_images
-from util.images import to_float
+from util.pictures import to_float
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ def cache_codes(
     cache of the same images, tokenizer and size, it is continued; a finished one is verified and kept.
 
     Args:
-        data_path: what :func:`util.image_data.open_images` takes.
+        data_path: what :func:`util.data.images.open_images` takes.
         batch_size: images encoded at once by each process, at most PART_SIZE.
         num_workers: image-reading processes of each process.
         skip_broken: leave out images that cannot be decoded; the header lists them.

@@ -6,19 +6,19 @@ import argparse
 from pathlib import Path
 from typing import Any, NoReturn
 
-from engine.decoder import DECODE_PATHS
-from engine.evaluate import EvalConfig
-from engine.features import INCEPTION
+from engine.decoding.decoder import DECODE_PATHS
+from engine.evaluation.evaluate import EvalConfig
+from engine.hub.published import ORDERS_DIR
 from engine.recipes import EVAL_RECIPES, RELEASED, TRAIN_RECIPES, checkpoint_path
-from engine.required_files import ORDERS_DIR
-from engine.train import TrainConfig
-from engine.train_step import ATTENTIONS
+from engine.scoring.features import INCEPTION
+from engine.training.step import ATTENTIONS
+from engine.training.trainer import TrainConfig
 from models import MODEL_SIZES, model_config
 from models.lpd import LPDConfig
 from models.sampling import CFG_SCHEDULES
 from orders import ORDER_KINDS, group_sizes, parse_group_sizes
+from util.cli import HelpFormatter
 from util.errors import UserError
-from util.help import HelpFormatter
 from util.lr_sched import LR_SCHEDULES
 
 # Flags on which an evaluation's figures depend, beside files and seed.

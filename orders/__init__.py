@@ -1,8 +1,8 @@
 """Generation orders, and the group sizes that cut them into decoding steps."""
 
 from orders.baselines import natural_group_sizes
+from orders.draw import ORDER_KINDS, default_repulsion, generate_orders
 from orders.files import load_orders, save_orders
-from orders.generate import ORDER_KINDS, default_repulsion, generate_orders
 from orders.schedule import group_sizes, parse_group_sizes, published_group_sizes
 
 __all__ = [

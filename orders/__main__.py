@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from orders.draw import ORDER_KINDS, OrderSettings, default_repulsion
 from orders.files import check_suffix, load_orders, read_settings, write_orders
-from orders.generate import ORDER_KINDS, OrderSettings, default_repulsion
 from orders.schedule import default_steps, grid_group_sizes, grid_shape, parse_group_sizes
 from orders.statistics import order_statistics
-from util.errors import UserError, exit_on_user_error
+from util.cli import exit_on_user_error
+from util.errors import UserError
 
 _COMPARED = ("lpd", "lpd_near_only", "lpd_far_only", "random", "halton", "par", "raster", "zipar", "nar")
 _ANIMATED = ("lpd", "random", "nar")
@@ -96,7 +97,7 @@ def _format(near: float, proximity: float, close: float, nearest: float) -> str:
 
 def draw(args: argparse.Namespace) -> None:
     """Draw the step of each token of one order."""
-    from orders.pictures import Schedule, draw_schedule
+    from orders.figures import Schedule, draw_schedule
 
     _check_picture(args.output, ".png", ".pdf", ".svg")
     draw_schedule(args.output, Schedule.of(_settings(args, args.order), args.index))
@@ -104,7 +105,7 @@ def draw(args: argparse.Namespace) -> None:
 
 def compare(args: argparse.Namespace) -> None:
     """Draw several schedules with the same group sizes beside each other."""
-    from orders.pictures import Schedule, draw_comparison
+    from orders.figures import Schedule, draw_comparison
 
     _check_picture(args.output, ".png", ".pdf", ".svg")
     schedules, overall = [], []
@@ -120,7 +121,7 @@ def compare(args: argparse.Namespace) -> None:
 
 def animate(args: argparse.Namespace) -> None:
     """Write a GIF of grids that fill up."""
-    from orders.pictures import Schedule, animate
+    from orders.figures import Schedule, animate
 
     _check_picture(args.output, ".gif")
     animate(args.output, [Schedule.of(_settings(args, kind), args.index) for kind in args.orders])

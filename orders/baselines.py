@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from orders.counter_rng import order_states, sub_states
+from orders.order_states import order_states, sub_states
 from orders.schedule import GridSize, default_steps, grid_group_sizes, grid_shape
 from util.errors import UserError
 

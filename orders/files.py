@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from safetensors import SafetensorError, safe_open
 
-from orders.generate import OrderSettings
+from orders.draw import OrderSettings
 from orders.schedule import GridSize, grid_shape
 from util.errors import UserError
 from util.files import atomic_write, sha256, write_json

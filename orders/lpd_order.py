@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from orders.counter_rng import TieKeys, order_states, sub_states, uniform_cells
+from orders.order_states import TieKeys, order_states, sub_states, uniform_cells
 
 MAX_SIDE = 128  # squared distances are held in 16 bits
 

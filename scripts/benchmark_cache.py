@@ -23,8 +23,11 @@ from typing import Any
 import numpy as np
 from torch.utils.data import DataLoader
 
-from util.data import CODES, CODES_FLIP, HEADER, LABELS, CacheHeader, GlobalBatchSampler, open_codes, whole_batch
-from util.errors import UserError, exit_on_user_error
+from util.cli import exit_on_user_error
+from util.data.codes import CODES, CODES_FLIP, HEADER, LABELS, CacheHeader, open_codes
+from util.data.loading import whole_batch
+from util.data.sampler import GlobalBatchSampler
+from util.errors import UserError
 from util.files import write_json
 
 IMAGENET_IMAGES, VOCAB = 1_281_167, 16_384

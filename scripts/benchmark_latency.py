@@ -28,23 +28,23 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from engine.decoder import DECODE_PATHS, Decoder, resolve_path
-from engine.eval_outputs import describe_environment
-from engine.generate import Sampling, draw_codes
-from engine.latency import PUBLISHED_RUNS, PUBLISHED_WARMUP, measure_latency
+from engine.decoding.decoder import DECODE_PATHS, Decoder, resolve_path
+from engine.decoding.latency import PUBLISHED_RUNS, PUBLISHED_WARMUP, measure_latency
+from engine.decoding.loop import draw_codes
+from engine.evaluation.outputs import describe_environment
 from engine.recipes import EVAL_RECIPES, EXPECTED
 from models import MODEL_SIZES, model_config
 from models.flops import decoding_flops
 from models.lpd import LPD, LPDConfig, load_weights
-from models.sampling import guide, sample
+from models.sampling import Sampling, guide, sample
 from orders import group_sizes
 from scripts.device_limits import Marks, copy_bytes, matrix_product_flops
 from tokenizers import VQConfig, VQModel, load_tokenizer
 from util.checkpoint import load_checkpoint
+from util.cli import HelpFormatter, exit_on_user_error
 from util.dist import Dist, resolve_device
-from util.errors import UserError, exit_on_user_error
+from util.errors import UserError
 from util.files import write_json
-from util.help import HelpFormatter
 
 WEIGHT_BYTES = {"packed_float16": 2, "packed_int8": 1}  # per weight, where the path decides it
 

@@ -25,11 +25,12 @@ import numpy as np
 import torch
 
 from orders import generate_orders, group_sizes, load_orders, save_orders
-from util.errors import UserError, exit_on_user_error
+from util.cli import exit_on_user_error
+from util.errors import UserError
 from util.files import write_json
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from orders_oracle import slow_order
+from tests.helpers.orders_oracle import slow_order
 
 SETTINGS = {256: (20, 2), 512: (48, 4)}  # image size: steps, repulsion threshold
 CORES = len(os.sched_getaffinity(0))

@@ -27,20 +27,21 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from engine.eval_outputs import describe_environment
-from engine.train import load_batches
-from engine.train_step import ATTENTIONS, Part, TrainStep, choose_attention, draw_samples, mirrored_codes
+from engine.evaluation.outputs import describe_environment
+from engine.training.optim import build_adamw
+from engine.training.step import ATTENTIONS, Part, TrainStep, choose_attention, draw_samples, mirrored_codes
+from engine.training.trainer import load_batches
 from models import MODEL_SIZES, model_config
 from models.flops import training_flops
 from models.lpd import LPD, LPDConfig
 from orders import published_group_sizes
 from scripts.device_limits import Marks, matrix_product_flops
-from util.data import CODES, CODES_FLIP, HEADER, LABELS, CacheHeader, GlobalBatchSampler, open_codes
+from util.cli import HelpFormatter, exit_on_user_error
+from util.data.codes import CODES, CODES_FLIP, HEADER, LABELS, CacheHeader, open_codes
+from util.data.sampler import GlobalBatchSampler
 from util.dist import Dist, resolve_device
-from util.errors import UserError, exit_on_user_error
+from util.errors import UserError
 from util.files import write_json
-from util.help import HelpFormatter
-from util.optim import build_adamw
 
 LR, CLIP, LABEL_DROP = 1e-4, 3.0, 0.1
 # (parts of a step, group sizes, learning rate) → (loss, gradient norm), as TrainStep.

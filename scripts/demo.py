@@ -19,20 +19,21 @@ from pathlib import Path
 
 import torch
 
-from engine.evaluate import EvalConfig, evaluate, prepare
-from engine.features import load_feature_extractor
-from engine.metrics import FeatureStatistics, load_reference_statistics, score
+from engine.evaluation.evaluate import EvalConfig, evaluate, prepare
+from engine.scoring.features import load_feature_extractor
+from engine.scoring.metrics import FeatureStatistics, load_reference_statistics, score
 from models.lpd import LPD, LPDConfig, load_weights
 from orders import group_sizes
 from scripts.digits import IMG_SIZE
 from tokenizers import load_tokenizer
 from util.checkpoint import LAST, load_checkpoint
+from util.cli import exit_on_user_error
+from util.data.images import ImageFolder
 from util.dist import Dist, resolve_device
-from util.errors import UserError, exit_on_user_error
+from util.errors import UserError
 from util.files import check_output_dir
-from util.image_data import ImageFolder
-from util.images import to_float, to_uint8
 from util.logger import setup_logging
+from util.pictures import to_float, to_uint8
 from util.plots import plot_loss
 
 STRIDE = 4

@@ -1,20 +1,15 @@
-"""What holds for all tests: imports from the repository root, one thread, a fixed seed, no GPU tests without a GPU."""
+"""What holds for all tests: one thread, a fixed seed, no GPU tests without a GPU."""
 
 from __future__ import annotations
 
 import os
 import random
-import sys
-from pathlib import Path
 
 # Read when torch is imported, and inherited by the processes that tests start. The models of the tests are tiny: more
 # threads than free cores make them many times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import pytest
+import torch
 
 
 @pytest.fixture(autouse=True)

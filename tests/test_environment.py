@@ -13,7 +13,9 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).resolve().parents[1] / "environment_setup.sh"
+from tests.helpers.commands import ROOT
+
+SCRIPT = ROOT / "environment_setup.sh"
 
 
 def _wheel(folder: Path, version: str) -> str:

@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,34 +14,19 @@ import pytest
 from PIL import Image
 
 import engine.classifier
-import engine.hub
+import engine.evaluation.results_table
 import engine.metrics
-import engine.results_table
 import main_cache
 import main_lpd
 import tokenizers.train
+from engine.hub.__main__ import main as hub_main
 from engine.options import parse, train_config
 from engine.recipes import EVAL_RECIPES, EXPECTED, TRAIN_RECIPES
 from models import model_config
+from tests.helpers.commands import ROOT, run
 from util.checkpoint import load_checkpoint, save_checkpoint
-from util.errors import exit_on_user_error
-
-ROOT = Path(__file__).parents[1]
 
 SIZE = ("--img_size", "16")
-
-
-def run(main: Callable[[], None], *arguments: object) -> int:
-    """Exit status of a command called in this process."""
-    before = sys.argv
-    sys.argv = ["command", *map(str, arguments)]
-    try:
-        exit_on_user_error(main)
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    finally:
-        sys.argv = before
-    return 0
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +93,7 @@ def test_exported_model_evaluates_as_its_checkpoint(workspace: Path) -> None:
     """A folder to share holds all that an evaluation needs: weights, sizes, names of the classes, the tokenizer."""
     folder = workspace / "exported"
     checkpoint = workspace / "lpd" / "checkpoint-last.pth"
-    assert run(engine.hub.main, "export", checkpoint, folder, "--vqgan_path", workspace / "tok" / "tokenizer.pt") == 0
+    assert run(hub_main, "export", checkpoint, folder, "--vqgan_path", workspace / "tok" / "tokenizer.pt") == 0
     assert run(main_lpd.main, *evaluation(workspace, "of_checkpoint")) == 0
     names = ("--pretrained_ckpt", folder, "--vqgan_path", folder)
     assert run(main_lpd.main, *evaluation(workspace, "of_export"), *names) == 0
@@ -117,7 +101,7 @@ def test_exported_model_evaluates_as_its_checkpoint(workspace: Path) -> None:
     for figure in ("frechet_distance", "inception_score", "class_accuracy", "model"):
         assert results[0][figure] == results[1][figure]
     assert results[1]["record"]["pretrained_ckpt"]["path"] == str(folder / "model.safetensors")
-    assert run(engine.results_table.main, workspace / "of_checkpoint", workspace / "of_export") == 0
+    assert run(engine.evaluation.results_table.main, workspace / "of_checkpoint", workspace / "of_export") == 0
 
 
 def test_a_recipe_is_announced_and_recorded_with_its_changes(

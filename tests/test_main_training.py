@@ -15,17 +15,18 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
-from test_engine_train import V, make_cache
-from test_main_lpd import run
 
 import main_lpd
-from engine.evaluate import EvalConfig
-from engine.sample_grid import SampleGrid
+from engine.evaluation.evaluate import EvalConfig
+from engine.training.sample_grid import SampleGrid
 from models import build_model
+from tests.helpers.commands import run
+from tests.helpers.tiny_run import V
+from tests.helpers.training_case import make_cache
 from tokenizers import VQConfig, VQModel, load_tokenizer
 from tokenizers.checkpoint import save_tokenizer
 from util.checkpoint import LAST, load_checkpoint, load_newest
-from util.data import PackedCodes
+from util.data.codes import PackedCodes
 from util.dist import Dist
 from util.files import sha256
 
@@ -241,7 +242,7 @@ def test_wrong_flags(
 def test_a_tracker_that_is_not_installed_is_named(
     workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, flag: str
 ) -> None:
-    monkeypatch.setattr("engine.trackers.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("engine.training.trackers.importlib.util.find_spec", lambda name: None)
     assert training(workspace, tmp_path / "wrong", *DEBUG, f"--{flag}") == 2
     assert "pip install" in capsys.readouterr().err.splitlines()[-1]
 

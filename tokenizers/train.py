@@ -30,15 +30,15 @@ from tokenizers.codebook_training import DeadCodeRevival, codebook_use, kmeans_s
 from tokenizers.training_data import Images, everything, flip_half, held_out_count, load_all, read_batches, split
 from tokenizers.vq_model import VQConfig, VQModel
 from util.checkpoint import load_checkpoint
+from util.cli import HelpFormatter, exit_on_user_error
+from util.data.images import open_images
 from util.dist import resolve_device
-from util.errors import UserError, exit_on_user_error
+from util.errors import UserError
 from util.files import atomic_write, write_json
-from util.help import HelpFormatter
-from util.image_data import open_images
-from util.images import image_grid, save_png, to_float, to_uint8
 from util.logger import MetricsWriter, setup_logging
 from util.lr_sched import learning_rate
-from util.stop import StopSignal, exit_status
+from util.pictures import image_grid, save_png, to_float, to_uint8
+from util.signals import StopSignal, exit_status
 
 log = logging.getLogger(__name__)
 

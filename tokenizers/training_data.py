@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Subset
 from tqdm import tqdm
 
-from util.data import all_batches
+from util.data.loading import all_batches
 from util.errors import UserError
-from util.stop import ignore_stop_signals
+from util.signals import ignore_stop_signals
 
 _IN_MEMORY_BYTES = 2 * 2**30  # a data set up to this size is decoded once and kept on the device
 _HELD_OUT_MAX = 2000  # images

@@ -19,9 +19,10 @@ from experiments.cifar10.page import PICTURES, Results, page, plot_quality
 from experiments.cifar10.settings import IMG_SIZE, Settings
 from experiments.cifar10.sweep import cell_of, finished_rows
 from util.checkpoint import load_checkpoint
-from util.errors import UserError, exit_on_user_error
+from util.cli import exit_on_user_error
+from util.data.images import open_images
+from util.errors import UserError
 from util.files import sha256, write_json
-from util.image_data import open_images
 from util.plots import plot_loss
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -16,20 +16,20 @@ from pathlib import Path
 
 import numpy as np
 
-from engine.features import INCEPTION
+from engine.scoring.features import INCEPTION
 from experiments.cifar10.report import write_report
 from experiments.cifar10.settings import FULL, IMG_SIZE, STRIDE, TINY, Settings
 from experiments.cifar10.stages import Clock, OutOfTime, Stages
 from experiments.cifar10.sweep import Sweep, plan
 from models import model_config
 from models.flops import training_flops
+from util.cli import HelpFormatter, exit_on_user_error
+from util.data.images import CIFAR10_FOLDER, open_images, write_packed
 from util.dist import Dist, resolve_device
-from util.errors import UserError, exit_on_user_error
+from util.errors import UserError
 from util.files import check_output_dir
-from util.help import HelpFormatter
-from util.image_data import CIFAR10_FOLDER, open_images, write_packed
 from util.logger import setup_logging
-from util.stop import REQUEUE_STATUS
+from util.signals import REQUEUE_STATUS
 
 STAGES = ("tokenizer", "codes", "classifier", "reference", "floors", "lpd", "sweep", "report")
 OUT_OF_TIME = REQUEUE_STATUS  # exit status: not finished, run the same command again

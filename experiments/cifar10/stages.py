@@ -14,7 +14,7 @@ from typing import Any
 
 from util.errors import UserError
 from util.files import atomic_write, write_json
-from util.stop import REQUEUE_STATUS
+from util.signals import REQUEUE_STATUS
 
 # Of a stage told to stop: saved, or ended before or without a handler, since what it finished is on the disk already.
 STOPPED = (REQUEUE_STATUS, -signal.SIGTERM)

@@ -27,8 +27,8 @@ import submitit  # noqa: E402
 from submitit.core.utils import FailedJobError  # noqa: E402
 
 from scripts.cli.node import TIME_LIMIT_SIGNAL, NodeTask, path_with_this_python  # noqa: E402
-from util.errors import UserError, exit_on_user_error  # noqa: E402
-from util.help import HelpFormatter  # noqa: E402
+from util.cli import HelpFormatter, exit_on_user_error  # noqa: E402
+from util.errors import UserError  # noqa: E402
 
 SBATCH_OPTIONS = (
     "job_name", "nodes", "partition", "account", "time", "cpus_per_task", "mem", "qos", "constraint", "exclude",

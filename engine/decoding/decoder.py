@@ -1,0 +1,220 @@
+"""Generation prepared once and run many times: labels, orders and seeds in, codes and pictures out.
+
+Shape legend: `B` images, `L` tokens of an image, `H` `W` pixels.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from engine.decoding.loop import check_batch, decode, draw_codes, make_cache
+from models.inference import CompiledLPD, can_pack, narrow_linear_weights, packed_copy, share_weights
+from models.lpd import LPD
+from models.sampling import Sampling
+from tokenizers import VQModel
+from util.errors import UserError
+from util.pictures import to_uint8
+
+DECODE_PATHS = ("auto", "plain", "packed", "packed_float16", "packed_int8", "compiled", "graph")
+_PIXELS_AT_ONCE = 64 * 256 * 256  # decoded in one piece: enough to fill a GPU, and bounds the memory
+
+
+class Decoded(NamedTuple):
+    """Codes (B, L) int64 in raster order; pictures (B, H, W, 3) uint8, or None without a tokenizer."""
+
+    codes: Tensor
+    images: Tensor | None
+
+
+class Decoder:
+    """The decoding loop for one model, schedule, batch size and sampling.
+
+    The paths give the same images for the same seeds, up to the rounding of their precision:
+
+    - ``plain``: the model as it is, step by step.
+    - ``packed``: weights packed for the CPU's matrix kernels; ``packed_float16``, ``packed_int8``: stored so as well.
+    - ``compiled``: what lies around the attention compiled, weights and VQ decoder cast once where `bf16` is on.
+    - ``graph``: that, and all of it, from labels to pixels, captured in one CUDA graph with static buffers, and
+      replayed. Nothing is read back from the device on the way.
+    - ``auto``: ``graph`` on a GPU, ``packed`` on a CPU where that is possible, else ``plain``.
+
+    The copies follow no later change of the model's weights.
+    """
+
+    def __init__(
+        self,
+        model: LPD,
+        group_sizes: Sequence[int],
+        sampling: Sampling,
+        batch_size: int,
+        *,
+        tokenizer: VQModel | None = None,
+        path: str = "auto",
+        bf16: bool = False,
+        with_class: bool = True,
+    ) -> None:
+        """
+        Args:
+            model: in eval mode, on the device to use.
+            batch_size: images of a call.
+            tokenizer: decodes the pictures; None gives codes only.
+            bf16: bfloat16 autocast; logits (of bfloat16 factors), guidance and noise are float32 all the same.
+            with_class: False decodes without labels (then `sampling.cfg` must be 1).
+
+        Raises:
+            UserError: for settings that do not fit the model or the device.
+        """
+        self.device = model.pos_embed.device
+        self.path = resolve_path(path, self.device, model.pos_embed.dtype, bf16)
+        self.batch_size, self.group_sizes, self.sampling, self.bf16 = batch_size, tuple(group_sizes), sampling, bf16
+        if model.training:
+            raise UserError("the model is in training mode; call model.eval() before generating.")
+        if batch_size < 1:
+            raise UserError(f"batch size {batch_size} must be at least 1.")
+        sampling.check(model.config.vocab_size)
+        L = model.config.num_tokens
+        self.orders = torch.arange(L, device=self.device).repeat(batch_size, 1)
+        self.seeds = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
+        self.labels = torch.zeros_like(self.seeds) if with_class else None
+        model.check_inputs(self.orders, group_sizes)
+        check_batch(model, self.labels, self.orders, self.seeds, sampling.guided)
+
+        self._draw: Callable[..., Tensor] = draw_codes
+        self._to_pixels: Callable[[VQModel, Tensor], Tensor] = _to_pixels
+        self.compiled = self.path in ("compiled", "graph")
+        if self.path.startswith("packed"):
+            model = packed_copy(model, self.path.removeprefix("packed").removeprefix("_") or "float32")
+        elif self.compiled:
+            model = share_weights(model, CompiledLPD)
+            self._draw = torch.compile(draw_codes)
+            # A symbolic batch size would switch off the choice of layouts for convolutions.
+            self._to_pixels = torch.compile(_to_pixels, dynamic=False)
+            if bf16:
+                narrow_linear_weights(model)
+                tokenizer = None if tokenizer is None else _narrow_decoder(tokenizer)
+        self.model, self.tokenizer = model, tokenizer
+        with self._settings():
+            self.cache = make_cache(model, batch_size * (2 if sampling.guided else 1))
+        self.graph: torch.cuda.CUDAGraph | None = None
+        if self.path == "graph":
+            self._capture()
+
+    def __call__(self, labels: Tensor | None, orders: Tensor, seeds: Tensor) -> Decoded:
+        """Generate one batch.
+
+        Args:
+            labels: integer (B,) classes, or None where the decoder was made without class.
+            orders: integer (B, L), each row a permutation of raster indices.
+            seeds: integer (B,); an image's draws follow its seed alone.
+
+        Returns:
+            Tensors made in inference mode: clone them to use them where gradients are recorded.
+
+        Raises:
+            UserError: for a batch that does not fit. Values are checked where the tensors are on the host; a look at
+                values on the device would have to wait for it.
+        """
+        if (labels is None) != (self.labels is None):
+            raise UserError("labels are given to a decoder made without class, or missing for one made with classes.")
+        given = [(self.orders, orders, "orders"), (self.seeds, seeds, "seeds")]
+        if labels is not None and self.labels is not None:
+            given.append((self.labels, labels, "labels"))
+        for buffer, tensor, name in given:
+            if tensor.shape != buffer.shape:
+                raise UserError(
+                    f"{name} have shape {tuple(tensor.shape)}; this decoder was made for {tuple(buffer.shape)}."
+                )
+        if all(tensor.device.type == "cpu" for _, tensor, _ in given):
+            check_batch(self.model, labels, orders, seeds, self.sampling.guided)
+        with self._settings():
+            for buffer, tensor, _ in given:
+                if self.device.type == "cuda" and tensor.device.type == "cpu":
+                    tensor = tensor.pin_memory()  # from other memory the copy would wait for what runs before it
+                buffer.copy_(tensor, non_blocking=True)
+            if self.graph is None:
+                return self._run()
+            self.graph.replay()
+            codes, images = self._captured
+            return Decoded(codes.clone(), None if images is None else images.clone())
+
+    @contextlib.contextmanager
+    def _settings(self) -> Iterator[None]:
+        """What holds while the decoder runs; afterwards, whatever happens, all is as before."""
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.inference_mode())
+            # Only eager code gains by keeping casts, and a graph must not hold on to tensors that live outside of it.
+            keep = self.path == "plain"
+            stack.enter_context(torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=keep))
+            # cuDNN would build a plan for each of a schedule's shapes.
+            backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+            stack.enter_context(sdpa_kernel(backends))
+            if self.compiled:
+                # One function serves the layers and steps of all decoders; by default the ninth variant would be eager.
+                limits = {"recompile_limit": 64, "fail_on_recompile_limit_hit": True}
+                stack.enter_context(torch._dynamo.config.patch(limits))
+            yield
+
+    def _run(self) -> Decoded:
+        codes = decode(
+            self.model, self.labels, self.orders, self.seeds, self.group_sizes, self.sampling, self.cache, self._draw
+        )
+        if self.tokenizer is None:
+            return Decoded(codes, None)
+        side = self.model.config.grid_size * self.tokenizer.stride
+        pieces = codes.split(max(1, _PIXELS_AT_ONCE // side**2))
+        return Decoded(codes, torch.cat([self._to_pixels(self.tokenizer, piece) for piece in pieces]))
+
+    def _capture(self) -> None:
+        with torch.cuda.device(self.device), self._settings():
+            # Compiling and the choice of kernels must lie behind before the capture; library workspaces belong to a
+            # stream, so it is the same one.
+            stream = torch.cuda.Stream()
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                for _ in range(2):
+                    self._run()
+                stream.synchronize()
+                graph = torch.cuda.CUDAGraph()
+                # Other threads, such as one that pins batches, may go on meanwhile.
+                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                    self._captured = self._run()
+            torch.cuda.current_stream().wait_stream(stream)
+            self.graph = graph
+
+
+def resolve_path(path: str, device: torch.device, dtype: torch.dtype, bf16: bool) -> str:
+    """What ``auto`` means for a model of this dtype; UserError for a path that it or its device does not have."""
+    if path not in DECODE_PATHS:
+        raise UserError(f"decode path {path!r} does not exist; choose one of {', '.join(DECODE_PATHS)}.")
+    if path == "auto":
+        if device.type == "cuda":
+            return "graph"
+        return "packed" if can_pack("float32") and dtype == torch.float32 and not bf16 else "plain"
+    if path == "graph" and device.type != "cuda":
+        raise UserError(f"decode path graph needs a CUDA GPU, the model is on {device}; use compiled, packed or plain.")
+    if path.startswith("packed") and (bf16 or device.type != "cpu" or dtype != torch.float32):
+        raise UserError(
+            f"decode path {path} is for float32 models on the CPU without bf16; use auto, plain or compiled."
+        )
+    return path
+
+
+def _to_pixels(tokenizer: VQModel, codes: Tensor) -> Tensor:
+    return to_uint8(tokenizer.decode(codes))
+
+
+def _narrow_decoder(tokenizer: VQModel) -> VQModel:
+    """A tokenizer over the same weights whose decoding half is bfloat16, channels last."""
+    with torch.device("meta"):
+        twin = VQModel(tokenizer.config)
+    twin.load_state_dict(tokenizer.state_dict(), assign=True)
+    twin.post_quant_conv.to(torch.bfloat16)
+    twin.decoder.to(torch.bfloat16)
+    twin.decoder.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return twin.eval()

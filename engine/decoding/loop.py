@@ -1,0 +1,108 @@
+"""Parallel decoding with a key/value cache (arXiv 2507.01957, section 3.3).
+
+Shape legend: `B` images, `L` tokens of an image, `N` rows or tokens of a step, `V` codes; `G` = B, or 2B with guidance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from models.kv_cache import KVCache
+from models.lpd import LPD
+from models.sampling import Sampling, exponential_noise, guidance_weights, guide, sample
+from util.errors import UserError
+
+
+def check_batch(
+    model: LPD, labels: torch.Tensor | None, orders: torch.Tensor, seeds: torch.Tensor, guided: bool
+) -> None:
+    """Raise UserError where a batch does not fit the model. Values are looked at, so tensors should be on the host."""
+    B, L = len(orders), model.config.num_tokens
+    if orders.shape != (B, L):
+        raise UserError(f"orders have shape {tuple(orders.shape)}; they must be (batch, {L}).")
+    wrong = (orders.sort(dim=1).values != torch.arange(L, device=orders.device)).any(dim=1).nonzero()
+    if wrong.numel():
+        raise UserError(f"row {int(wrong[0])} of the orders is no permutation of 0 to {L - 1}.")
+    if labels is None and guided:
+        raise UserError("cfg is not 1 but there are no labels to guide towards; decode without labels at cfg 1.")
+    if labels is not None:
+        if labels.shape != (B,):
+            raise UserError(
+                f"labels have shape {tuple(labels.shape)}, orders {tuple(orders.shape)}; give one per order."
+            )
+        classes = model.config.class_num
+        wrong = labels[(labels < 0) | (labels >= classes)]
+        if wrong.numel():
+            raise UserError(f"label {int(wrong[0])} is out of range; the model has classes 0 to {classes - 1}.")
+    if seeds.shape != (B,):
+        raise UserError(f"seeds have shape {tuple(seeds.shape)}; there are {B} orders, so give ({B},).")
+
+
+def draw_codes(
+    logits_GNV: torch.Tensor,
+    weights_N: torch.Tensor,
+    seeds_B: torch.Tensor,
+    positions_BN: torch.Tensor,
+    sampling: Sampling,
+) -> torch.Tensor:
+    """Codes (B, N) int64 of one step: guidance, then the draw, in float32 (float64 logits stay so)."""
+    logits = logits_GNV if logits_GNV.dtype == torch.float64 else logits_GNV.float()
+    if sampling.guided:
+        conditional, unconditional = logits.chunk(2)
+        logits = guide(conditional, unconditional, weights_N)
+    noise = exponential_noise(seeds_B, positions_BN, logits.shape[-1])
+    return sample(logits, noise, sampling.temperature, sampling.top_k, sampling.top_p)
+
+
+def make_cache(model: LPD, rows: int) -> KVCache:
+    """Cache for `rows` sequences (twice the batch with guidance), in the dtype that attention will run in."""
+    config, weight = model.config, model.pos_embed
+    kind = weight.device.type
+    return KVCache(
+        config.depth,
+        rows,
+        config.num_heads,
+        capacity=1 + config.num_tokens,
+        head_dim=config.embed_dim // config.num_heads,
+        device=weight.device,
+        dtype=torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype,
+    )
+
+
+def decode(
+    model: LPD,
+    labels_B: torch.Tensor | None,
+    orders_BL: torch.Tensor,
+    seeds_B: torch.Tensor,
+    group_sizes: Sequence[int],
+    sampling: Sampling,
+    cache: KVCache,
+    draw: Callable[..., torch.Tensor] = draw_codes,
+) -> torch.Tensor:
+    """The decoding loop: codes (B, L) int64 in raster order.
+
+    All tensors are int64 and on the model's device, and right (:func:`check_batch`). Every shape follows from the group
+    sizes, and nothing is read back from the device.
+    """
+    B, L = orders_BL.shape
+    weights_L = guidance_weights(sampling.cfg, sampling.cfg_schedule, L, orders_BL.device)
+    orders_GL = orders_BL.repeat(2, 1) if sampling.guided else orders_BL
+    class_G1D = model.embed_class(labels_B, B)
+    if sampling.guided:
+        class_G1D = torch.cat([class_G1D, model.embed_class(None, B)])
+    cache.length = 0
+    groups: list[torch.Tensor] = []
+    known_GN: torch.Tensor | None = None
+    positions = orders_GL.split(list(group_sizes), dim=1)
+    for targets_GQ, weights_Q in zip(positions, weights_L.split(list(group_sizes)), strict=True):
+        if known_GN is None:
+            rows_GND, num_context = torch.cat([class_G1D, model.embed_queries(targets_GQ)], dim=1), 1
+        else:
+            codes_GN = groups[-1].repeat(2, 1) if sampling.guided else groups[-1]
+            rows_GND, num_context = model.embed_step(codes_GN, known_GN, targets_GQ), known_GN.shape[1]
+        logits_GQV = model.decode_step(rows_GND, num_context, cache)
+        groups.append(draw(logits_GQV, weights_Q, seeds_B, targets_GQ[:B], sampling))
+        known_GN = targets_GQ
+    return torch.empty_like(orders_BL).scatter_(1, orders_BL, torch.cat(groups, dim=1))

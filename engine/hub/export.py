@@ -1,0 +1,131 @@
+"""A trained model as a folder to share: written from a checkpoint, uploaded to the hub."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from huggingface_hub import HfApi
+
+from engine.hub.remote import TOKENIZERS, find_file, hub_errors
+from models.lpd import LPD, LPDConfig, load_weights
+from orders.schedule import default_steps
+from tokenizers import load_tokenizer
+from util.checkpoint import load_checkpoint
+from util.errors import UserError
+from util.exported import CONFIG, FORMAT, FORMAT_VERSION, MODEL
+from util.files import atomic_write, sha256, write_json
+
+logger = logging.getLogger(__name__)
+
+CARD = "README.md"
+
+
+def export(checkpoint: Path, folder: Path, *, ema: bool = False, vqgan_path: Path | None = None) -> None:
+    """Write a checkpoint as `model.safetensors`, `config.json` and a model card, and the tokenizer beside them.
+
+    Args:
+        ema: take the moving average of the weights (`model_ema`) instead of the last ones.
+        vqgan_path: tokenizer to copy, the one that the model was trained with.
+
+    Raises:
+        UserError: for a checkpoint without configuration or average, a tokenizer of another model, or a folder that
+            holds something else.
+    """
+    content = load_checkpoint(checkpoint)
+    config = _recorded_config(content, checkpoint)
+    state = content["model"]
+    if ema:
+        state = content.get("model_ema")
+        if state is None:
+            raise UserError(f"{checkpoint} holds no moving average of its weights; leave out --ema.")
+    check_state(state, config, str(checkpoint))
+    described: dict[str, Any] = {"format": FORMAT, "format_version": FORMAT_VERSION, "config": vars(config)}
+    described |= {key: content.get(key) for key in ("classes", "tokenizer_sha256")}
+    if vqgan_path is not None:
+        load_tokenizer(vqgan_path)
+        given, trained_with = sha256(vqgan_path), described["tokenizer_sha256"]
+        if trained_with not in (None, given):
+            raise UserError(f"{checkpoint} was trained with another tokenizer than {vqgan_path} (SHA-256 differs).")
+        described["tokenizer_sha256"] = given
+    kept = {MODEL, CONFIG, CARD, *TOKENIZERS}
+    strangers = sorted({path.name for path in folder.iterdir()} - kept) if folder.exists() else []
+    if strangers:
+        raise UserError(f"{folder} holds {strangers[0]!r}, which no export wrote; choose another folder.")
+    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+    with atomic_write(folder / MODEL) as file:
+        safetensors.torch.save_file(tensors, file.name, metadata={"format": "pt"})
+    for name in TOKENIZERS:
+        if vqgan_path is None or (name == TOKENIZERS[0]) == (vqgan_path.suffix == ".safetensors"):
+            (folder / name).unlink(missing_ok=True)  # of an earlier export
+            continue
+        with atomic_write(folder / name) as file, open(vqgan_path, "rb") as source:
+            shutil.copyfileobj(source, file)
+    write_json(folder / CONFIG, described)
+    with atomic_write(folder / CARD) as file:
+        file.write(_model_card(folder.name, config, described, vqgan_path is not None).encode())
+    logger.info("%s: %d tensors, %s", folder, len(tensors), "averaged weights" if ema else "weights")
+
+
+def check_state(state: dict[str, torch.Tensor], config: LPDConfig, source: str) -> None:
+    """Raise UserError unless names and shapes are those of the model."""
+    with torch.device("meta"):
+        load_weights(LPD(config), {key: value.to("meta") for key, value in state.items()}, source)
+
+
+def _recorded_config(content: dict[str, Any], source: Path) -> LPDConfig:
+    config = content.get("config")
+    if not isinstance(config, dict) or config.keys() != LPDConfig.__dataclass_fields__.keys():
+        raise UserError(f"{source} records no configuration of an LPD model, so it can't be exported.")
+    return LPDConfig(**config)
+
+
+def _model_card(name: str, config: LPDConfig, described: dict[str, Any], has_tokenizer: bool) -> str:
+    tokenizer = "NAME_OR_FOLDER" if has_tokenizer else "TOKENIZER"
+    trained_with = described["tokenizer_sha256"]
+    return f"""---
+tags: [lpd, image-generation, class-conditional]
+---
+# {name}
+
+A class-conditional image generator that decodes tokens in parallel, by the method of *Locality-aware Parallel Decoding*
+([arXiv 2507.01957](https://arxiv.org/abs/2507.01957)).
+
+| pixels | classes | width × depth | heads | codes | tokenizer's stride |
+|---|---|---|---|---|---|
+| {config.img_size} | {config.class_num} | {config.embed_dim} × {config.depth} | {config.num_heads} | \
+{config.vocab_size} | {config.stride} |
+
+Tokenizer: {f"SHA-256 `{trained_with}`" if trained_with else "not recorded"}\
+{", in this repository" if has_tokenizer else ""}. Generate images:
+
+```bash
+python main_lpd.py --evaluate --pretrained_ckpt NAME_OR_FOLDER --vqgan_path {tokenizer} \\
+    --generation_steps {default_steps((config.grid_size, config.grid_size))} --cfg 3 --num_images 100 \\
+    --feature_extractor none --save_images --output_dir samples
+```
+"""
+
+
+def push(folder: Path, repo: str, private: bool = False) -> str:
+    """Upload an exported folder to the hub as ``repo``, made if there is none; returns its URL.
+
+    Raises:
+        UserError: if the folder is no exported model, or the hub refuses it.
+    """
+    content = load_checkpoint(find_file(folder / MODEL))
+    check_state(content["model"], _recorded_config(content, folder / CONFIG), str(folder / MODEL))
+    api = HfApi()
+    with hub_errors(f"{repo} can't be uploaded; log in with hf auth login, or set HF_TOKEN to a token that may write"):
+        url = api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=url.repo_id,
+            folder_path=folder,
+            allow_patterns=[MODEL, CONFIG, CARD, *TOKENIZERS],
+            commit_message="LPD model",
+        )
+    return str(url)

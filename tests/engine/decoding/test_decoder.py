@@ -1,0 +1,273 @@
+"""Prepared decoding: every path gives the plain loop's codes, for any mix of decoders, and refuses what it can't do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import engine.decoding.decoder
+from engine.decoding.decoder import Decoder
+from engine.decoding.loop import decode, draw_codes, make_cache
+from engine.generate import generate
+from models import build_model
+from models.inference import narrow_linear_weights, packed_copy, share_weights
+from models.lpd import LPD
+from models.sampling import Sampling
+from tokenizers import VQConfig, VQModel
+from util.errors import UserError
+from util.pictures import to_uint8
+
+V, CLASSES, SIZES = 50, 5, [1, 3, 5, 7]
+
+
+def small_model() -> LPD:
+    torch.manual_seed(0)
+    model = build_model("lpd_debug", img_size=16, stride=4, class_num=CLASSES, vocab_size=V).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.4)  # far from initialisation, where rows barely differ
+    return model
+
+
+def small_tokenizer() -> VQModel:
+    torch.manual_seed(1)
+    return VQModel(VQConfig(8, (1, 1, 1), res_blocks=1, z_channels=8, codebook_size=V, code_dim=4)).eval()
+
+
+def batch(size: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Labels, orders and seeds."""
+    generator = torch.Generator().manual_seed(seed)
+    labels = torch.randint(CLASSES, (size,), generator=generator)
+    return labels, torch.rand(size, 16, generator=generator).argsort(dim=1), torch.arange(size) + 100 * seed
+
+
+def plain_codes(model: LPD, inputs: tuple[torch.Tensor, ...], sizes: list[int], sampling: Sampling) -> torch.Tensor:
+    labels, orders, seeds = inputs
+    return generate(model, labels, orders, sizes, cfg=sampling.cfg, top_k=sampling.top_k, seeds=seeds)
+
+
+GUIDED, UNGUIDED = Sampling(cfg=3.0), Sampling(top_k=7)
+
+
+@pytest.mark.parametrize(
+    ("path", "sampling"),
+    [
+        ("plain", GUIDED),
+        ("plain", UNGUIDED),
+        ("packed", GUIDED),
+        ("auto", UNGUIDED),
+        pytest.param("compiled", GUIDED, marks=pytest.mark.slow),  # a C++ compiler runs
+    ],
+)
+def test_codes_are_those_of_the_plain_loop(path: str, sampling: Sampling) -> None:
+    """Catches static buffers that keep the last batch, wrong guidance halves, and noise of another step."""
+    model = small_model()
+    decoder = Decoder(model, SIZES, sampling, 3, path=path)
+    for seed in range(2):
+        inputs = batch(3, seed)
+        assert torch.equal(decoder(*inputs).codes, plain_codes(model, inputs, SIZES, sampling))
+
+
+def test_decoders_live_side_by_side() -> None:
+    """Interleaved calls of decoders with other schedules and batch sizes must not share a cache or a buffer."""
+    model, guided = small_model(), Sampling(cfg=2.0)
+    cases = [(SIZES, 3, guided), ([4, 12], 2, Sampling()), ([1] * 16, 3, guided)]
+    decoders = [Decoder(model, sizes, sampling, B) for sizes, B, sampling in cases]
+    for seed in range(2):
+        for decoder, (sizes, B, sampling) in zip(decoders, cases, strict=True):
+            inputs = batch(B, seed)
+            assert torch.equal(decoder(*inputs).codes, plain_codes(model, inputs, sizes, sampling))
+
+
+def test_pictures_are_the_decoded_codes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the batch is decoded in pieces, the last one smaller."""
+    tokenizer = small_tokenizer()
+    monkeypatch.setattr(engine.decoding.decoder, "_PIXELS_AT_ONCE", 2 * 16 * 16)
+    codes, images = Decoder(small_model(), SIZES, Sampling(), 3, tokenizer=tokenizer)(*batch(3))
+    with torch.no_grad():
+        expected = to_uint8(tokenizer.decode(codes))
+    assert images is not None
+    assert images.shape == (3, 16, 16, 3)
+    assert (images.int() - expected.int()).abs().max() <= 1  # a byte at a rounding edge
+
+
+def test_without_class() -> None:
+    model, (_, orders, seeds) = small_model(), batch(2)
+    decoder = Decoder(model, SIZES, Sampling(), 2, with_class=False)
+    assert torch.equal(decoder(None, orders, seeds).codes, generate(model, None, orders, SIZES, seeds=seeds))
+
+
+def test_nothing_in_the_loop_reads_values() -> None:
+    """Fake tensors have shapes but no values: an `.item()`, a `nonzero` or a copy to the host would fail."""
+    sampling = Sampling(cfg=3.0, temperature=0.9, top_k=5, top_p=0.9)
+    with FakeTensorMode(), torch.inference_mode():
+        model = small_model()
+        labels, orders, seeds = (torch.zeros(shape, dtype=torch.int64) for shape in ((3,), (3, 16), (3,)))
+        codes = decode(model, labels, orders, seeds, SIZES, sampling, make_cache(model, 6))
+        assert codes.shape == (3, 16)
+        with pytest.raises(RuntimeError):
+            codes.sum().item()  # it would show
+
+
+@pytest.mark.parametrize(("weights", "tolerance"), [("float32", 1e-5), ("float16", 2e-3), ("int8", 0.15)])
+def test_packed_weights_change_outputs_by_their_rounding(weights: str, tolerance: float) -> None:
+    """Relative to the spread of the logits; the model it was made from stays as it was."""
+    torch.manual_seed(0)
+    model = build_model("lpd_debug", img_size=64, class_num=CLASSES, vocab_size=V).eval()
+    for parameter in model.head.parameters():
+        torch.nn.init.normal_(parameter)
+    inputs = torch.randint(V, (2, 16)), torch.tensor([0, 3]), torch.arange(16).repeat(2, 1), SIZES
+    with torch.no_grad():
+        expected = model(*inputs)
+        logits = packed_copy(model, weights)(*inputs)
+        assert torch.equal(model(*inputs), expected)
+    assert (logits - expected).abs().max() < tolerance * expected.std()
+
+
+def test_weights_cast_once_are_those_autocast_casts() -> None:
+    """Norms or the residual stream in bfloat16 would show here."""
+    model = small_model()
+    inputs = torch.randint(V, (2, 16)), torch.tensor([0, 3]), torch.arange(16).repeat(2, 1), SIZES
+    twin = share_weights(model)
+    narrow_linear_weights(twin)
+    assert model.head.weight.dtype == torch.float32
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(twin(*inputs), model(*inputs))
+
+
+def test_a_failure_in_the_middle_leaves_nothing_switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = small_model(), batch(3)
+    decoder = Decoder(model, SIZES, Sampling(cfg=3.0), 3, path="plain", bf16=True)
+    expected = decoder(*inputs).codes
+    calls = iter(range(2))
+
+    def failing(*arguments: Any) -> torch.Tensor:
+        if next(calls, None) is None:
+            raise RuntimeError("in the middle")
+        return draw(*arguments)
+
+    draw = decoder._draw
+    monkeypatch.setattr(decoder, "_draw", failing)
+    with pytest.raises(RuntimeError, match="in the middle"):
+        decoder(*inputs)
+    assert not torch.is_inference_mode_enabled()
+    assert not torch.is_autocast_enabled("cpu")
+    assert torch.backends.cuda.cudnn_sdp_enabled()
+    monkeypatch.undo()
+    assert torch.equal(decoder(*inputs).codes, expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"path": "quick"}, "quick"),
+        ({"path": "graph"}, "graph needs a CUDA GPU"),
+        ({"path": "packed", "bf16": True}, "packed"),
+        ({"batch_size": 0}, "batch size 0"),
+        ({"group_sizes": [1, 14]}, "sum to 15"),
+        ({"sampling": Sampling(cfg=0.5)}, "cfg is 0.5"),
+        ({"sampling": Sampling(cfg=2.0), "with_class": False}, "no labels"),
+    ],
+)
+def test_what_cannot_be_prepared_is_named(options: dict[str, Any], named: str) -> None:
+    values: dict[str, Any] = {"model": small_model(), "group_sizes": SIZES, "sampling": Sampling(), "batch_size": 2}
+    with pytest.raises(UserError, match=named):
+        Decoder(**(values | options))
+
+
+def test_another_batch_is_refused() -> None:
+    """What a graph was not captured for must not be replayed on, nor a label that is no class be embedded."""
+    decoder = Decoder(small_model(), SIZES, Sampling(), 2)
+    labels, orders, seeds = batch(3)
+    with pytest.raises(UserError, match=r"\(3, 16\).*\(2, 16\)"):
+        decoder(labels, orders, seeds)
+    with pytest.raises(UserError, match=r"seeds have shape \(1,\)"):
+        decoder(labels[:2], orders[:2], seeds[:1])
+    with pytest.raises(UserError, match="without class"):
+        decoder(None, orders[:2], seeds[:2])
+    with pytest.raises(UserError, match="label 9"):
+        decoder(labels[:2] + 9 - labels[0], orders[:2], seeds[:2])
+    with pytest.raises(UserError, match="no permutation"):
+        decoder(labels[:2], orders[:2] * 0, seeds[:2])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("path", ["plain", "compiled", "graph"])
+def test_gpu_paths_give_the_codes_of_the_cpu(path: str) -> None:
+    """In float64 rounding changes nothing; two decoders side by side, each replayed on several batches."""
+    model, tokenizer, sampling = small_model().double(), small_tokenizer().double(), Sampling(cfg=3.0)
+    inputs = [batch(3, seed) for seed in range(3)]
+    expected = [[plain_codes(model, x, sizes, sampling) for x in inputs] for sizes in (SIZES, [4, 12])]
+    model, tokenizer = model.cuda(), tokenizer.cuda()
+    decoders = [Decoder(model, sizes, sampling, 3, tokenizer=tokenizer, path=path) for sizes in (SIZES, [4, 12])]
+    for i, x in enumerate(inputs):
+        for decoder, codes in zip(decoders, expected, strict=True):
+            found, images = decoder(*x)
+            assert torch.equal(found.cpu(), codes[i])
+            assert images is not None
+            with torch.no_grad():
+                torch.testing.assert_close(images, to_uint8(tokenizer.decode(found.clone())), atol=1, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("path", ["plain", "compiled", "graph"])
+def test_gpu_never_waits_from_labels_to_pixels(path: str) -> None:
+    model, tokenizer = small_model().cuda(), small_tokenizer().cuda()
+    decoder = Decoder(model, SIZES, Sampling(cfg=3.0), 3, tokenizer=tokenizer, path=path, bf16=True)
+    inputs = [tensor.cuda() for tensor in batch(3)]
+    decoder(*inputs)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        decoder(*inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def recorded_logits(decoder: Decoder, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    """Logits (G, L, V) of all steps. What is drawn is fixed, so that paths can be compared to the end."""
+    logits = []
+
+    def record(logits_GNV: torch.Tensor, weights: torch.Tensor, seeds: torch.Tensor, *rest: Any) -> torch.Tensor:
+        logits.append(logits_GNV)
+        return (rest[0] + seeds[:, None]) % V
+
+    decoder._draw = record
+    decoder(*inputs)
+    return torch.cat(logits, dim=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("bf16", "tolerance"), [(False, 1e-4), (True, 0.05)])
+def test_gpu_logits_of_the_compiled_pieces_are_those_of_the_plain_loop(bf16: bool, tolerance: float) -> None:
+    model, inputs = small_model().cuda(), batch(8)
+    plain, compiled = (
+        recorded_logits(Decoder(model, SIZES, Sampling(cfg=3.0), 8, path=path, bf16=bf16), inputs)
+        for path in ("plain", "compiled")
+    )
+    assert plain.dtype == compiled.dtype == torch.float32
+    assert (plain - compiled).abs().max() < tolerance * plain.std()
+
+
+@pytest.mark.gpu
+def test_gpu_failure_during_the_capture_leaves_nothing_switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, stream = small_model().cuda(), torch.cuda.current_stream()
+
+    def reads_back(*arguments: Any) -> torch.Tensor:
+        codes = draw_codes(*arguments)
+        if torch.cuda.is_current_stream_capturing():
+            codes.sum().item()
+        return codes
+
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(engine.decoding.decoder, "draw_codes", reads_back)
+    with pytest.raises(RuntimeError):
+        Decoder(model, SIZES, Sampling(cfg=3.0), 3, path="graph")
+    monkeypatch.undo()
+    assert torch.cuda.current_stream() == stream
+    assert not torch.cuda.is_current_stream_capturing()
+    assert not torch.is_inference_mode_enabled()
+    inputs = batch(3)
+    decoder = Decoder(model, SIZES, Sampling(cfg=3.0), 3, path="graph")
+    assert torch.equal(decoder(*inputs).codes, plain_codes(model, inputs, SIZES, Sampling(cfg=3.0)).cuda())

@@ -1,0 +1,358 @@
+"""Evaluation: every image once and the same whatever the batch, the processes or a kill; inputs checked first."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engine import metrics
+from engine.evaluation import evaluate as evaluate_module
+from engine.evaluation import partial_results
+from engine.evaluation.evaluate import EvalConfig, evaluate, image_labels, image_seeds, prepare
+from engine.evaluation.outputs import append_results
+from engine.scoring.metrics import FeatureStatistics, load_batches, load_reference_statistics, score
+from orders import generate_orders, save_orders
+from tests.helpers.commands import ROOT
+from tests.helpers.evaluation_case import (
+    ALONE,
+    CLASSES,
+    GROUP_SIZES,
+    NUM_IMAGES,
+    SIZE,
+    Batch,
+    hooked,
+    networks,
+    run,
+    toy_extractor,
+    write_reference,
+)
+from util.data.images import ImageFolder
+from util.errors import UserError
+from util.files import sha256
+
+SCORES = ("frechet_distance", "inception_score", "inception_score_std", "class_accuracy")
+TIMES = ("sec_per_image", "images_per_sec")
+FREE_SETTINGS = ("output_dir", "eval_bsz", "reference_statistics", "save_npz")
+CASE = ROOT / "tests" / "helpers" / "evaluation_case.py"
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """An uninterrupted evaluation in one process."""
+    folder = tmp_path_factory.mktemp("whole")
+    write_reference(folder / "reference.npz")
+    return folder / "out", run(folder / "out", save_npz=True)
+
+
+@pytest.fixture
+def output_dir(tmp_path: Path) -> Path:
+    write_reference(tmp_path / "reference.npz")
+    return tmp_path / "out"
+
+
+def png_bytes(folder: Path) -> dict[str, np.ndarray]:
+    return {path.name: np.asarray(Image.open(path)) for path in (folder / "images").iterdir()}
+
+
+def assert_same(folder: Path, results: dict[str, Any], whole: tuple[Path, dict[str, Any]]) -> None:
+    expected = png_bytes(whole[0])
+    found = png_bytes(folder)
+    assert sorted(found) == sorted(expected) == [f"{i:06}.png" for i in range(NUM_IMAGES)]
+    assert all(np.array_equal(found[name], expected[name]) for name in expected)
+    assert {name: results[name] for name in SCORES} == pytest.approx(
+        {name: whole[1][name] for name in SCORES}, rel=1e-6
+    )
+    assert comparable(json.loads((folder / "results.json").read_text())) == comparable(whole[1])
+    assert not list(folder.glob("partial-*")), "the partial state must go when the results are there"
+
+
+def comparable(results: dict[str, Any]) -> dict[str, Any]:
+    """What must not depend on how a run came about: all but scores, times, places and processes."""
+    settings = {key: value for key, value in results["settings"].items() if key not in FREE_SETTINGS}
+    kept = {key: value for key, value in results.items() if key not in (*SCORES, *TIMES, "environment")}
+    return kept | {"settings": settings, "reference": results["reference"]["sha256"], "keys": sorted(results)}
+
+
+def start_case(output_dir: Path, *args: object, rank: int = 0, world_size: int = 1, port: int = 0) -> subprocess.Popen:
+    place = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "MASTER_PORT": port}
+    environment = os.environ | {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
+    return subprocess.Popen([sys.executable, CASE, output_dir, *map(str, args)], env=environment)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def stopping_after(batches: int) -> Callable[[Batch], None]:
+    """Fails before a batch after so many others."""
+    calls = iter(range(batches))
+
+    def stop(batch: Batch) -> None:
+        if next(calls, None) is None:
+            raise RuntimeError("stopped")
+
+    return stop
+
+
+def test_batch_size_changes_nothing(output_dir: Path, whole: tuple[Path, dict[str, Any]]) -> None:
+    """An image's class, order and draws must not follow its place in the batch."""
+    assert_same(output_dir, run(output_dir, eval_bsz=10), whole)
+
+
+def test_two_processes_make_the_images_and_scores_of_one(
+    output_dir: Path, whole: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They also take over what one process left unfinished."""
+    monkeypatch.setattr(partial_results, "SAVE_INTERVAL_S", 0)
+    with pytest.raises(RuntimeError, match="stopped"):
+        run(output_dir, eval_bsz=2, before_batch=stopping_after(1))
+    port = free_port()
+    processes = [start_case(output_dir, 3, rank=rank, world_size=2, port=port) for rank in range(2)]
+    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    results = json.loads((output_dir / "results.json").read_text())
+    assert results["environment"]["world_size"] == 2
+    assert_same(output_dir, results, whole)
+
+
+def test_killed_run_goes_on_and_ends_the_same(output_dir: Path, whole: tuple[Path, dict[str, Any]]) -> None:
+    """After kill -9 nothing finished is made again, nothing is lost, and another batch size may finish the run."""
+    assert start_case(output_dir, 4, 2).wait(timeout=120) == -signal.SIGKILL
+    assert not (output_dir / "results.json").exists()
+    made: list[int] = []
+
+    results = run(output_dir, eval_bsz=5, before_batch=lambda batch: made.append(len(batch[0])))
+    assert made == [5, 5, 5], "two batches of four were finished before the kill"
+    assert_same(output_dir, results, whole)
+
+
+def test_other_settings_or_weights_do_not_go_on(output_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Mixing images of two checkpoints or seeds would be a wrong score that nobody notices."""
+    monkeypatch.setattr(partial_results, "SAVE_INTERVAL_S", 0)
+    for fields in ({}, {"seed": 4}, {"cfg": 3.0}, {"order": "raster"}):
+        with pytest.raises(RuntimeError, match="stopped"):
+            run(output_dir, before_batch=stopping_after(2), **fields)
+    folders = sorted(output_dir.glob("partial-*"))
+    assert len(folders) == 4
+    model, tokenizer = networks()
+    with torch.no_grad():
+        model.head.weight[0, 0] += 1e-3
+    config = EvalConfig(output_dir, GROUP_SIZES, NUM_IMAGES, 4, cfg=2.0, seed=3, save_images=True)
+    inputs = prepare(config, model.config, ALONE, toy_extractor())
+    with pytest.raises(RuntimeError, match="stopped"), hooked(stopping_after(2)):
+        evaluate(model, tokenizer, config, ALONE, inputs=inputs)
+    assert len(list(output_dir.glob("partial-*"))) == 5
+
+
+def test_scores_equal_those_of_the_png_folder(whole: tuple[Path, dict[str, Any]]) -> None:
+    """Features straight from decoded images must be those of the files: same rounding, same channel order."""
+    folder, results = whole
+    extractor, reference = toy_extractor(), load_reference_statistics(folder.parent / "reference.npz")
+    statistics, all_logits = FeatureStatistics(extractor.feature_dim), []
+    for images in load_batches(ImageFolder(folder / "images", SIZE, labelled=False), batch_size=5):
+        features, logits = extractor(images)
+        statistics.update(features)
+        all_logits.append(logits)
+    logits = torch.cat(all_logits)
+    scores = score(statistics, logits, reference, "toy")
+    scores["class_accuracy"] = np.mean(logits.argmax(1).numpy() == image_labels(NUM_IMAGES, CLASSES).numpy())
+    assert {name: results[name] for name in SCORES} == pytest.approx({name: scores[name] for name in SCORES}, rel=1e-6)
+
+
+def test_adm_file_is_shuffled_with_its_labels(whole: tuple[Path, dict[str, Any]]) -> None:
+    """Sorted by class, the ADM evaluator's Inception Score would be capped; labels must follow their images."""
+    images = png_bytes(whole[0])
+    with np.load(whole[0] / "samples.npz", allow_pickle=False) as file:
+        samples, labels = file["arr_0"], file["arr_1"]
+    assert samples.shape == (NUM_IMAGES, SIZE, SIZE, 3)
+    assert samples.dtype == np.uint8
+    assert (np.diff(labels) < 0).any(), "sorted"
+    by_bytes = {pixels.tobytes(): int(name[:6]) for name, pixels in images.items()}
+    numbers = [by_bytes[pixels.tobytes()] for pixels in samples]
+    assert sorted(numbers) == list(range(NUM_IMAGES))
+    assert labels.tolist() == image_labels(NUM_IMAGES, CLASSES)[numbers].tolist()
+
+
+def test_results_say_what_was_done(whole: tuple[Path, dict[str, Any]]) -> None:
+    folder, results = whole
+    assert json.loads((folder / "results.json").read_text()) == results
+    assert json.loads((folder / "results.jsonl").read_text()) == results
+    reference = folder.parent / "reference.npz"
+    assert results["reference"] == {"path": str(reference), "sha256": sha256(reference)}
+    assert results["settings"]["cfg"] == 2.0
+    assert results["extractor"]["name"] == "toy"
+    assert results["sec_per_image"] > 0
+    assert results["images_per_sec"] > 0
+    assert results["environment"]["packages"]["torch"] == torch.__version__.split("+")[0]
+    assert "fid" not in results
+    with Image.open(folder / "grid.png") as grid:
+        assert grid.width > 4 * SIZE
+        assert grid.height > 5 * SIZE
+
+
+def test_every_image_gets_its_own_class_order_and_seed(output_dir: Path) -> None:
+    """What the decode loop is asked for, against the rule: image i has class i·C // N, order i, seed (seed, i)."""
+    asked: dict[str, list] = {"labels": [], "orders": [], "seeds": []}
+
+    def record(batch: Batch) -> None:
+        for name, values in zip(asked, batch, strict=True):
+            asked[name] += values.tolist()
+
+    run(output_dir, before_batch=record)
+    assert {len(values) for values in asked.values()} == {NUM_IMAGES + 1}, "the last batch is filled up by a copy"
+    for values in asked.values():
+        assert values.pop() == values[-1]
+    assert asked["labels"] == [i * CLASSES // NUM_IMAGES for i in range(NUM_IMAGES)]
+    assert asked["orders"] == generate_orders("lpd", NUM_IMAGES, GROUP_SIZES, SIZE // 4, seed=3).tolist()
+    assert asked["seeds"] == image_seeds(3, torch.arange(NUM_IMAGES)).tolist()
+    assert len(set(asked["seeds"])) == NUM_IMAGES
+    assert not set(asked["seeds"]) & set(image_seeds(4, torch.arange(NUM_IMAGES)).tolist())
+
+    file_orders = generate_orders("random", NUM_IMAGES + 5, GROUP_SIZES, SIZE // 4, seed=8)
+    save_orders(output_dir.parent / "orders.json", file_orders)
+    asked["orders"].clear()
+    results = run(output_dir, before_batch=record, lpd_order_file=output_dir.parent / "orders.json")
+    assert asked["orders"][:NUM_IMAGES] == file_orders[:NUM_IMAGES].tolist()
+    assert results["order_file_sha256"] == sha256(output_dir.parent / "orders.json")
+    assert len((output_dir / "results.jsonl").read_text().splitlines()) == 2
+
+
+@pytest.mark.parametrize(("num", "classes"), [(50_000, 1000), (23, 5), (3, 10), (10, 10), (1, 1)])
+def test_labels_are_sorted_and_balanced(num: int, classes: int) -> None:
+    labels = image_labels(num, classes)
+    counts = torch.bincount(labels, minlength=classes)
+    assert labels.tolist() == sorted(labels.tolist())
+    assert int(counts.max() - counts.min()) <= 1
+    if num == 50_000:
+        assert torch.equal(labels, torch.arange(num) // 50)
+
+
+@pytest.mark.parametrize("num_images", [1, 2, 4])
+def test_very_few_images(output_dir: Path, num_images: int) -> None:
+    """No figure from nothing: one image has no covariance, ten splits need ten images, the only batch is a warm-up."""
+    results = run(output_dir, num_images=num_images)
+    assert results["sec_per_image"] is None
+    assert "inception_score" not in results
+    assert ("frechet_distance" in results) == (num_images > 1)
+    assert json.loads((output_dir / "results.json").read_text())["num_images"] == num_images
+
+
+def test_images_without_scores(output_dir: Path) -> None:
+    results = run(output_dir, feature_extractor=None, reference_statistics=None, save_images=False, save_npz=True)
+    assert results["extractor"] is None
+    assert not {*SCORES, "fid"} & results.keys()
+    assert (output_dir / "samples.npz").exists()
+    assert not (output_dir / "images").exists(), "not asked for"
+
+
+def test_the_model_keeps_its_mode_and_the_random_state(output_dir: Path) -> None:
+    """Evaluation in mid-training must not switch dropout off or change the training's random numbers."""
+    model, tokenizer = networks()
+    model.train()
+    before = torch.get_rng_state()
+    config = EvalConfig(output_dir, GROUP_SIZES, num_images=3, feature_extractor=None).for_epoch(7)
+    evaluate(model, tokenizer, config, ALONE, record={"epoch": 7})
+    assert model.training
+    assert torch.equal(torch.get_rng_state(), before)
+    assert json.loads((output_dir / "eval_epoch0007" / "results.json").read_text())["record"] == {"epoch": 7}
+
+
+def test_a_folder_with_other_files_is_not_replaced(output_dir: Path) -> None:
+    """Images of an earlier evaluation are replaced, a user's folder never."""
+    (output_dir / "images").mkdir(parents=True)
+    stale = output_dir / "images" / "000099.png"
+    stale.write_bytes(b"")
+    run(output_dir, num_images=3)
+    assert not stale.exists()
+    (output_dir / "images" / "holiday.jpg").write_bytes(b"")
+    with pytest.raises(UserError, match=r"holiday\.jpg"):
+        run(output_dir, num_images=3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"num_images": 0}, "num_images"),
+        ({"eval_bsz": 0}, "eval_bsz"),
+        ({"order": "spiral"}, "spiral"),
+        ({"seed": -1}, "seed"),
+        ({"cfg": 0.5}, "cfg"),
+        ({"cfg_schedule": "cubic"}, "cubic"),
+        ({"temperature": 0.0}, "temperature"),
+        ({"top_k": 13}, "top_k"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"group_sizes": (1, 3, 5)}, "sum to 9"),
+        ({"classes": ("a", "b")}, "2 class names"),
+        ({"reference_statistics": Path("no_such.npz")}, "no_such.npz"),
+        ({"lpd_order_file": Path("no_such.json")}, "no_such.json"),
+        ({"feature_extractor": "no_such.pt", "reference_statistics": None}, "no_such.pt"),
+        ({"inception_path": Path("no_such.pth"), "feature_extractor": "inception-v3-compat"}, "no_such.pth"),
+        ({"feature_extractor": None}, "reference.npz"),
+        ({"adm_suite": True}, "mu_s"),
+        ({"adm_suite": True, "num_images": 3}, "num_images 3"),
+        ({"adm_suite": True, "reference_statistics": None}, "reference_statistics"),
+    ],
+)
+def test_mistakes_are_found_before_anything_is_generated(
+    output_dir: Path, fields: dict[str, Any], message: str
+) -> None:
+    def never(batch: Batch) -> None:
+        raise AssertionError("generation started")
+
+    with pytest.raises(UserError, match=message):
+        run(output_dir, before_batch=never, **fields)
+    assert not output_dir.exists()
+
+
+def test_adm_suite(output_dir: Path, monkeypatch: pytest.MonkeyPatch, whole: tuple[Path, dict[str, Any]]) -> None:
+    """sFID of the spatial features; every image is inside a reference that holds the same images, and the reverse."""
+    monkeypatch.setattr(evaluate_module, "SPATIAL_DIM", 4)
+    monkeypatch.setattr(metrics, "SPATIAL_DIM", 4)
+    toy, last = toy_extractor(), {}
+
+    def forward(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        last["spatial"] = images[:, 0, 0, :4].float()
+        return toy.forward(images)
+
+    extractor = replace(toy, forward=forward, take_spatial=lambda: last.pop("spatial"))
+    images = np.stack([pixels for _, pixels in sorted(png_bytes(whole[0]).items())])
+    spatial = images[:, 0, :4, 0].astype(np.float64)
+    with np.load(output_dir.parent / "reference.npz") as file:
+        arrays = dict(file)
+    arrays |= {"mu_s": spatial.mean(0) + 1, "sigma_s": np.cov(spatial, rowvar=False), "arr_0": images}
+    np.savez(output_dir.parent / "reference.npz", **arrays)
+    results = run(output_dir, adm_suite=True, extractor=extractor)
+    assert results["sfid"] == pytest.approx(4)
+    assert (results["precision"], results["recall"]) == (1, 1)
+    assert results["frechet_distance"] == pytest.approx(whole[1]["frechet_distance"], rel=1e-6)
+
+
+def test_too_few_orders_in_the_file(output_dir: Path) -> None:
+    save_orders(output_dir.parent / "o.json", generate_orders("random", 5, GROUP_SIZES, SIZE // 4))
+    with pytest.raises(UserError, match="holds 5 orders"):
+        run(output_dir, lpd_order_file=output_dir.parent / "o.json")
+
+
+def test_a_kill_after_the_line_is_written_writes_no_second(tmp_path: Path) -> None:
+    """The call that goes on makes no images, and measures another speed."""
+    path, results = tmp_path / "results.jsonl", {"fid": 2.0, "images_per_sec": 7.0, "group_sizes": (1, 3)}
+    assert append_results(path, results, again=False)["group_sizes"] == [1, 3]
+    assert append_results(path, results | {"images_per_sec": None}, again=True)["images_per_sec"] == 7.0
+    assert len(path.read_text().splitlines()) == 1
+    append_results(path, results, again=False)
+    append_results(path, results | {"fid": 3.0}, again=True)
+    assert [json.loads(line)["fid"] for line in path.read_text().splitlines()] == [2.0, 2.0, 3.0]

@@ -1,0 +1,142 @@
+"""The classifier that serves as feature extractor: training, its file, and its command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engine import classifier
+from engine.scoring.classifier import (
+    Classifier,
+    ClassifierConfig,
+    ClassifierTrainConfig,
+    augment,
+    load_classifier,
+    save_classifier,
+)
+from engine.scoring.features import load_feature_extractor
+from util.errors import UserError
+from util.files import sha256
+
+STILL = ClassifierTrainConfig(shift=0, rotate=0, scale=0)
+
+
+def write_stripes(folder: Path, num: int, seed: int, classes: tuple[str, ...] = ("across", "down")) -> None:
+    """Noisy 16×16 pictures of horizontal and of vertical stripes."""
+    rng = np.random.default_rng(seed)
+    for label, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for i in range(num):
+            wave = 127 + 100 * np.sin(np.arange(16) + rng.uniform(0, 6))
+            pixels = np.broadcast_to(wave, (16, 16)) if label else np.broadcast_to(wave[:, None], (16, 16))
+            noisy = pixels[..., None] + rng.normal(0, 5, (16, 16, 3))
+            Image.fromarray(noisy.clip(0, 255).astype(np.uint8)).save(folder / name / f"{i}.png")
+
+
+@pytest.fixture(scope="module")
+def network() -> Classifier:
+    torch.manual_seed(0)
+    return Classifier(ClassifierConfig("test_resnet", num_classes=3, img_size=16, input_size=24)).eval()
+
+
+def test_command_trains_a_classifier_that_reads_held_out_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write_stripes(tmp_path / "train", 32, seed=0)
+    write_stripes(tmp_path / "test", 10, seed=1)
+    output = tmp_path / "stripes.pt"
+    flags = f"--data_path {tmp_path}/train --test_path {tmp_path}/test --output {output} --img_size 16 --input_size 32"
+    flags += " --epochs 12 --batch_size 16 --rotate 5 --device cpu"
+    monkeypatch.setattr(sys, "argv", ["classifier", *flags.split()])
+    classifier.main()
+    metadata = json.loads(capsys.readouterr().out)
+    assert metadata["test_accuracy"] >= 0.9
+    assert metadata["test_images"] == 20
+    assert torch.load(output, weights_only=True)["metadata"] == metadata
+    extractor = load_feature_extractor(str(output))
+    assert extractor.classes == ("across", "down")
+    assert extractor.weights_hash == sha256(output)
+    features, logits = extractor(torch.zeros(2, 3, 16, 16, dtype=torch.uint8))
+    assert features.shape == (2, extractor.feature_dim)
+    assert logits.shape == (2, 2)
+
+
+def test_file_restores_the_network(tmp_path: Path, network: Classifier) -> None:
+    """Batch-norm statistics and the input size must survive the file."""
+    save_classifier(network, ("a", "b", "c"), tmp_path / "c.pt")
+    loaded, classes = load_classifier(tmp_path / "c.pt")
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    torch.testing.assert_close(loaded(images), network(images))
+    assert classes == ("a", "b", "c")
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_features_give_the_logits_of_the_plain_forward(network: Classifier) -> None:
+    """Features taken at another place than before the last layer would score something else."""
+    images = torch.randint(0, 256, (2, 3, 16, 16), dtype=torch.uint8)
+    features, logits = network.features_and_logits(images)
+    torch.testing.assert_close(logits, network(images))
+    assert features.shape == (2, network.feature_dim)
+
+
+def test_extracting_draws_no_random_numbers(tmp_path: Path, network: Classifier) -> None:
+    """Loading during training must leave the training's random numbers as they were."""
+    save_classifier(network, ("a", "b", "c"), tmp_path / "c.pt")
+    before = torch.get_rng_state()
+    load_classifier(tmp_path / "c.pt")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_augmentation_moves_pixels_as_told() -> None:
+    images = torch.randint(0, 256, (64, 3, 8, 8), dtype=torch.uint8)
+    generator = torch.Generator().manual_seed(0)
+    assert torch.equal(augment(images, STILL, generator), images)
+    flipped = augment(images, replace(STILL, flip=True), generator)
+    mirrored = (flipped == images.flip(3)).flatten(1).all(1)
+    kept = (flipped == images).flatten(1).all(1)
+    assert bool((mirrored ^ kept).all())
+    assert 10 < int(mirrored.sum()) < 54
+    assert not torch.equal(augment(images, ClassifierTrainConfig(), generator), images)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"epochs": 0}, {"lr": 0.0}, {"batch_size": 0}, {"rotate": -1.0}, {"shift": 1.0}, {"weight_decay": -1.0}]
+)
+def test_bad_settings_are_refused(setting: dict) -> None:
+    with pytest.raises(UserError, match=next(iter(setting))):
+        ClassifierTrainConfig(**setting)
+
+
+def test_unknown_architectures_and_sizes_are_refused() -> None:
+    with pytest.raises(UserError, match="no_such_net"):
+        Classifier(ClassifierConfig("no_such_net", 2, 16, 16))
+    with pytest.raises(UserError, match="input_size"):
+        ClassifierConfig("test_resnet", 2, 16, 0)
+
+
+def test_other_files_are_refused(tmp_path: Path, network: Classifier) -> None:
+    """A truncated file, another checkpoint, and a pickle that would run code."""
+    save_classifier(network, ("a", "b", "c"), tmp_path / "c.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "c.pt").read_bytes()[:5000])
+    torch.save({"model": {}}, tmp_path / "other.pt")
+    torch.save({"config": Path("code")}, tmp_path / "objects.pt")
+    (tmp_path / "text.pt").write_text("no classifier")
+    for name in ("cut", "other", "objects", "text"):
+        with pytest.raises(UserError, match=rf"{name}\.pt "):
+            load_classifier(tmp_path / f"{name}.pt")
+
+
+def test_test_images_of_other_classes_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_stripes(tmp_path / "train", 1, seed=0)
+    write_stripes(tmp_path / "test", 1, seed=0, classes=("down", "up"))
+    flags = f"--data_path {tmp_path}/train --test_path {tmp_path}/test --output {tmp_path}/c.pt --img_size 16"
+    monkeypatch.setattr(sys, "argv", ["classifier", *flags.split()])
+    with pytest.raises(UserError, match="down, up"):
+        classifier.main()

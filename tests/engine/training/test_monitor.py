@@ -1,0 +1,183 @@
+"""The figures of a run: what they count, and that no tracker or full disk stops the training."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as torch_dist
+from PIL import Image
+
+import engine.training.monitor
+from engine.training.checkpoint_writer import CheckpointWriter
+from engine.training.monitor import Monitor, peak_flops
+from engine.training.stop import READ_BACK_DELAY, StopRequest
+from tests.helpers.commands import ROOT
+from util.checkpoint import LAST, load_checkpoint
+from util.cli import exit_on_user_error
+from util.dist import Dist
+from util.errors import UserError
+
+CPU = Dist(0, 1, torch.device("cpu"))
+
+
+class Clock:
+    """In place of time.perf_counter: stands still unless told."""
+
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(engine.training.monitor.time, "perf_counter", clock)
+    return clock
+
+
+def monitor(folder: Path, **changes: object) -> Monitor:
+    values: dict = {"start_step": 0, "total_steps": 100, "steps_per_epoch": 4, "global_batch": 32}
+    values |= {"flops_per_image": 1e12, "samples_of": lambda step: [step]}
+    folder.mkdir(exist_ok=True)
+    return Monitor(folder, CPU, **(values | changes))
+
+
+def lines(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_figures_of_a_line(tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Images per second count all processes' images and no evaluation; waiting is only that for the loader."""
+
+    def batches() -> Iterator[int]:
+        for index in range(4):
+            clock.now += 0.5
+            yield index
+
+    monkeypatch.setattr(engine.training.monitor, "peak_flops", lambda device: 128e12)
+    with monitor(tmp_path) as watch:
+        for index in watch.waiting(batches()):
+            clock.now += 0.5
+            watch.add(torch.tensor(float(index)), torch.tensor(2.0 * index))
+            if index == 1:
+                watch.report(lr=0.1)
+                with watch.paused():
+                    clock.now += 1000
+        watch.report(lr=0.2)
+    first, second = lines(tmp_path)
+    assert first == {
+        "step": 2, "epoch": 0.5, "loss": 0.5, "lr": 0.1, "grad_norm": 1.0, "images_per_sec": 32.0, "sec_per_step": 1.0,
+        "data_wait_share": 0.5, "bf16_peak_share": 0.25,
+    }  # fmt: skip
+    assert second == first | {"step": 4, "epoch": 1.0, "loss": 2.5, "lr": 0.2, "grad_norm": 5.0}
+
+
+def test_peaks_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slower PCIe and NVL cards have the H100's name too; of an unknown device nothing is claimed."""
+    for name, teraflops in (
+        ("NVIDIA H200", 989), ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835),
+        ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA Titan X", None),
+    ):  # fmt: skip
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device, name=name: name)
+        assert peak_flops(torch.device("cuda")) == (teraflops and teraflops * 1e12)
+    assert peak_flops(torch.device("cpu")) is None
+
+
+class FullDisk:
+    """A tracker that cannot write."""
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    def picture(self, name: str, image: Image.Image, step: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    def close(self) -> None:
+        pass
+
+
+def test_figures_that_cannot_be_written_stop_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with monitor(tmp_path, trackers=[FullDisk()]) as watch:
+        watch.add(torch.tensor(1.0), torch.tensor(1.0))
+        watch.report(lr=0.1)
+        watch.picture("samples", Image.new("RGB", (8, 8)), epoch=3)
+    assert caplog.text.count("No space left") == 2
+    assert (tmp_path / "samples" / "epoch0003.png").is_file()
+
+
+@pytest.mark.parametrize(("loss", "norm"), [("nan", "1"), ("inf", "1"), ("1", "inf"), ("1", "nan")])
+def test_the_first_step_that_is_not_finite_is_named(tmp_path: Path, loss: str, norm: str) -> None:
+    with monitor(tmp_path) as watch:
+        for index in range(6):
+            bad = index in (2, 4)
+            watch.add(torch.tensor(float(loss if bad else 1)), torch.tensor(float(norm if bad else 1)))
+        with pytest.raises(FloatingPointError, match="step 3"):
+            watch.report(lr=0.1)
+    assert lines(tmp_path) == []
+    report = json.loads((tmp_path / "nonfinite-rank0.json").read_text())
+    assert (report["step"], report["samples"]) == (3, [2])
+
+
+@pytest.mark.parametrize(
+    ("error", "status"),
+    [(UserError("--x is 1."), 2), (FloatingPointError("nan"), 1), (OSError(28, "full"), 1), (KeyboardInterrupt(), 130)],
+)
+def test_the_same_sentence_is_printed_by_one_process_of_several(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, status: int
+) -> None:
+    """Eight GPUs used to say everything eight times; but what only one of them knows must be said."""
+
+    def fail() -> None:
+        raise error
+
+    store = torch_dist.TCPStore("127.0.0.1", 0, is_master=True)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in range(2):
+        monkeypatch.setenv("RANK", str(rank))
+        with pytest.raises(SystemExit) as caught:
+            exit_on_user_error(fail)
+        assert caught.value.code == status
+    assert len(capsys.readouterr().err.splitlines()) == 1
+    error.args = ("something else",)
+    monkeypatch.delenv("MASTER_PORT")  # nobody to ask: better twice than never
+    with pytest.raises(SystemExit):
+        exit_on_user_error(fail)
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+def test_user_errors_need_no_torch() -> None:
+    """`python -m orders` starts in a blink because nothing it imports loads torch."""
+    code = "import sys, util.errors; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.gpu
+def test_checkpoint_of_a_gpu_is_the_state_of_its_step(tmp_path: Path) -> None:
+    """Copies to pinned memory are asynchronous: they must be complete before the next step changes the weights."""
+    weights = torch.zeros(50_000_000, device="cuda")
+    with CheckpointWriter(tmp_path, keep_last=1) as writer:
+        for step in (1, 2):
+            writer.save({"model": {"w": weights}, "step": step})
+            weights += 1
+        writer.wait()
+    assert (load_checkpoint(tmp_path / LAST)["model"]["w"] == 1).all()
+
+
+@pytest.mark.gpu
+def test_processes_on_gpus_agree_without_waiting_for_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answer comes from some steps before, the same for all, and a request is never lost."""
+    monkeypatch.setattr(Dist, "sum_", lambda self, tensor: tensor)
+    dist, stop = Dist(0, 2, torch.device("cuda", 0)), StopRequest()
+    answers = [stop.agreed(dist) for _ in range(4)]
+    stop.signal = 15
+    answers += [stop.agreed(dist) for _ in range(4)]
+    assert answers == [False] * (4 + READ_BACK_DELAY) + [True] * (4 - READ_BACK_DELAY)

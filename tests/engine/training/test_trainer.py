@@ -1,0 +1,272 @@
+"""Training: exact resume in mid-epoch, the same numbers from one and two processes, refusals before work starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+import engine.training.trainer
+from engine.training.stop import StopRequest
+from engine.training.trainer import TrainConfig, draw_samples, load_batches, train
+from models.lpd import LPD
+from tests.helpers.tiny_run import L
+from tests.helpers.training_case import CPU, SCHEDULES, build, config, free_port, make_cache
+from util.checkpoint import LAST, load_checkpoint
+from util.data.codes import CodeBatch, PackedCodes, open_codes
+from util.data.sampler import GlobalBatchSampler
+from util.dist import distributed
+from util.errors import UserError
+
+
+@pytest.fixture
+def cache(tmp_path: Path) -> Path:
+    return make_cache(tmp_path / "codes")
+
+
+class SignalAt(PackedCodes):
+    """Sends this process a signal while a given batch is fetched."""
+
+    def __init__(self, path: Path, batch: int, number: int = signal.SIGTERM) -> None:
+        super().__init__(path)
+        self.left, self.number = batch, number
+
+    def get_batch(self, indices: Sequence[int] | np.ndarray) -> CodeBatch:
+        self.left -= 1
+        if self.left == 0:
+            os.kill(os.getpid(), self.number)
+        return super().get_batch(indices)
+
+    __getitems__ = get_batch
+
+
+@pytest.mark.parametrize("stop_at", [2, 5, 8])
+def test_resumed_run_equals_an_uninterrupted_one(cache: Path, tmp_path: Path, stop_at: int) -> None:
+    """Bit for bit, also in mid-epoch: weights, optimizer state and the data of every step."""
+    whole = build()
+    assert train(whole, PackedCodes(cache), SCHEDULES, config(tmp_path / "whole"), CPU) is None
+
+    folder = tmp_path / "parts"
+    assert train(build(), SignalAt(cache, stop_at), SCHEDULES, config(folder), CPU) == signal.SIGTERM
+    checkpoint = load_checkpoint(folder / LAST)
+    assert 0 < checkpoint["step"] < 15
+    resumed = build()
+    resumed.load_state_dict(checkpoint["model"])
+    assert train(resumed, PackedCodes(cache), SCHEDULES, config(folder), CPU, resume=checkpoint) is None
+
+    first, second = load_checkpoint(tmp_path / "whole" / LAST), load_checkpoint(folder / LAST)
+    for name, value in first["model"].items():
+        assert torch.equal(value, second["model"][name]), name
+    for key, state in first["optimizer"]["state"].items():
+        assert all(torch.equal(value, second["optimizer"]["state"][key][name]) for name, value in state.items())
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps))
+
+
+def train_worker(rank: int, world_size: int, cache: Path, folder: Path, port: int) -> None:
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    torch.set_num_threads(1)
+    with distributed("cpu") as dist:
+        settings = config(folder, batch_size=8 // world_size, bf16=False)
+        train(build(dropout=0.0), PackedCodes(cache), SCHEDULES, settings, dist)
+
+
+def test_two_processes_equal_one(cache: Path, tmp_path: Path) -> None:
+    """Same global batches, orders, flips, label drops and learning rates, hence the same weights to rounding."""
+    train(build(dropout=0.0), PackedCodes(cache), SCHEDULES, config(tmp_path / "one"), CPU)
+    mp.spawn(train_worker, (2, cache, tmp_path / "two", free_port()), nprocs=2)
+    first, second = load_checkpoint(tmp_path / "one" / LAST), load_checkpoint(tmp_path / "two" / LAST)
+    torch.testing.assert_close(first["model"], second["model"], rtol=1e-9, atol=1e-9)
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", "two")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-9)
+
+
+def draw(
+    seed: int, step: int, rows: range, num_tokens: int = L, flip: float = 0.5, drop: float = 0.3
+) -> tuple[torch.Tensor, ...]:
+    return draw_samples(seed, step, rows, num_tokens, flip, drop, torch.device("cpu"))
+
+
+def stopped_worker(rank: int, world_size: int, cache: Path, folder: Path, port: int) -> None:
+    """One of two processes is told to stop; both finish the same step and agree."""
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
+    )
+    torch.set_num_threads(1)
+    with distributed("cpu") as dist:
+        data = SignalAt(cache, batch=3) if rank == 1 else PackedCodes(cache)
+        settings = config(folder, batch_size=4, log_freq=1000)
+        assert train(build(), data, SCHEDULES, settings, dist) == signal.SIGTERM
+
+
+def test_a_signal_to_one_of_two_processes_stops_both(cache: Path, tmp_path: Path) -> None:
+    mp.spawn(stopped_worker, (2, cache, tmp_path / "run", free_port()), nprocs=2)
+    assert load_checkpoint(tmp_path / "run" / LAST)["step"] == 3  # the step in which it was told
+
+
+def test_resuming_in_other_units_is_refused(cache: Path, tmp_path: Path) -> None:
+    """Another batch size or seed would silently repeat and skip samples."""
+    train(build(), PackedCodes(cache), SCHEDULES, config(tmp_path, epochs=1), CPU)
+    resume = load_checkpoint(tmp_path / LAST)
+    for changes, named in (({"batch_size": 4}, "global_batch 8"), ({"seed": 1}, "seed 0")):
+        with pytest.raises(UserError, match=named):
+            train(build(), PackedCodes(cache), SCHEDULES, config(tmp_path, **changes), CPU, resume=resume)
+
+
+def test_sample_draws_are_permutations_and_do_not_depend_on_the_process() -> None:
+    whole = draw(5, 7, range(64))
+    orders = whole[0]
+    assert torch.equal(orders.sort(dim=1).values, torch.arange(L).expand(64, L))
+    assert len(orders.unique(dim=0)) == 64
+    for part, expected in zip(draw(5, 7, range(16, 24)), whole, strict=True):
+        assert torch.equal(part, expected[16:24])
+    assert not torch.equal(orders, draw(5, 8, range(64))[0])
+    many = draw(0, 0, range(20000), 2)
+    assert many[1].double().mean().item() == pytest.approx(0.5, abs=0.02)
+    assert many[2].double().mean().item() == pytest.approx(0.3, abs=0.02)
+    assert not draw(0, 0, range(2000), 2, flip=0.0)[1].any()
+    assert not draw(0, 0, range(2000), 2, drop=0.0)[2].any()
+    assert draw(0, 0, range(2000), 2, drop=1.0)[2].all()
+
+
+def test_orders_are_uniform_over_positions() -> None:
+    """Each position comes first equally often: a biased sort key would teach the model a preferred start."""
+    orders, _, _ = draw(1, 0, range(16000))
+    for column in (0, L - 1):
+        counts = orders[:, column].bincount(minlength=L).double()
+        assert (counts - 1000).abs().max() < 5 * 1000**0.5
+
+
+def test_images_are_encoded_and_mirrored_like_cached_codes(tmp_path: Path) -> None:
+    """Training from images sees the same codes as training from a cache of the same images."""
+    from engine.training.trainer import mirrored_codes
+    from tokenizers import VQConfig, VQModel
+
+    vq = VQModel(VQConfig(base_width=32, multipliers=(1, 1), codebook_size=16, z_channels=32)).eval()
+    images = torch.randint(256, (3, 8, 8, 3), dtype=torch.uint8)
+    scaled = images.permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        codes, codes_flip = vq.encode(scaled), vq.encode(scaled.flip(-1))
+    flip = torch.tensor([True, False, True])
+    expected = mirrored_codes([codes, codes_flip], flip, None)
+    assert torch.equal(expected[0], codes_flip[0])
+    assert torch.equal(expected[1], codes[1])
+    assert torch.equal(mirrored_codes([images], flip, vq), expected)
+
+
+def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(cache: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    train(build(), PackedCodes(cache), SCHEDULES, config(folder, epochs=2), CPU)
+    good = (folder / LAST).read_bytes()
+    checkpoint = load_checkpoint(folder / LAST)
+    model = build()
+    torch.nn.init.constant_(model.head.weight, float("nan"))
+    with pytest.raises(FloatingPointError, match="not finite in step 11"):
+        train(model, PackedCodes(cache), SCHEDULES, config(folder), CPU, resume=checkpoint)
+    assert (folder / LAST).read_bytes() == good
+    report = json.loads((folder / "nonfinite-rank0.json").read_text())
+    assert (report["step"], report["loss"], len(report["samples"])) == (11, "nan", 8)
+
+
+def test_frequencies_of_saving_and_evaluating(cache: Path, tmp_path: Path) -> None:
+    epochs = []
+
+    def evaluate(model: LPD, epoch: int) -> None:
+        """What an interruption of the evaluation would go on from is saved before it starts."""
+        assert load_checkpoint(tmp_path / LAST)["epoch"] == epoch
+        epochs.append(epoch)
+
+    settings = config(tmp_path, epochs=5, save_intermediate_freq=2, eval_freq=2, save_last_freq=10)
+    train(build(), PackedCodes(cache), SCHEDULES, settings, CPU, evaluate=evaluate)
+    assert epochs == [2, 4, 5]
+    resume = load_checkpoint(tmp_path / LAST)
+    train(build(), PackedCodes(cache), SCHEDULES, settings, CPU, evaluate=evaluate, resume=resume)
+    assert epochs == [2, 4, 5, 5]  # it may have been killed in the middle of the last
+    assert sorted(path.name for path in tmp_path.glob("*.pth")) == [
+        "checkpoint-2.pth",
+        "checkpoint-4.pth",
+        "checkpoint-last-1.pth",
+        "checkpoint-last.pth",
+    ]
+    assert json.loads((tmp_path / "checkpoint-last.json").read_text())["epoch"] == 5
+
+
+def test_stop_request_restores_handlers_and_second_ctrl_c_interrupts() -> None:
+    before = signal.getsignal(signal.SIGINT)
+
+    def press_ctrl_c_twice() -> None:
+        with StopRequest() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.signal == signal.SIGINT
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(KeyboardInterrupt):
+        press_ctrl_c_twice()
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_peak_learning_rate_follows_the_global_batch() -> None:
+    settings = TrainConfig(output_dir=Path("x"), batch_size=64, blr=1e-4)
+    assert settings.peak_lr(world_size=32) == pytest.approx(8e-4)
+    assert dataclasses.replace(settings, lr=3e-4).peak_lr(world_size=32) == 3e-4
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"epochs": 0}, "--epochs is 0"),
+        ({"batch_size": -2}, "--batch_size is -2"),
+        ({"lr": -1.0}, "--lr is -1.0"),
+        ({"grad_clip": 0.0}, "--grad_clip"),
+        ({"lr_schedule": "linear"}, "linear"),
+        ({"warmup_epochs": 9}, "--warmup_epochs is 9"),
+        ({"lr_schedule": "constant+cosine", "lr_decay_start_epoch": 7}, "--lr_decay_start_epoch is 7"),
+        ({"seed": -1}, "--seed is -1"),
+    ],
+)
+def test_bad_settings_are_named(changes: dict, named: str) -> None:
+    with pytest.raises(UserError, match=named.replace("+", r"\+")):
+        config(Path("x"), **changes)
+
+
+def test_data_set_smaller_than_a_batch_is_refused(cache: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="40"):
+        train(build(), PackedCodes(cache), SCHEDULES, config(tmp_path, batch_size=64), CPU)
+
+
+@pytest.mark.parametrize(("packed", "workers"), [(True, 0), (False, 2)])
+def test_only_packed_codes_are_read_in_process(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packed: bool, workers: int
+) -> None:
+    """A file per image is too slow for one process: the GPU would wait."""
+    (tmp_path / "npz" / "a").mkdir(parents=True)
+    codes = np.zeros(L, dtype=np.int64)
+    for i in range(8):
+        np.savez(tmp_path / "npz" / "a" / f"{i}.npz", indices=codes, indices_flip=codes)
+    asked: list[int] = []
+    loader = engine.training.trainer.DataLoader
+
+    def noted(*arguments: Any, **options: Any) -> Any:
+        asked.append(options["num_workers"])
+        return loader(*arguments, **options)
+
+    monkeypatch.setattr(engine.training.trainer, "DataLoader", noted)
+    dataset = open_codes(cache if packed else tmp_path / "npz")
+    sampler = GlobalBatchSampler(8, 4, 0, 1, seed=0, num_steps=1)
+    (batch,) = load_batches(dataset, sampler, 2, CPU.device)
+    assert batch[0].shape == (4, L)
+    assert asked == [workers]

@@ -1,0 +1,442 @@
+"""The experiment on photographs: its cells, answers computed from data, time limits, and the whole recipe, tiny."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import runpy
+import shlex
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageFilter
+
+from engine.scoring import features
+from experiments.cifar10 import page, report, run, sweep
+from experiments.cifar10.settings import FULL, TINY
+from experiments.cifar10.stages import Clock, OutOfTime, Stages
+from tests.helpers.commands import ROOT
+from tests.helpers.evaluation_case import toy_extractor
+from tests.helpers.slurm_cluster import wait_until
+from util.cli import exit_on_user_error
+from util.data.images import open_images, write_packed
+from util.errors import UserError
+from util.files import sha256, write_json
+
+LOAD_FEATURE_EXTRACTOR = features.load_feature_extractor
+GUIDANCE = dict.fromkeys(FULL.orders, 2.0)
+
+
+def write_photos(path: Path, train: int, test: int) -> None:
+    """Smooth colourful 40×36 pictures of two classes, as JPEG files in a packed file."""
+    rng = np.random.default_rng(0)
+    files, labels = [], []
+    for i in range(train + test):
+        noise = Image.fromarray(rng.integers(0, 256, (36, 40, 3), dtype=np.uint8))
+        file = io.BytesIO()
+        noise.filter(ImageFilter.GaussianBlur(2 + 4 * (i % 2))).save(file, "JPEG")
+        files.append(file.getvalue())
+        labels.append(i % 2)
+    write_packed(path, files, labels, ["fine", "coarse"], [0] * train + [1] * test)
+
+
+def test_every_cell_of_the_table_is_there_once() -> None:
+    """Guards against a forgotten row, and a reported seed on which guidance was tuned."""
+    cells = sweep.table_cells(FULL, GUIDANCE, fid=False)
+    assert len({cell.name for cell in cells}) == len(cells)
+    table = {(cell.order, cell.steps) for cell in cells if cell.kind == "table"}
+    assert table == {(order, steps) for order in FULL.orders for steps in (256, 64, 32, 20, 16, 12, 8)}
+    seeds = Counter((cell.order, cell.steps) for cell in cells if cell.kind in ("table", "repeat"))
+    main = [("lpd", 256), ("raster", 20), *((order, s) for order in ("lpd", "random", "halton") for s in (8, 20, 32))]
+    assert all(seeds[cell] == 3 for cell in main)
+    assert {cell.num_images for cell in cells} == {10_000}
+    thresholds = {(cell.repulsion, cell.proximity) for cell in cells if cell.kind == "ablation"}
+    assert thresholds | {(2, 1.0)} == {(r, p) for r in range(5) for p in (0.0, 1.0, 2.0)}
+    assert {(cell.order, cell.steps) for cell in cells if cell.kind == "own"} == {
+        ("par", 31),
+        ("zipar", 46),
+        ("nar", 31),
+    }
+    tuning = sweep.tuning_cells(FULL)
+    assert {cell.seed for cell in tuning}.isdisjoint({cell.seed for cell in cells})
+    assert all(sum(cell.group_sizes()) == 256 and len(cell.group_sizes()) == cell.steps for cell in [*cells, *tuning])
+
+
+def test_guidance_is_chosen_per_order_from_tuning_cells_alone() -> None:
+    rows = [
+        {"kind": kind, "order": order, "cfg": cfg, "frechet_distance": distance}
+        for order in FULL.orders
+        for kind, cfg, distance in (
+            ("tuning", 1.0, 3.0),
+            ("tuning", 2.0, 2.0 + (order == "lpd") * 5),
+            ("table", 9.0, 0),
+        )
+    ]
+    assert sweep.best_guidance(FULL, rows) == GUIDANCE | {"lpd": 1.0}
+
+
+def results(distance: Callable[[sweep.Cell], float]) -> dict[str, Any]:
+    """A full run's results with Fréchet distances made up."""
+    cells = [*sweep.tuning_cells(FULL), *sweep.table_cells(FULL, GUIDANCE, fid=False)]
+    figures = {"class_accuracy": 0.75, "sec_per_image": 0.001, "images_per_sec": 900.0}
+    floor = {"extractor": "net", "frechet_distance": 0.25, "class_accuracy": 0.9}
+    return {
+        "date": "2026-01-02T03:04:05+00:00",
+        "data": {name: {"source": "photos.npz", "images": 50_000, "sha256": ""} for name in ("train", "test")},
+        "settings": json.loads(json.dumps(dataclasses.asdict(FULL))),
+        "environment": {"device": "a GPU", "python": "3.12", "packages": {"torch": "2.11"}},
+        "decode_path": "compiled",
+        "model": {"embed_dim": 512, "depth": 12},
+        "stage_sec": {"tokenizer": 100.0, "lpd": 500.0},
+        "tokenizer": {
+            "psnr_db": 27.125, "codebook_share": 0.5, "codebook_perplexity": 300.0,
+            "tokenizer": {"codebook_size": 1024},
+        },
+        "classifier": {"test_accuracy": 0.9375},
+        "floors": {"reference_train": floor, "reference_reconstructed": floor},
+        "training": {
+            "loss_curve": [{"step": 1, "epoch": 0.5, "loss": 6.5}, {"step": 2, "epoch": 1.0, "loss": 6.0}],
+            "final_loss": 6.0, "images_per_sec": 1234.0,
+        },
+        "cells": [sweep.row(cell, figures | {"frechet_distance": distance(cell)}) for cell in cells],
+    }  # fmt: skip
+
+
+def hoped_for(cell: sweep.Cell) -> float:
+    """What the method claims: lpd stays level, the others rise as steps fall; seeds differ by 0.01."""
+    penalty = 0.0 if cell.order == "lpd" else 40 / cell.steps
+    penalty += 0.5 * abs(cell.repulsion - 2) + 0.5 * abs(cell.proximity - 1)
+    return 10 + penalty + 0.01 * (cell.seed % 10)
+
+
+def test_answers_follow_the_data() -> None:
+    """Guards against a page that says "holds" whatever was measured."""
+    found = results(hoped_for)
+    answers = [page.quality_within_five_percent(found), *page.better_than_rivals(found)]
+    answers.append(page.published_thresholds_best(found))
+    assert len(answers) == 1 + 2 * 5 + 1
+    assert all(holds for _, holds in answers)
+
+    def bad(cell: sweep.Cell) -> float:
+        if (cell.kind, cell.repulsion) == ("ablation", 4):
+            return 9.0
+        return 10 + (cell.order == "lpd") * 20 / cell.steps
+
+    found = results(bad)
+    assert page.quality_within_five_percent(found) == (
+        "Locality-aware, 20 steps within 5 % of the Fréchet distance at 256 steps: 11.000 against 10.078, +9.1%", False
+    )  # fmt: skip
+    assert not any(holds for _, holds in page.better_than_rivals(found))
+    assert page.published_thresholds_best(found)[1] is False
+
+
+def test_a_gain_within_the_spread_of_seeds_is_none() -> None:
+    def noisy(cell: sweep.Cell) -> float:
+        return 10 - 0.1 * (cell.order == "lpd") + cell.seed % 10
+
+    found = results(noisy)
+    assert [holds for _, holds in page.better_than_rivals(found)] == [False] * 10
+    found["cells"] = [row for row in found["cells"] if row["kind"] != "repeat"]
+    assert [holds for _, holds in page.better_than_rivals(found)] == [None] * 10
+
+
+def test_an_unfinished_sweep_has_a_page_too(tmp_path: Path) -> None:
+    """Guards against a report that works only when everything is there."""
+    found = results(hoped_for)
+    for kept in (0, 7, 60, 100):
+        part = found | {"cells": found["cells"][:kept]}
+        assert "| locality-aware |" in page.page(part)
+        page.plot_quality(part, tmp_path / "quality.png")
+
+
+def test_page_and_plots_are_made_from_the_json_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "report"
+    (folder / "images").mkdir(parents=True)
+    found = results(hoped_for)
+    (folder / "cifar10.json").write_text(json.dumps(found))
+    report.draw(folder)
+    text = (folder / "cifar10.md").read_text()
+    assert text.count("**holds**") == 12
+    assert "| locality-aware | 10.010 ± 0.010 | 10.000 |" in text
+    assert "| raster | 10.166 ± 0.010 |" in text
+    assert "| random | 12.02 | 12.02 | 12.02 | 12.02 | 12.02 | 1 |" not in text  # hoped_for: 10 + 40/20
+    assert "| random | 12.00 |" in text
+    assert "PSNR 27.12 dB" in text
+    assert "93.75% of the test photos" in text
+    assert (folder / "images" / "cifar10_quality.png").stat().st_size > 10_000
+    report.publish(folder, "test", tmp_path / "repository")
+    assert (tmp_path / "repository" / "docs" / "cifar10.md").read_text() == text
+    assert json.loads((tmp_path / "repository" / "benchmarks" / "results" / "cifar10_test.json").read_text()) == found
+    found["settings"]["subset"] = 200
+    (folder / "cifar10.json").write_text(json.dumps(found))
+    with pytest.raises(UserError, match="--tiny"):
+        report.publish(folder, "test", tmp_path / "repository")
+
+
+def write_cells(out: Path, cells: list[sweep.Cell], distance: float, lpd_distance: dict[float, float]) -> None:
+    """Results as the sweep leaves them, of the folder's present files."""
+    hashes = sweep.model_hashes(out) | {"extractor_sha256": sha256(out / "classifier.pt")}
+    for cell in cells:
+        figure = lpd_distance.get(cell.cfg, distance) if (cell.kind, cell.order) == ("tuning", "lpd") else distance
+        written = {"frechet_distance": figure, "record": dataclasses.asdict(cell) | hashes}
+        (out / "eval" / cell.name).mkdir(parents=True, exist_ok=True)
+        write_json(out / "eval" / cell.name / "results.json", written)
+
+
+def test_cells_of_an_older_model_are_left_out(tmp_path: Path) -> None:
+    """Guards against figures of two models, or of two guidance scales, averaged as if they were of two seeds."""
+    for name in ("lpd/checkpoint-last.pth", "tokenizer/tokenizer.pt", "classifier.pt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"first")
+    tuning = sweep.tuning_cells(FULL)
+
+    def table(lpd_cfg: float) -> list[sweep.Cell]:
+        guidance = dict.fromkeys(FULL.orders, 1.0) | {"lpd": lpd_cfg}
+        return sweep.table_cells(FULL, guidance, fid=False)
+
+    write_cells(tmp_path, tuning, 10, {2.0: 9})
+    write_cells(tmp_path, table(2.0), 10, {})
+    write_cells(tmp_path, table(3.0), 7, {})  # of no tuned scale
+    rows = [row for row, _ in sweep.finished_rows(tmp_path, FULL)]
+    assert len(rows) == len(tuning) + len(table(2.0))
+    assert page.values({"cells": rows}, "frechet_distance", "lpd", 64) == [10]
+
+    (tmp_path / "lpd" / "checkpoint-last.pth").write_bytes(b"trained again")
+    assert list(sweep.finished_rows(tmp_path, FULL)) == []
+    write_cells(tmp_path, tuning, 5, {3.0: 4})
+    write_cells(tmp_path, [cell for cell in table(3.0) if cell.steps == 64], 5, {})
+    rows = [row for row, _ in sweep.finished_rows(tmp_path, FULL)]
+    assert page.values({"cells": rows}, "frechet_distance", "lpd", 64) == [5]
+    assert page.values({"cells": rows}, "frechet_distance", "lpd", 32) == []
+    for name in ("tokenizer/tokenizer.pt", "classifier.pt"):
+        (tmp_path / name).write_bytes(b"trained again")
+        assert list(sweep.finished_rows(tmp_path, FULL)) == []
+        (tmp_path / name).write_bytes(b"first")
+
+
+class ClockUntil(Clock):
+    """Time is up after ``calls`` looks at the clock, but not before the file ``ready`` is there."""
+
+    def __init__(self, calls: int, ready: Path | None = None) -> None:
+        super().__init__(None)
+        self.calls, self.ready = calls, ready
+
+    def left(self) -> float:
+        self.calls -= 1
+        if self.calls < 0 and self.ready is not None:
+            wait_until(self.ready.exists, 60, str(self.ready))
+        return float(self.calls >= 0)
+
+
+def test_a_stage_that_can_save_is_stopped_by_the_time_limit_and_goes_on(tmp_path: Path) -> None:
+    """Guards against lost work at the limit, and a stage that counts as finished because it was stopped."""
+    script = tmp_path / "work.py"
+    script.write_text(
+        "import pathlib, signal, sys, time\n"
+        "state = pathlib.Path(sys.argv[1])\n"
+        "def stop(*_):\n"
+        "    state.write_text('saved')\n"
+        "    sys.exit(int(sys.argv[2]))\n"
+        "signal.signal(signal.SIGTERM, stop)\n"
+        "state.with_name('ready').touch()\n"
+        "if not state.exists():\n"
+        "    signal.alarm(60)\n"
+        "    signal.pause()\n"
+        "print('printed')\n"
+    )
+    state, output = tmp_path / "state", tmp_path / "output"
+
+    def stages(limit: float | None) -> Stages:
+        return Stages(tmp_path, Clock(limit))
+
+    for status, error, message in (("1", UserError, "'work' ended with status 1"), ("75", OutOfTime, "can go on")):
+        state.unlink(missing_ok=True)
+        (tmp_path / "ready").unlink(missing_ok=True)
+        with pytest.raises(error, match=message):
+            Stages(tmp_path, ClockUntil(1, tmp_path / "ready")).command(
+                "work", script, state, status, output=output, stoppable=True
+            )
+    assert state.read_text() == "saved"
+    assert not output.exists()
+    with pytest.raises(OutOfTime, match="before the stage 'work'"):
+        stages(0).command("work", script, state, "75", output=output, stoppable=True)
+    before = stages(None).seconds()["work"]
+    stages(None).command("work", script, state, "75", output=output, stoppable=True)
+    assert output.read_text() == "printed\n"
+    assert stages(None).seconds()["work"] > before  # over all calls
+    output.unlink()
+    stages(0).command("work", script, state, "75", output=output, stoppable=True)
+    assert not output.exists()  # done before
+    with pytest.raises(UserError, match="'work' ended with status"):
+        stages(None).command("work", tmp_path / "missing.py")
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs the experiment; gives its exit status and what it and its stages printed."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(sys, "argv", ["run", "--device", "cpu", *map(str, arguments)])
+        try:
+            exit_on_user_error(run.main)
+            status = 0
+        except SystemExit as stop:
+            status = int(stop.code or 0)
+        return status, *capfd.readouterr()
+
+    return call
+
+
+def test_wrong_arguments(tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
+    write_photos(tmp_path / "photos.npz", 3, 0)
+    for arguments, named in (
+        (("--data", tmp_path / "photos.npz"), "has no test images"),
+        (("--data", tmp_path / "nothing.npz"), "nothing.npz does not exist"),
+        (("--data", tmp_path), "train is not a folder"),
+        (("--data", tmp_path / "photos.npz", "--download"), "--download needs"),
+        (("--data", tmp_path / "photos.npz", "--time_limit", 0), "--time_limit 0"),
+        (("--data", tmp_path / "photos.npz", "--inception_path", tmp_path / "x.pth"), "--inception_path"),
+        (("--data", tmp_path / "photos.npz", "--output_dir", tmp_path / "photos.npz"), "is a file"),
+    ):
+        status, _, errors = command("--output_dir", tmp_path / "out", *arguments)
+        assert status == 2
+        assert named in errors.splitlines()[-1]
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_keeps_its_number_of_epochs(tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
+    """Guards against a page that calls a model trained for 18 epochs one of 6."""
+    write_photos(tmp_path / "photos.npz", 3, 3)
+    (tmp_path / "out" / "lpd").mkdir(parents=True)
+    write_json(tmp_path / "out" / "lpd" / "checkpoint-last.json", {"args": {"epochs": 18}})
+    arguments = ("--data", tmp_path / "photos.npz", "--output_dir", tmp_path / "out", "--stage", "report")
+    for setting in (("--epochs", 6), ("--tiny",)):
+        status, _, errors = command(*arguments, *setting)
+        assert status == 2
+        assert "trained with --epochs 18" in errors
+    assert "no evaluated cells" in command(*arguments)[2]
+
+
+def test_plan_needs_no_data(tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
+    status, printed, _ = command("--data", "anything", "--plan")
+    assert status == 0
+    assert "table: 63 cells, 630,000 images" in printed
+
+
+def command_in_process(
+    self: Stages, name: str, *words: str | Path, output: Path | None = None, stoppable: bool = False
+) -> None:
+    """Like Stages.command, without the seconds that a new process needs to import everything."""
+    program, *arguments = map(str, words)
+    if program == "-m":
+        program = arguments.pop(0).replace(".", "/") + ".py"
+
+    def action() -> None:
+        printed = io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(printed):
+            patch.setattr(sys, "argv", [program, *arguments])
+            try:
+                runpy.run_path(str(ROOT / program), run_name="__main__")
+            except SystemExit as stop:
+                if stop.code:
+                    raise UserError(f"the stage '{name}' ended with status {stop.code}.") from stop
+        if output is not None:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(printed.getvalue())
+
+    self.run(name, action, shlex.join(map(str, words)))
+
+
+def load_with_fake_inception(name: str, *arguments: Any) -> features.FeatureExtractor:
+    """Mean colours of the upper and the lower half in the place of Inception's features."""
+
+    def forward(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        colours = F.adaptive_avg_pool2d(images.float(), (2, 1)).flatten(1)
+        return colours, colours
+
+    if name != features.INCEPTION:
+        return LOAD_FEATURE_EXTRACTOR(name, *arguments)
+    fake: dict[str, Any] = {"name": name, "feature_dim": 6, "classes": None, "weights_hash": "00", "forward": forward}
+    return dataclasses.replace(toy_extractor(), **fake)
+
+
+@pytest.mark.slow
+def test_recipe_from_photos_to_page_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    """Guards against a stage that does not fit the one before it, a repeated stage, and cells generated twice."""
+    small = dataclasses.replace(
+        TINY,
+        tokenizer=(*TINY.tokenizer, "--steps", "8", "--eval_freq", "8"),
+        classifier=(*TINY.classifier, "--epochs", "1"),
+        lpd=(*TINY.lpd, "--epochs", "1"),
+        orders=("lpd", "random", "halton", "par"),
+        steps=(20, 8),
+        repeated=(("lpd", 20), ("random", 20), ("halton", 20)),
+        num_images=10,
+        eval_bsz=5,
+        tuning_images=4,
+        repulsions=(2, 3),
+        subset=32,
+    )
+    monkeypatch.setattr(run, "TINY", small)
+    monkeypatch.setattr(Stages, "command", command_in_process)
+    for module in (features, sweep):
+        monkeypatch.setattr(module, "load_feature_extractor", load_with_fake_inception)
+    write_photos(tmp_path / "photos.npz", 40, 20)
+    (tmp_path / "inception.pth").touch()
+    arguments: tuple[object, ...] = ("--tiny", "--data", tmp_path / "photos.npz", "--output_dir", tmp_path / "out")
+    arguments += ("--inception_path", tmp_path / "inception.pth")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "Clock", lambda _: ClockUntil(1))
+        status, printed, errors = command(*arguments)
+    assert status == run.OUT_OF_TIME, errors[-3000:]
+    assert "before the stage 'codes'; run the same command again" in printed
+    status, printed, errors = command(*arguments)
+    assert status == 0, errors[-3000:]
+    assert "tokenizer: done before" in printed
+    assert len(open_images(f"{tmp_path}/out/subset32.npz:train", 32)) == 32
+    text = (tmp_path / "out" / "report" / "cifar10.md").read_text()
+    for line in ("| locality-aware | ", "| region-parallel | 31 |", "| training photos |", "| 3 | "):
+        assert line in text
+    found = json.loads((tmp_path / "out" / "report" / "cifar10.json").read_text())
+    assert Counter(row["kind"] for row in found["cells"]) == {
+        "tuning": 8, "table": 8, "repeat": 3, "own": 1, "ablation": 1, "fid": 8
+    }  # fmt: skip
+    assert all("fid" in row for row in found["cells"] if row["kind"] == "fid")
+    assert found["floors"]["reference_train"]["num_images"] == found["floors"]["inception_train"]["num_images"] == 32
+    assert {path.name for path in (tmp_path / "out" / "report" / "images").iterdir()} >= {
+        "cifar10_quality.png", "cifar10_loss.png", "cifar10_samples_20.png"
+    }  # fmt: skip
+
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "eval").glob("*/results.json")}
+    status, printed, errors = command(*arguments)
+    assert status == 0, errors[-3000:]
+    assert printed.count("done before") == 10
+    assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "eval").glob("*/results.json")}
+
+
+@pytest.mark.slow
+def test_the_commands_take_the_tiny_setting(tmp_path: Path) -> None:
+    """Guards against flags that a stage's command refuses, and a status that gets lost between the processes."""
+    write_photos(tmp_path / "photos.npz", 40, 20)
+    arguments = ["--tiny", "--data", tmp_path / "photos.npz", "--output_dir", tmp_path / "out", "--device", "cpu"]
+    stages = ["tokenizer", "codes", "classifier", "reference", "floors", "lpd"]  # the processes of their own
+    words = [sys.executable, "-m", "experiments.cifar10.run", *map(str, arguments), "--stage", *stages]
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    state = json.loads((tmp_path / "out" / "lpd" / "checkpoint-last.json").read_text())
+    assert state["args"]["epochs"] == 2
+    assert state["step"] == 4

@@ -1,0 +1,49 @@
+"""A training of seconds as a user would start it: a cache of random codes and the flags of main_lpd.py for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from util.checkpoint import LAST, load_checkpoint
+from util.data.codes import CacheHeader
+
+L, V, CLASSES, N = 16, 11, 3, 64
+
+
+def make_cache(folder: Path, num_images: int = N) -> Path:
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    for name in ("codes", "codes_flip"):
+        np.save(folder / f"{name}.npy", rng.integers(V, size=(num_images, L), dtype=np.uint16))
+    np.save(folder / "labels.npy", rng.integers(CLASSES, size=num_images))
+    header = CacheHeader(
+        img_size=64, grid_size=4, num_images=num_images, classes=["a", "b", "c"], tokenizer_sha256="0" * 64,
+        vocab_size=V, max_code=V - 1, crop="adm", source="test", source_sha256="0" * 64, skipped=[], files={},
+    )  # fmt: skip
+    (folder / "header.json").write_text(json.dumps(dataclasses.asdict(header)))
+    return folder
+
+
+def flags(cache: Path, output: Path, epochs: int, batch_size: int = 4) -> list[str]:
+    """For main_lpd.py: N / (batch_size · processes) steps per epoch."""
+    values = {
+        "model": "lpd_debug", "device": "cpu", "cached_path": cache, "output_dir": output, "epochs": epochs,
+        "batch_size": batch_size, "lr": 1e-3, "lr_schedule": "cosine", "warmup_epochs": 1, "num_workers": 0,
+        "save_last_freq": 10_000,
+    }  # fmt: skip
+    return ["--use_cached", *(word for key, value in values.items() for word in (f"--{key}", str(value)))]
+
+
+def steps_done(output: Path) -> int:
+    """Steps of the last checkpoint; 0 without one."""
+    path = (output / LAST).with_suffix(".json")
+    return json.loads(path.read_text())["step"] if path.exists() else 0
+
+
+def weights(output: Path) -> dict[str, torch.Tensor]:
+    return load_checkpoint(output / LAST)["model"]

@@ -1,0 +1,158 @@
+"""Files of orders: both forms, and every way in which one can be wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from orders import generate_orders, load_orders, save_orders
+from orders.draw import OrderSettings
+from orders.files import read_settings, write_orders
+from util.errors import UserError
+
+SIZES = (1, 3, 5, 7)
+SETTINGS = OrderSettings("lpd", (4, 4), SIZES, 1.0, 1, 0)
+FORMS = ["json", "safetensors"]
+
+
+@pytest.fixture
+def orders() -> np.ndarray:
+    return generate_orders("lpd", 30, SIZES, 4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_round_trip(form: str, orders: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / f"orders.{form}"
+    save_orders(path, orders, SETTINGS)
+    loaded = load_orders(path, 4, SIZES)
+    assert loaded.dtype == np.int16
+    assert (loaded == orders).all()
+    assert read_settings(path) == SETTINGS
+    save_orders(path, orders.astype(np.int64))  # without settings, another dtype, over the old file
+    assert (load_orders(path, (4, 4)) == orders).all()
+
+
+def test_json_is_the_published_form(orders: np.ndarray, tmp_path: Path) -> None:
+    save_orders(tmp_path / "orders.json", orders)
+    assert json.loads((tmp_path / "orders.json").read_text()) == orders.tolist()
+    (tmp_path / "spaced.json").write_text(json.dumps(orders.tolist(), indent=1))
+    assert (load_orders(tmp_path / "spaced.json", 4) == orders).all()
+
+
+def test_binary_form_is_compact_and_readable_by_the_library(orders: np.ndarray, tmp_path: Path) -> None:
+    """Two bytes a token, so 60,000 × 1024 take 123 MB."""
+    path = tmp_path / "orders.safetensors"
+    write_orders(path, iter(np.array_split(orders, 4)), orders.shape, SETTINGS)
+    assert path.stat().st_size < 2 * orders.size + 500
+    assert (load_file(path)["orders"] == orders).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_interrupted_writing_leaves_the_old_file(form: str, orders: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / f"orders.{form}"
+    save_orders(path, orders[:3])
+
+    def breaks() -> Iterator[np.ndarray]:
+        yield orders[:10]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_orders(path, breaks(), orders.shape)
+    assert len(load_orders(path, 4)) == 3
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_cut_short_anywhere(form: str, orders: np.ndarray, tmp_path: Path) -> None:
+    """Guards against a half-copied file that is taken for a smaller one."""
+    path = tmp_path / f"orders.{form}"
+    save_orders(path, orders, SETTINGS)
+    whole = path.read_bytes()
+    for length in [*range(0, len(whole), 37), len(whole) - 1]:
+        path.write_bytes(whole[:length])
+        with pytest.raises(UserError, match=path.name):
+            load_orders(path, 4)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[]", "no orders"),
+        ("{}", "cut short, or no JSON"),
+        ("[[0, 1, 2, 3]]x", "no JSON list of lists, after 1 rows"),
+        ("[[0, 1, 2, 3] [0, 1, 2, 3]]", "after 1 rows"),
+        ("[[0, 1, 2, 3], [0, 1, 2]]", "row 1: expected 4 integers"),
+        ("[[0, 1, 2, 3.0]]", "row 0: expected 4 integers"),
+        ('[[0, 1, 2, "3"]]', "row 0"),
+        ("[[0, 1, 2, 3], [0, 1, 2, 99999999999999999999]]", "row 1"),
+        ("[[0, 1, 2, 65539]]", "row 0: no permutation"),  # 3 in 16 bits
+        ("[[0, 1, 2, 4]]", "row 0: no permutation"),
+        ("[[0, 1, 2, -1]]", "row 0: no permutation"),
+        ("[[0, 1, 2, 3], [3, 2, 1, 0], [0, 1, 2, 2]]", "row 2: no permutation of the cells 0 … 3"),
+        ("[[0, 1, 2 3, 3]]", "row 0: expected"),
+        ("[[0, 1,, 3]]", "row 0: expected"),
+        ("[[0, 1, - 2, 3]]", "row 0"),
+        ("[0, 1, 2, 3]", "no JSON list of lists"),
+        ("[[true, false, true, true]]", "row 0"),
+    ],
+)
+def test_wrong_json_is_refused_by_name_and_row(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        load_orders(path, 2)
+    assert str(path) in str(error.value)
+
+
+def test_wrong_binary_is_refused(orders: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / "o.safetensors"
+    wrong = orders.copy()
+    wrong[17, 3] = wrong[17, 4]
+    save_orders(path, wrong)
+    with pytest.raises(UserError, match="row 17: no permutation"):
+        load_orders(path, 4)
+    for tensors in ({"orders": orders.astype(np.int64)}, {"orders": orders[0]}, {"weights": orders}):
+        save_file(tensors, path)
+        with pytest.raises(UserError, match=r"o\.safetensors"):
+            load_orders(path, 4)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_another_grid_or_schedule_is_refused(form: str, orders: np.ndarray, tmp_path: Path) -> None:
+    path = tmp_path / f"orders.{form}"
+    save_orders(path, orders, SETTINGS)
+    with pytest.raises(UserError, match="orders"):
+        load_orders(path, 5)
+    with pytest.raises(UserError, match="grid"):
+        load_orders(path, (2, 8))
+    with pytest.raises(UserError, match="group_sizes"):
+        load_orders(path, 4, (1, 15))
+    published = tmp_path / f"res64_steps4_repulsion1.{form}"
+    save_orders(published, orders)
+    assert len(load_orders(published, 4, SIZES)) == 30
+    with pytest.raises(UserError, match="4 steps, but 2"):
+        load_orders(published, 4, (1, 15))
+
+
+def test_settings_beside_a_json_file_are_of_that_file_alone(orders: np.ndarray, tmp_path: Path) -> None:
+    """A file that came later under the same name must not be refused for what an earlier one was made for."""
+    path = tmp_path / "orders.json"
+    save_orders(path, orders, SETTINGS)
+    path.write_text(json.dumps(orders[:9].tolist()))
+    assert len(load_orders(path, 4, (1, 15))) == 9
+    assert read_settings(path) is None
+
+
+@pytest.mark.parametrize("name", ["missing.json", "missing.safetensors", "orders.txt", "."])
+def test_no_such_file(name: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError):
+        load_orders(tmp_path / name, 4)
+    if name == "orders.txt":
+        with pytest.raises(UserError, match="json or"):
+            save_orders(tmp_path / name, np.zeros((1, 16)))
+        assert not (tmp_path / name).exists()
