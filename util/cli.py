@@ -1,13 +1,18 @@
-"""What all commands share: how they end on an error, and how `--help` shows defaults."""
+"""What all commands share: flags from configurations, ``--help``, and how a command ends on an error."""
 
 from __future__ import annotations
 
 import argparse
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import MISSING, Field
+from typing import Any, NoReturn, TypeVar
 
+from util.config import parts_of, settings_of, value_type
 from util.errors import DISK_FULL, UserError
+
+C = TypeVar("C")
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -15,9 +20,101 @@ class HelpFormatter(argparse.HelpFormatter):
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         text = action.help or ""
-        if action.default in (None, False, argparse.SUPPRESS) or "(default:" in text:
+        unspoken = any(action.default is value for value in (None, False, argparse.SUPPRESS))
+        if unspoken or "(default:" in text or action.required:
             return text
         return f"{text} (default: %(default)s)"
+
+
+class Parser(argparse.ArgumentParser):
+    """Says what is wrong in one sentence, once for all processes, without the list of all flags."""
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(allow_abbrev=False, **{"formatter_class": HelpFormatter, **options})
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help explains the flags.")
+
+    def add_config(self, cls: type, defaults: Mapping[str, Any] | None = None, skip: Collection[str] = ()) -> None:
+        """Add a flag for every setting of a configuration; those of its parts under headings.
+
+        Args:
+            defaults: for settings whose default is another here.
+            skip: settings that are no flags here.
+        """
+        self._add_config(self, cls, defaults or {}, skip)
+
+    def _add_config(
+        self, group: argparse._ActionsContainer, cls: type, defaults: Mapping[str, Any], skip: Collection[str]
+    ) -> None:
+        for field in settings_of(cls):
+            # A setting that several parts have is one flag.
+            if field.name not in skip and f"--{field.name}" not in self._option_string_actions:
+                _add_flag(group, cls, field, defaults.get(field.name, field.default))
+        for field, kind in parts_of(cls):
+            title, description = field.metadata["title"], field.metadata["description"]
+            inner = self.add_argument_group(title, description or None) if title else group
+            self._add_config(inner, kind, defaults, skip)
+
+    def add_unused(self, *flags: str, instead: str, takes_value: bool = True) -> None:
+        """Accept flags of the published code that mean nothing here; using one prints what takes its place."""
+        nargs = 1 if takes_value else 0
+        self.add_argument(
+            *flags, action=_Unused, nargs=nargs, dest=argparse.SUPPRESS, const=instead, help=argparse.SUPPRESS
+        )
+
+
+class _Unused(argparse.Action):
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: object, values: Any, flag: str | None = None
+    ) -> None:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"note: {flag} of the published code is not used here: {self.const}.", file=sys.stderr)
+
+
+def _add_flag(group: argparse._ActionsContainer, cls: type, field: Field[Any], default: Any) -> None:
+    kind, many = value_type(cls, field)
+    given = field.metadata
+    options: dict[str, Any] = {"help": given["help"].replace("%", "%%")}
+    options |= {"required": True} if default is MISSING else {"default": default}
+    if given["choices"]:
+        options["metavar"] = f"{{{','.join(given['choices'])}}}"
+    if many:
+        options["nargs"] = "+"
+    if kind is bool:
+        options["action"] = argparse.BooleanOptionalAction
+    else:
+        options["type"] = kind if given["parse"] is None else _flag_type(given["parse"])
+    group.add_argument(f"--{field.name}", **options)
+
+
+def _flag_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
+    """The same for argparse, which shows the sentence of no other exception."""
+
+    def convert(text: str) -> Any:
+        try:
+            return parse(text)
+        except UserError as error:
+            raise argparse.ArgumentTypeError(str(error).rstrip(".")) from None
+
+    return convert
+
+
+def from_args(cls: type[C], args: argparse.Namespace, **given: Any) -> C:
+    """The configuration that flags describe, its parts included.
+
+    Args:
+        given: values of settings and parts that are no flags.
+
+    Raises:
+        UserError: for a setting out of its range.
+    """
+    values = {field.name: getattr(args, field.name) for field in settings_of(cls) if hasattr(args, field.name)}
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
+    parts: dict[str, Any] = {
+        field.name: from_args(kind, args) for field, kind in parts_of(cls) if field.name not in given
+    }
+    return cls(**values | parts | given)
 
 
 def exit_on_user_error(main: Callable[[], None]) -> None:
