@@ -19,11 +19,15 @@ from pathlib import Path
 
 import torch
 
-from engine.evaluation.evaluate import EvalConfig, evaluate, prepare
+from engine.evaluation.config import EvalConfig
+from engine.evaluation.evaluate import evaluate
+from engine.evaluation.inputs import open_inputs
+from engine.scoring.config import ScoringConfig
 from engine.scoring.features import load_feature_extractor
 from engine.scoring.metrics import FeatureStatistics, load_reference_statistics, score
 from models.lpd import LPD, LPDConfig, load_weights
-from orders import group_sizes
+from models.sampling import Sampling
+from orders.config import OrderConfig
 from scripts.digits import IMG_SIZE
 from tokenizers import load_tokenizer
 from util.checkpoint import LAST, load_checkpoint
@@ -136,18 +140,17 @@ class Comparison:
         """Scores of one order and number of steps; results and pictures go to `eval/<order>_<steps>`."""
         config = EvalConfig(
             output_dir=self.out / "eval" / f"{order}_{steps}",
-            group_sizes=group_sizes(IMG_SIZE, steps, STRIDE),
             num_images=self.num_images,
             eval_bsz=self.num_images // 5,
-            cfg=CFG,
-            order=order,
             decode_path="plain",  # so small a model is decoded before anything is compiled
-            feature_extractor=str(self.out / "classifier.pt"),
-            reference_statistics=self.out / "reference.npz",
-            classes=self.classes,
+            orders=OrderConfig(order=order, generation_steps=steps),
+            sampling=Sampling(cfg=CFG),
+            scoring=ScoringConfig(
+                feature_extractor=str(self.out / "classifier.pt"), reference_statistics=self.out / "reference.npz"
+            ),
         )
-        inputs = prepare(config, self.model.config, self.dist, self.extractor)
-        return evaluate(self.model, self.tokenizer, config, self.dist, inputs=inputs)
+        inputs = open_inputs(config, self.model.config, self.dist, self.classes, self.extractor)
+        return evaluate(self.model, self.tokenizer, config, inputs, self.dist)
 
     @torch.no_grad()
     def real(self, reconstructed: bool) -> dict[str, float]:

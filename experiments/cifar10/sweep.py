@@ -13,14 +13,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.evaluation.evaluate import EvalConfig, evaluate, prepare
+from engine.evaluation.config import EvalConfig
+from engine.evaluation.evaluate import evaluate
+from engine.evaluation.inputs import open_inputs
+from engine.scoring.config import ScoringConfig
 from engine.scoring.features import INCEPTION, FeatureExtractor, load_feature_extractor
 from engine.scoring.metrics import load_reference_statistics
 from experiments.cifar10.settings import GRID, IMG_SIZE, OWN_STEPS, STRIDE, Settings
 from experiments.cifar10.stages import Clock
 from models.flops import decoding_flops
 from models.lpd import LPD, LPDConfig, load_weights
+from models.sampling import Sampling
 from orders import default_repulsion, group_sizes, natural_group_sizes
+from orders.config import OrderConfig
 from tokenizers import load_tokenizer
 from util.checkpoint import load_checkpoint
 from util.dist import Dist
@@ -162,25 +167,28 @@ class Sweep:
         inception = cell.kind == "fid"
         config = EvalConfig(
             output_dir=self.out / "eval" / cell.name,
-            group_sizes=cell.group_sizes(),
             num_images=cell.num_images,
             eval_bsz=min(self.settings.eval_bsz, FID_BATCH) if inception else self.settings.eval_bsz,
-            cfg=cell.cfg,
-            order=cell.order,
-            proximity_threshold=cell.proximity,
-            repulsion_threshold=cell.repulsion,
             seed=cell.seed,
             bf16=self.dist.device.type == "cuda",
             # Large batches keep a GPU busy; capturing a graph for the few of a cell would cost more than it saves.
             decode_path="compiled" if self.dist.device.type == "cuda" else "auto",
-            feature_extractor=INCEPTION if inception else str(self.out / "classifier.pt"),
-            inception_path=self.inception_path,
-            reference_statistics=self.out / ("inception.npz" if inception else "reference.npz"),
-            classes=self.classes,
+            orders=OrderConfig(
+                order=cell.order,
+                group_sizes=cell.group_sizes(),
+                proximity_threshold=cell.proximity,
+                repulsion_threshold=cell.repulsion,
+            ),
+            sampling=Sampling(cfg=cell.cfg),
+            scoring=ScoringConfig(
+                feature_extractor=INCEPTION if inception else str(self.out / "classifier.pt"),
+                inception_path=self.inception_path,
+                reference_statistics=self.out / ("inception.npz" if inception else "reference.npz"),
+            ),
         )
-        inputs = prepare(config, self.model.config, self.dist, self._extractor(cell))
+        inputs = open_inputs(config, self.model.config, self.dist, self.classes, self._extractor(cell))
         record = dataclasses.asdict(cell) | self._hashes(cell)
-        evaluate(self.model, self.tokenizer, config, self.dist, inputs=inputs, record=record)
+        evaluate(self.model, self.tokenizer, config, inputs, self.dist, record=record)
 
 
 def row(cell: Cell, results: dict[str, Any]) -> dict[str, Any]:

@@ -330,9 +330,9 @@ def test_a_checkpoint_does_not_stay_in_memory(cache: Path, tmp_path: Path) -> No
     assert alive == [False]
 
 
-def test_fewer_epochs_than_are_behind_it(cache: Path, tmp_path: Path) -> None:
+def test_fewer_epochs_than_the_checkpoint_has(cache: Path, tmp_path: Path) -> None:
     """It would be reported as finished, with the learning rates of another schedule."""
     train(build(), PackedCodes(cache), SCHEDULES, config(tmp_path / "run"), CPU)
     resume = load_checkpoint(tmp_path / "run" / LAST)
-    with pytest.raises(UserError, match="--epochs is 2, but the checkpoint has 3 epochs behind it"):
+    with pytest.raises(UserError, match="--epochs is 2, but the checkpoint was saved after 3 epochs"):
         train(build(), PackedCodes(cache), SCHEDULES, config(tmp_path / "run", epochs=2), CPU, resume=resume)
