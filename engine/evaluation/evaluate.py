@@ -50,7 +50,7 @@ from engine.scoring.metrics import (
 from models.lpd import LPD, LPDConfig
 from models.sampling import Sampling
 from orders import ORDER_KINDS, default_repulsion, generate_orders, load_orders
-from orders.draw import OrderSettings
+from orders.draw import OrderSpec
 from tokenizers import VQModel
 from util.counter_rng import fold_in
 from util.dist import Dist
@@ -159,7 +159,7 @@ def prepare(config: EvalConfig, model: LPDConfig, dist: Dist, extractor: Feature
     grid = (model.grid_size, model.grid_size)
     repulsion = config.repulsion_threshold
     repulsion = default_repulsion(grid) if repulsion is None else repulsion
-    OrderSettings(config.order, grid, config.group_sizes, config.proximity_threshold, repulsion, config.seed)
+    OrderSpec(config.order, grid, config.group_sizes, config.proximity_threshold, repulsion, config.seed)
     if config.classes is not None and len(config.classes) != model.class_num:
         raise UserError(f"{len(config.classes)} class names are given for a model of {model.class_num} classes.")
     orders = None
