@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from orders.draw import ORDER_KINDS, OrderSettings, default_repulsion, generate_orders
+from orders.draw import ORDER_KINDS, OrderSpec, default_repulsion, generate_orders
 from orders.files import load_orders
 from orders.schedule import grid_group_sizes, grid_shape, parse_group_sizes
 from util.config import check, setting
@@ -46,7 +46,7 @@ class OrderConfig:
         else:
             sizes = self.group_sizes
         repulsion = default_repulsion(grid) if self.repulsion_threshold is None else self.repulsion_threshold
-        spec = OrderSettings(self.order, grid, sizes, self.proximity_threshold, repulsion, seed)
+        spec = OrderSpec(self.order, grid, sizes, self.proximity_threshold, repulsion, seed)
         if self.lpd_order_file is None:
             return Orders(spec)
         rows = load_orders(self.lpd_order_file, grid_size, spec.group_sizes)
@@ -63,7 +63,7 @@ class Orders:
         rows: the orders of a file, (num, L), which then take the place of drawn ones.
     """
 
-    spec: OrderSettings
+    spec: OrderSpec
     rows: np.ndarray | None = None
 
     @property
