@@ -21,7 +21,8 @@ import torch
 
 from engine.evaluation.evaluate import EvalConfig, evaluate, prepare
 from engine.scoring.features import load_feature_extractor
-from engine.scoring.metrics import FeatureStatistics, load_reference_statistics, score
+from engine.scoring.metrics import score
+from engine.scoring.statistics import FeatureStatistics, load_reference_statistics
 from models.lpd import LPD, LPDConfig, load_weights
 from orders import group_sizes
 from scripts.digits import IMG_SIZE

@@ -39,14 +39,8 @@ from engine.evaluation.outputs import (
 )
 from engine.evaluation.partial_results import BatchResult, PartialResults, read_parts, weights_summary
 from engine.scoring.features import INCEPTION, SPATIAL_DIM, FeatureExtractor, load_feature_extractor
-from engine.scoring.metrics import (
-    NEIGHBOURS,
-    FeatureStatistics,
-    ReferenceStatistics,
-    adm_scores,
-    load_reference_statistics,
-    score,
-)
+from engine.scoring.metrics import NEIGHBOURS, adm_scores, score
+from engine.scoring.statistics import FeatureStatistics, ReferenceStatistics, load_reference_statistics
 from models.lpd import LPD, LPDConfig
 from models.sampling import Sampling
 from orders import ORDER_KINDS, default_repulsion, generate_orders, load_orders

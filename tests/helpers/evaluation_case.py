@@ -23,7 +23,7 @@ from engine.decoding.decoder import Decoded, Decoder
 from engine.evaluation import partial_results
 from engine.evaluation.evaluate import EvalConfig, evaluate, prepare
 from engine.scoring.features import FeatureExtractor
-from engine.scoring.metrics import FeatureStatistics, save_reference_statistics
+from engine.scoring.statistics import FeatureStatistics, save_reference_statistics
 from models.lpd import LPD, LPDConfig
 from tokenizers import VQConfig, VQModel
 from util.dist import Dist, distributed
