@@ -322,7 +322,6 @@ def train(
             # Besides the agreement to stop, the only read-back from the device. Nothing is saved that isn't finite.
             if saving or at_epoch_end or done % config.log_freq == 0:
                 monitor.report(lr)
-            writer.check()
             if saving:
                 save(done, keep)
             if finished or stopping:
