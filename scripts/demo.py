@@ -24,7 +24,8 @@ from engine.evaluation.evaluate import evaluate
 from engine.evaluation.inputs import open_inputs
 from engine.scoring.config import ScoringConfig
 from engine.scoring.features import load_feature_extractor
-from engine.scoring.metrics import FeatureStatistics, load_reference_statistics, score
+from engine.scoring.metrics import score
+from engine.scoring.statistics import FeatureStatistics, load_reference_statistics
 from models.lpd import LPD, LPDConfig, load_weights
 from models.sampling import Sampling
 from orders.config import OrderConfig

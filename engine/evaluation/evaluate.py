@@ -34,7 +34,8 @@ from engine.evaluation.inputs import EvalInputs
 from engine.evaluation.outputs import append_results, describe_environment, draw_grid, grid_indices, write_adm_npz
 from engine.evaluation.partial_results import BatchResult, PartialResults, read_parts, weights_summary
 from engine.scoring.features import SPATIAL_DIM, FeatureExtractor
-from engine.scoring.metrics import FeatureStatistics, adm_scores, score
+from engine.scoring.metrics import adm_scores, score
+from engine.scoring.statistics import FeatureStatistics
 from models.lpd import LPD
 from tokenizers import VQModel
 from util.counter_rng import fold_in

@@ -242,7 +242,6 @@ class Trainer:
         # Besides the agreement to stop, the only read-back from the device. Nothing is saved that isn't finite.
         if saving or done % self.steps_per_epoch == 0 or done % self.config.log_freq == 0:
             self.monitor.report(lr)
-        self.writer.check()
         if saving:
             self._save(done)
         if finished or stopping:

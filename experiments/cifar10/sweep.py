@@ -18,7 +18,7 @@ from engine.evaluation.evaluate import evaluate
 from engine.evaluation.inputs import open_inputs
 from engine.scoring.config import ScoringConfig
 from engine.scoring.features import INCEPTION, FeatureExtractor, load_feature_extractor
-from engine.scoring.metrics import load_reference_statistics
+from engine.scoring.statistics import load_reference_statistics
 from experiments.cifar10.settings import GRID, IMG_SIZE, OWN_STEPS, STRIDE, Settings
 from experiments.cifar10.stages import Clock
 from models.flops import decoding_flops

@@ -26,7 +26,7 @@ from engine.evaluation.config import EvalConfig
 from engine.evaluation.evaluate import evaluate
 from engine.evaluation.inputs import open_inputs
 from engine.scoring.features import FeatureExtractor
-from engine.scoring.metrics import FeatureStatistics, save_reference_statistics
+from engine.scoring.statistics import FeatureStatistics, save_reference_statistics
 from models.lpd import LPD, LPDConfig
 from tokenizers import VQConfig, VQModel
 from util.cli import from_args

@@ -18,13 +18,14 @@ import pytest
 import torch
 from PIL import Image
 
-import engine.scoring.metrics
 from engine.evaluation import evaluate as evaluate_module
 from engine.evaluation import partial_results
 from engine.evaluation.evaluate import evaluate, image_labels, image_seeds
 from engine.evaluation.inputs import open_inputs
 from engine.evaluation.outputs import append_results
-from engine.scoring.metrics import FeatureStatistics, load_batches, load_reference_statistics, score
+from engine.scoring import statistics
+from engine.scoring.metrics import load_batches, score
+from engine.scoring.statistics import FeatureStatistics, load_reference_statistics
 from orders import generate_orders, save_orders
 from tests.helpers.commands import ROOT
 from tests.helpers.evaluation_case import (
@@ -323,7 +324,7 @@ def test_mistakes_are_found_before_anything_is_generated(
 def test_adm_suite(output_dir: Path, monkeypatch: pytest.MonkeyPatch, whole: tuple[Path, dict[str, Any]]) -> None:
     """sFID of the spatial features; every image is inside a reference that holds the same images, and the reverse."""
     monkeypatch.setattr(evaluate_module, "SPATIAL_DIM", 4)
-    monkeypatch.setattr(engine.scoring.metrics, "SPATIAL_DIM", 4)
+    monkeypatch.setattr(statistics, "SPATIAL_DIM", 4)
     toy, last = toy_extractor(), {}
 
     def forward(images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,7 +17,8 @@ from torch_fidelity.utils import create_feature_extractor, extract_featuresdict_
 
 from engine.scoring import features, metrics
 from engine.scoring.features import INCEPTION, INCEPTION_FILE, INCEPTION_URL, SPATIAL_DIM, load_feature_extractor
-from engine.scoring.metrics import FeatureStatistics, load_batches
+from engine.scoring.metrics import load_batches
+from engine.scoring.statistics import FeatureStatistics
 from util.data.images import ImageFolder
 from util.errors import UserError
 from util.files import sha256
