@@ -311,7 +311,7 @@ def main() -> None:
         if args.threads < 1:
             raise UserError(f"--threads is {args.threads}; it must be at least 1.")
         torch.set_num_threads(args.threads)
-    with exit_when_told(), distributed(args.device) as dist, FolderLock(args.output_dir) as lock:
+    with exit_when_told(), distributed(args.device) as dist, FolderLock(args.output_dir, purpose="training") as lock:
         setup_logging(dist.rank)
         status = run_evaluation(args, dist) if args.evaluate else run_training(args, dist, lock)
     sys.exit(status)
