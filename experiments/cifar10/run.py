@@ -19,10 +19,10 @@ import numpy as np
 from engine.scoring.features import INCEPTION
 from experiments.cifar10.report import write_report
 from experiments.cifar10.settings import FULL, IMG_SIZE, STRIDE, TINY, Settings
-from experiments.cifar10.stages import Clock, OutOfTime, Stages
 from experiments.cifar10.sweep import Sweep, plan
 from models import model_config
 from models.flops import training_flops
+from scripts.stages import Clock, OutOfTime, Stages
 from util.cli import HelpFormatter, exit_on_user_error
 from util.data.images import CIFAR10_FOLDER, open_images, write_packed
 from util.dist import Dist, resolve_device
@@ -161,7 +161,7 @@ class Experiment:
         def action() -> None:
             Sweep(self.out, self.settings, self.dist, self.inception).run(self.clock)
 
-        self.stages.run("sweep", action, "the cells of experiments/cifar10/sweep.py", redo=True)
+        self.stages.run("sweep", action, "the cells of experiments/cifar10/sweep.py", always=True)
 
     def report(self) -> None:
         write_report(self.out, self.settings, self.stages.seconds(), (self.train, self.test))

@@ -17,10 +17,10 @@ from engine.evaluation.evaluate import EvalConfig, evaluate, prepare
 from engine.scoring.features import INCEPTION, FeatureExtractor, load_feature_extractor
 from engine.scoring.metrics import load_reference_statistics
 from experiments.cifar10.settings import GRID, IMG_SIZE, OWN_STEPS, STRIDE, Settings
-from experiments.cifar10.stages import Clock
 from models.flops import decoding_flops
 from models.lpd import LPD, LPDConfig, load_weights
 from orders import default_repulsion, group_sizes, natural_group_sizes
+from scripts.stages import Clock
 from tokenizers import load_tokenizer
 from util.checkpoint import load_checkpoint
 from util.dist import Dist

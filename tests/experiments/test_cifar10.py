@@ -24,7 +24,7 @@ from PIL import Image, ImageFilter
 from engine.scoring import features
 from experiments.cifar10 import page, report, run, sweep
 from experiments.cifar10.settings import FULL, TINY
-from experiments.cifar10.stages import Clock, OutOfTime, Stages
+from scripts.stages import Clock, OutOfTime, Stages
 from tests.helpers.commands import ROOT
 from tests.helpers.evaluation_case import toy_extractor
 from tests.helpers.slurm_cluster import wait_until
@@ -238,7 +238,7 @@ class ClockUntil(Clock):
         return float(self.calls >= 0)
 
 
-def test_a_stage_that_can_save_is_stopped_by_the_time_limit_and_goes_on(tmp_path: Path) -> None:
+def test_a_stage_that_can_save_is_stopped_by_the_time_limit_and_resumes(tmp_path: Path) -> None:
     """Guards against lost work at the limit, and a stage that counts as finished because it was stopped."""
     script = tmp_path / "work.py"
     script.write_text(
@@ -259,7 +259,7 @@ def test_a_stage_that_can_save_is_stopped_by_the_time_limit_and_goes_on(tmp_path
     def stages(limit: float | None) -> Stages:
         return Stages(tmp_path, Clock(limit))
 
-    for status, error, message in (("1", UserError, "'work' ended with status 1"), ("75", OutOfTime, "can go on")):
+    for status, error, message in (("1", UserError, "'work' ended with status 1"), ("75", OutOfTime, "can be resumed")):
         state.unlink(missing_ok=True)
         (tmp_path / "ready").unlink(missing_ok=True)
         with pytest.raises(error, match=message):
