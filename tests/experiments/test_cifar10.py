@@ -23,7 +23,7 @@ from PIL import Image, ImageFilter
 
 from engine.scoring import features
 from experiments.cifar10 import page, report, run, sweep
-from experiments.cifar10.settings import FULL, TINY
+from experiments.cifar10.scales import FULL, TINY
 from scripts.stages import Clock, OutOfTime, Stages
 from tests.helpers.commands import ROOT
 from tests.helpers.evaluation_case import toy_extractor
@@ -31,7 +31,7 @@ from tests.helpers.slurm_cluster import wait_until
 from util.cli import exit_on_user_error
 from util.data.images import open_images, write_packed
 from util.errors import UserError
-from util.files import sha256, write_json
+from util.files import write_json
 
 LOAD_FEATURE_EXTRACTOR = features.load_feature_extractor
 GUIDANCE = dict.fromkeys(FULL.orders, 2.0)
@@ -185,7 +185,7 @@ def test_page_and_plots_are_made_from_the_json_alone(tmp_path: Path) -> None:
 
 def write_cells(out: Path, cells: list[sweep.Cell], distance: float, lpd_distance: dict[float, float]) -> None:
     """Results as the sweep leaves them, of the folder's present files."""
-    hashes = sweep.model_hashes(out) | {"extractor_sha256": sha256(out / "classifier.pt")}
+    hashes = sweep.file_hashes(out)["own"]
     for cell in cells:
         figure = lpd_distance.get(cell.cfg, distance) if (cell.kind, cell.order) == ("tuning", "lpd") else distance
         written = {"frechet_distance": figure, "record": dataclasses.asdict(cell) | hashes}
