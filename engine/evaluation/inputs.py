@@ -12,7 +12,7 @@ from engine.decoding.decoder import resolve_path
 from engine.evaluation.config import EvalConfig
 from engine.evaluation.outputs import check_replaceable
 from engine.scoring.features import FeatureExtractor, load_feature_extractor
-from engine.scoring.metrics import ReferenceStatistics, load_reference_statistics
+from engine.scoring.statistics import ReferenceStatistics, load_reference_statistics
 from models.lpd import LPDConfig
 from orders.config import Orders
 from util.dist import Dist
