@@ -22,12 +22,12 @@ from engine.scoring.classifier import (
     ClassifierConfig,
     ClassifierTrainConfig,
     accuracy,
-    load_images,
     save_classifier,
     train_classifier,
 )
 from util.cli import HelpFormatter, exit_on_user_error
 from util.data.images import open_images
+from util.data.loading import load_all
 from util.dist import resolve_device
 from util.errors import UserError
 from util.logger import setup_logging
@@ -77,8 +77,9 @@ def main() -> None:
     model = Classifier(
         ClassifierConfig(args.arch, len(train_set.classes), args.img_size, args.input_size or args.img_size)
     )
-    images, labels = load_images(train_set)
-    test_images, test_labels = load_images(test_set)
+    (images, labels), (test_images, test_labels) = (
+        (pixels.permute(0, 3, 1, 2).contiguous(), labels) for pixels, labels in map(load_all, (train_set, test_set))
+    )
     start = time.perf_counter()
     train_classifier(model, images, labels, train, device)
     metadata: dict[str, Any] = {

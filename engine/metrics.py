@@ -19,7 +19,6 @@ from tqdm import tqdm
 from engine.scoring.features import INCEPTION, load_feature_extractor
 from engine.scoring.metrics import (
     FeatureStatistics,
-    load_batches,
     load_reference_statistics,
     reconstruct,
     save_reference_statistics,
@@ -28,6 +27,7 @@ from engine.scoring.metrics import (
 from tokenizers import load_tokenizer
 from util.cli import HelpFormatter, exit_on_user_error
 from util.data.images import open_images
+from util.data.loading import image_batches
 from util.dist import resolve_device
 from util.errors import UserError
 from util.files import sha256
@@ -73,7 +73,8 @@ def main() -> None:
     statistics = FeatureStatistics(extractor.feature_dim, device)
     all_logits = []
     with tqdm(total=len(images), desc=f"features of {images.source}", unit="image") as progress:
-        for batch in load_batches(images, args.batch_size):
+        for pixels in image_batches(images, args.batch_size):
+            batch = pixels.permute(0, 3, 1, 2)
             features, logits = extractor(batch if tokenizer is None else reconstruct(tokenizer, batch))
             statistics.update(features)
             all_logits.append(logits.cpu())

@@ -21,7 +21,7 @@ import torch
 
 from engine.evaluation.evaluate import EvalConfig, evaluate, prepare
 from engine.scoring.features import load_feature_extractor
-from engine.scoring.metrics import FeatureStatistics, load_reference_statistics, score
+from engine.scoring.metrics import FeatureStatistics, load_reference_statistics, reconstruct, score
 from models.lpd import LPD, LPDConfig, load_weights
 from orders import group_sizes
 from scripts.digits import IMG_SIZE
@@ -29,11 +29,11 @@ from tokenizers import load_tokenizer
 from util.checkpoint import LAST, load_checkpoint
 from util.cli import exit_on_user_error
 from util.data.images import ImageFolder
+from util.data.loading import load_all
 from util.dist import Dist, resolve_device
 from util.errors import UserError
 from util.files import check_output_dir
 from util.logger import setup_logging
-from util.pictures import to_float, to_uint8
 from util.plots import plot_loss
 
 STRIDE = 4
@@ -152,11 +152,11 @@ class Comparison:
     @torch.no_grad()
     def real(self, reconstructed: bool) -> dict[str, float]:
         """The floor: scores of the held-out digits themselves, or of what the tokenizer makes of them."""
-        images = torch.stack([self.test_digits.load(i) for i in range(len(self.test_digits))]).to(self.dist.device)
-        labels = torch.from_numpy(self.test_digits.labels)
+        images, labels = load_all(self.test_digits)
+        images = images.permute(0, 3, 1, 2).to(self.dist.device)
         if reconstructed:
-            images = to_uint8(self.tokenizer.decode(self.tokenizer.encode(to_float(images))))
-        features, logits = self.extractor(images.permute(0, 3, 1, 2))
+            images = reconstruct(self.tokenizer, images)
+        features, logits = self.extractor(images)
         statistics = FeatureStatistics(self.extractor.feature_dim)
         statistics.update(features.cpu())
         scores = score(statistics, logits, load_reference_statistics(self.out / "reference.npz"), self.extractor.name)

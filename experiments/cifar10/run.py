@@ -24,7 +24,7 @@ from experiments.cifar10.sweep import Sweep, plan
 from models import model_config
 from models.flops import training_flops
 from util.cli import HelpFormatter, exit_on_user_error
-from util.data.images import CIFAR10_FOLDER, open_images, write_packed
+from util.data.images import CIFAR10_FOLDER, open_images, write_image_archive
 from util.dist import Dist, resolve_device
 from util.errors import UserError
 from util.files import check_output_dir
@@ -50,7 +50,7 @@ def download_cifar10(folder: Path) -> None:
 
 
 def write_subset(train: str, test: str, count: int, path: Path) -> None:
-    """``count`` photos of each split, evenly spread over the split, as a packed file."""
+    """``count`` photos of each split, evenly spread over the split, as an image archive."""
     files, labels, numbers = [], [], []
     classes: list[str] = []
     for number, source in enumerate((train, test)):
@@ -62,7 +62,7 @@ def write_subset(train: str, test: str, count: int, path: Path) -> None:
             files.append(file.getvalue())
             labels.append(int(images.labels[index]))
             numbers.append(number)
-    write_packed(path, files, labels, classes, numbers)
+    write_image_archive(path, files, labels, classes, numbers)
 
 
 class Experiment:
