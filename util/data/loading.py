@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
@@ -30,7 +30,7 @@ class Images(Protocol):
 
 def load_batches(
     dataset: Any, batches: Iterable[list[int]], num_workers: int, device: torch.device
-) -> Iterator[list[Any]]:
+) -> Generator[list[Any], None, None]:
     """The items of each batch of indices, stacked, tensors on the device; read ahead by ``num_workers`` processes.
 
     A :class:`CodeDataset` gives codes (B, L), mirrored codes (B, L) and labels (B,), an :class:`ImageDataset` uint8

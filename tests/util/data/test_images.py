@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import pickle
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine.cache import cache_codes
+from engine.cache import CacheConfig, build_cache
 from tokenizers import VQConfig, VQModel, save_tokenizer
 from util.data.codes import open_codes
 from util.data.images import CIFAR10_FOLDER, ImageFolder, open_images, write_image_archive
@@ -161,12 +162,15 @@ def test_codes_are_cached_from_an_image_archive(archive: Path, tmp_path: Path) -
     """Guards against a cache that mixes splits, or is continued with other photos of the same number."""
     import torch
 
-    config = VQConfig(base_width=8, multipliers=(1, 1), res_blocks=1, z_channels=8, codebook_size=16, code_dim=4)
-    save_tokenizer(VQModel(config), tmp_path / "vq.pt")
+    size = VQConfig(base_width=8, multipliers=(1, 1), res_blocks=1, z_channels=8, codebook_size=16, code_dim=4)
+    save_tokenizer(VQModel(size), tmp_path / "vq.pt")
     alone = Dist(0, 1, torch.device("cpu"))
-    header = cache_codes(f"{archive}:train", tmp_path / "codes", tmp_path / "vq.pt", 8, alone, num_workers=0)
+    config = CacheConfig(
+        tmp_path / "vq.pt", tmp_path / "codes", data_path=f"{archive}:train", img_size=8, num_workers=0
+    )
+    header = build_cache(config, alone)
     assert (header.num_images, header.classes, header.grid_size) == (4, CLASSES, 4)
     assert open_codes(tmp_path / "codes").labels.tolist() == [1, 0, 1, 0]
-    assert header == cache_codes(f"{archive}:train", tmp_path / "codes", tmp_path / "vq.pt", 8, alone, num_workers=0)
+    assert header == build_cache(config, alone)
     with pytest.raises(UserError, match="list of files"):
-        cache_codes(archive, tmp_path / "codes", tmp_path / "vq.pt", 8, alone, num_workers=0)
+        build_cache(dataclasses.replace(config, data_path=str(archive)), alone)
