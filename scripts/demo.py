@@ -18,10 +18,11 @@ import torch
 from engine.evaluation.config import EvalConfig
 from engine.evaluation.evaluate import evaluate
 from engine.evaluation.inputs import open_inputs
+from engine.metrics import extract
 from engine.scoring.config import ScoringConfig
 from engine.scoring.features import load_feature_extractor
 from engine.scoring.metrics import score
-from engine.scoring.statistics import FeatureStatistics, load_reference_statistics
+from engine.scoring.statistics import load_reference_statistics
 from models.lpd import LPD, LPDConfig, load_weights
 from models.sampling import Sampling
 from orders.config import OrderConfig
@@ -35,7 +36,6 @@ from util.dist import Dist, resolve_device
 from util.errors import UserError
 from util.files import check_output_dir
 from util.logger import setup_logging
-from util.pictures import to_float, to_uint8
 from util.plots import plot_loss
 
 STRIDE = 4
@@ -129,18 +129,13 @@ class Comparison:
         inputs = open_inputs(config, self.model.config, self.dist, self.classes, self.extractor)
         return evaluate(self.model, self.tokenizer, config, inputs, self.dist)
 
-    @torch.no_grad()
     def real(self, reconstructed: bool) -> dict[str, float]:
         """The floor: scores of the held-out digits themselves, or of what the tokenizer makes of them."""
-        images = torch.stack([self.test_digits.load(i) for i in range(len(self.test_digits))]).to(self.dist.device)
+        tokenizer = self.tokenizer if reconstructed else None
+        statistics, logits = extract(self.test_digits, self.extractor, tokenizer, len(self.test_digits))
         labels = torch.from_numpy(self.test_digits.labels)
-        if reconstructed:
-            images = to_uint8(self.tokenizer.decode(self.tokenizer.encode(to_float(images))))
-        features, logits = self.extractor(images.permute(0, 3, 1, 2))
-        statistics = FeatureStatistics(self.extractor.feature_dim)
-        statistics.update(features.cpu())
         scores = score(statistics, logits, load_reference_statistics(self.out / "reference.npz"), self.extractor.name)
-        accuracy = (logits.cpu().argmax(1) == labels).double().mean().item()
+        accuracy = (logits.argmax(1) == labels).double().mean().item()
         return {"class_accuracy": accuracy, "frechet_distance": scores["frechet_distance"]}
 
     def table(self) -> str:

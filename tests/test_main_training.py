@@ -28,7 +28,7 @@ from tests.helpers.training_case import make_cache
 from tokenizers import VQConfig, VQModel, load_tokenizer
 from tokenizers.checkpoint import save_tokenizer
 from util.checkpoint import LAST, load_checkpoint, load_newest
-from util.data.codes import PackedCodes
+from util.data.codes import MappedCodes
 from util.dist import Dist
 from util.files import sha256
 
@@ -254,17 +254,17 @@ def test_exit_status_after_a_signal(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, status: int
 ) -> None:
     """What a launcher decides by: 75 is put back into the queue, and everything is saved by then."""
-    fetch: Callable[..., Any] = PackedCodes.get_batch
+    fetch: Callable[..., Any] = MappedCodes.get_batch
     left = 3
 
-    def fetch_and_signal(self: PackedCodes, indices: Any) -> Any:
+    def fetch_and_signal(self: MappedCodes, indices: Any) -> Any:
         nonlocal left
         left -= 1
         if left == 0:
             os.kill(os.getpid(), number)
         return fetch(self, indices)
 
-    monkeypatch.setattr(PackedCodes, "__getitems__", fetch_and_signal)
+    monkeypatch.setattr(MappedCodes, "__getitems__", fetch_and_signal)
     assert training(workspace, tmp_path, *DEBUG) == status
     assert load_checkpoint(tmp_path / LAST)["step"] == 3
 
@@ -299,15 +299,15 @@ def test_the_weights_gone_on_from_do_not_stay_in_memory(
             left.append(weakref.ref(next(iter(found[1]["model"].values()))))
         return found
 
-    fetch: Callable[..., Any] = PackedCodes.get_batch
+    fetch: Callable[..., Any] = MappedCodes.get_batch
 
-    def look(self: PackedCodes, indices: Any) -> Any:
+    def look(self: MappedCodes, indices: Any) -> Any:
         seen.extend(reference() is not None for reference in left)
         return fetch(self, indices)
 
     assert training(workspace, tmp_path, *DEBUG, "--max_steps", 9) == 0
     monkeypatch.setattr(engine.training.setup, "load_newest", load)
-    monkeypatch.setattr(PackedCodes, "__getitems__", look)
+    monkeypatch.setattr(MappedCodes, "__getitems__", look)
     assert training(workspace, tmp_path, *DEBUG) == 0
     assert seen == [False]
 

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch.utils.data import DataLoader
 
 from engine.training.checkpoint_writer import CheckpointWriter
 from engine.training.config import TrainConfig
@@ -29,35 +28,15 @@ from engine.training.trackers import Tracker
 from models.flops import training_flops
 from models.lpd import LPD
 from tokenizers import VQModel
-from util.data.codes import CodeDataset, PackedCodes
+from util.data.codes import CodeDataset
 from util.data.images import ImageDataset
-from util.data.loading import all_batches, whole_batch
+from util.data.loading import load_batches
 from util.data.sampler import GlobalBatchSampler
 from util.dist import Dist
 from util.errors import UserError
 from util.lr_sched import learning_rate
-from util.signals import ignore_stop_signals
 
 logger = logging.getLogger(__name__)
-
-
-def load_batches(
-    dataset: CodeDataset | ImageDataset, sampler: GlobalBatchSampler, num_workers: int, device: torch.device
-) -> Iterator[list[torch.Tensor]]:
-    """Batches on the device: codes (B, L), mirrored codes (B, L), labels (B,); or images (B, H, W, 3), labels (B,)."""
-    cached = isinstance(dataset, CodeDataset)
-    collate: Any = whole_batch if cached else None
-    loader: DataLoader[Any] = DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=collate,
-        # A batch of packed codes is read faster than handed over.
-        num_workers=0 if isinstance(dataset, PackedCodes) else num_workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_stop_signals,
-    )
-    for batch in all_batches(loader):
-        yield [tensor.to(device, non_blocking=True) for tensor in batch]
 
 
 class Trainer:

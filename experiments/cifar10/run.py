@@ -24,7 +24,7 @@ from models import model_config
 from models.flops import training_flops
 from scripts.stages import Clock, OutOfTime, Stages
 from util.cli import Parser, exit_on_user_error
-from util.data.images import CIFAR10_FOLDER, open_images, write_packed
+from util.data.images import CIFAR10_FOLDER, open_images, write_image_archive
 from util.dist import Dist, resolve_device
 from util.errors import UserError
 from util.files import check_output_dir
@@ -62,7 +62,7 @@ def write_subset(train: str, test: str, count: int, path: Path) -> None:
             files.append(file.getvalue())
             labels.append(int(images.labels[index]))
             numbers.append(number)
-    write_packed(path, files, labels, classes, numbers)
+    write_image_archive(path, files, labels, classes, numbers)
 
 
 class Experiment:

@@ -29,7 +29,7 @@ from tests.helpers.commands import ROOT
 from tests.helpers.evaluation_case import toy_extractor
 from tests.helpers.slurm_cluster import wait_until
 from util.cli import exit_on_user_error
-from util.data.images import open_images, write_packed
+from util.data.images import open_images, write_image_archive
 from util.errors import UserError
 from util.files import write_json
 
@@ -38,7 +38,7 @@ GUIDANCE = dict.fromkeys(FULL.orders, 2.0)
 
 
 def write_photos(path: Path, train: int, test: int) -> None:
-    """Smooth colourful 40×36 pictures of two classes, as JPEG files in a packed file."""
+    """Smooth colourful 40×36 pictures of two classes, as JPEG files in an image archive."""
     rng = np.random.default_rng(0)
     files, labels = [], []
     for i in range(train + test):
@@ -47,7 +47,7 @@ def write_photos(path: Path, train: int, test: int) -> None:
         noise.filter(ImageFilter.GaussianBlur(2 + 4 * (i % 2))).save(file, "JPEG")
         files.append(file.getvalue())
         labels.append(i % 2)
-    write_packed(path, files, labels, ["fine", "coarse"], [0] * train + [1] * test)
+    write_image_archive(path, files, labels, ["fine", "coarse"], [0] * train + [1] * test)
 
 
 def test_every_cell_of_the_table_is_there_once() -> None:

@@ -24,7 +24,7 @@ from engine.evaluation.evaluate import evaluate, image_labels, image_seeds
 from engine.evaluation.inputs import open_inputs
 from engine.evaluation.outputs import append_results
 from engine.scoring import statistics
-from engine.scoring.metrics import load_batches, score
+from engine.scoring.metrics import score
 from engine.scoring.statistics import FeatureStatistics, load_reference_statistics
 from orders import generate_orders, save_orders
 from tests.helpers.commands import ROOT
@@ -43,6 +43,7 @@ from tests.helpers.evaluation_case import (
     write_reference,
 )
 from util.data.images import ImageFolder
+from util.data.loading import image_batches
 from util.errors import UserError
 from util.files import sha256
 
@@ -166,8 +167,8 @@ def test_scores_equal_those_of_the_png_folder(whole: tuple[Path, dict[str, Any]]
     folder, results = whole
     extractor, reference = toy_extractor(), load_reference_statistics(folder.parent / "reference.npz")
     statistics, all_logits = FeatureStatistics(extractor.feature_dim), []
-    for images in load_batches(ImageFolder(folder / "images", SIZE, labelled=False), batch_size=5):
-        features, logits = extractor(images)
+    for images in image_batches(ImageFolder(folder / "images", SIZE, labelled=False), batch_size=5):
+        features, logits = extractor(images.permute(0, 3, 1, 2))
         statistics.update(features)
         all_logits.append(logits)
     logits = torch.cat(all_logits)
