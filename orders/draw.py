@@ -90,7 +90,7 @@ class OrderSpec:
     def _draw_chunk(self, indices: np.ndarray, gpu: Any) -> np.ndarray:
         """The same at once, with NumPy or on a torch device."""
         if self.kind in FIXED_ORDERS:
-            return FIXED_ORDERS[self.kind](self.grid)
+            return FIXED_ORDERS[self.kind](self.grid)  # (L,), the same for all
         if self.kind == "random":
             return random_orders(indices, self.grid[0] * self.grid[1], self.seed)
         xp: Any = np
