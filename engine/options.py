@@ -9,6 +9,7 @@ from typing import Any
 
 from engine.config import Config
 from engine.hub.published import ORDERS_DIR
+from engine.published_flags import add_unused_process_flags, add_unused_tokenizer_flags
 from engine.recipes import EVAL_RECIPES, RELEASED, TRAIN_RECIPES, checkpoint_path
 from models.sampling import Sampling
 from orders.config import OrderConfig
@@ -33,8 +34,8 @@ def build_parser() -> Parser:
     parser.add_config(Config, PUBLISHED_DEFAULTS)
     parser.add_unused("--log_dir", instead="--output_dir gets metrics.jsonl, and --tensorboard event files beside it")
     parser.add_unused("--resume_epoch", instead="a run resumes from the newest checkpoint, or from --resume FILE")
-    parser.add_unused("--vqgan_stride", instead="the tokenizer's file has its stride")
-    parser.add_unused("--vqgan_vocab_size", instead="the tokenizer's file has its codebook")
+    add_unused_tokenizer_flags(parser)
+    add_unused_process_flags(parser)
     return parser
 
 
