@@ -20,8 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from util.config import setting
 from util.errors import UserError
 
+# Usual widths of the resolution levels in multiples of the base width, fine to coarse, by stride.
+MULTIPLIERS = {1: (1,), 2: (1, 2), 4: (1, 2, 4), 8: (1, 2, 2, 4), 16: (1, 1, 2, 2, 4)}
 _MAX_SCORES = 2**26  # similarities held at once by the nearest-entry search: 256 MiB in float32
 _CODEBOOK_USED_SIZE = 65536  # length of the buffer in the released file
 
@@ -30,17 +33,21 @@ _CODEBOOK_USED_SIZE = 65536  # length of the buffer in the released file
 class VQConfig:
     """Size of a tokenizer; the defaults are the released ``vq_ds16_c2i``.
 
-    ``multipliers`` gives the width of each resolution level as a multiple of ``base_width``; each level but the last
-    halves the picture, so the stride is ``2 ** (len(multipliers) - 1)``. The decoder has one residual block per level
-    more than ``res_blocks``. Raises UserError for values no tokenizer can be built from.
+    Each resolution level but the last halves the picture, so the stride is ``2 ** (len(multipliers) - 1)``. Raises
+    UserError for values that no tokenizer can be built from.
     """
 
-    base_width: int = 128
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    res_blocks: int = 2
-    z_channels: int = 256
-    codebook_size: int = 16384
-    code_dim: int = 8
+    base_width: int = setting(128, "channels at full resolution")
+    multipliers: tuple[int, ...] = setting(
+        MULTIPLIERS[16],
+        "width of each resolution, fine to coarse, in multiples of the base width (default: by stride, "
+        + ", ".join(f"{stride}: {' '.join(map(str, values))}" for stride, values in MULTIPLIERS.items())
+        + ")",
+    )
+    res_blocks: int = setting(2, "residual blocks per resolution (decoder: one more)")
+    z_channels: int = setting(256, "channels next to the codebook")
+    codebook_size: int = setting(16384, "number of codes")
+    code_dim: int = setting(8, "numbers per code")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
