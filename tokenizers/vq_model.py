@@ -94,15 +94,15 @@ class VQModel(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """Square images (B, 3, H, H), floating point in [-1, 1] → code indices (B, L) int64 in raster order.
 
-        Raises UserError for another shape, or a side that is no multiple of the stride.
+        Raises UserError for another shape, or a side that is not a multiple of the stride.
         """
         return self.quantize.nearest(self.features(images))
 
     def decode(self, indices: Tensor) -> Tensor:
         """Code indices (B, L) in [0, V), L a square number → images (B, 3, H, H), about [-1, 1] but not clipped.
 
-        Raises UserError for a shape that is no square grid. The range is the caller's duty: checking it would read a
-        value back from the GPU.
+        Raises UserError for a shape that is not a square grid. The caller must see to the range: checking it here would
+        read a value back from the GPU.
         """
         if indices.ndim != 2 or indices.is_floating_point() or math.isqrt(indices.shape[1]) ** 2 != indices.shape[1]:
             raise UserError(
