@@ -9,7 +9,7 @@ A killed run is resumed by the same command, with any number of processes; a fin
 from __future__ import annotations
 
 from engine.cache import CacheConfig, build_cache
-from engine.published_flags import add_unused_process_flags
+from engine.published_flags import add_unused_process_flags, add_unused_tokenizer_flags
 from util.cli import Parser, exit_on_user_error, from_args
 from util.dist import distributed
 from util.logger import setup_logging
@@ -22,9 +22,7 @@ def build_parser() -> Parser:
     )
     parser.add_config(CacheConfig)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_unused(
-        "--vqgan_stride", "--vqgan_vocab_size", instead="stride and number of codes are those of --vqgan_path"
-    )
+    add_unused_tokenizer_flags(parser)
     parser.add_unused("--seed", instead="the codes follow from the images and the tokenizer, nothing is drawn")
     add_unused_process_flags(parser)
     return parser

@@ -7,11 +7,10 @@ Any architecture of timm serves. The whole data set is kept in memory as bytes a
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import time
-from dataclasses import asdict
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,8 @@ from engine.scoring.classifier import (
     save_classifier,
     train_classifier,
 )
-from util.cli import HelpFormatter, exit_on_user_error
+from util.cli import Parser, exit_on_user_error, from_args
+from util.config import part, record, setting
 from util.data.images import open_images
 from util.data.loading import load_all
 from util.dist import resolve_device
@@ -35,71 +35,67 @@ from util.logger import setup_logging
 logger = logging.getLogger(__name__)
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m engine.classifier",
-        description="Train a small classifier on images; held-out accuracy is stored with it.",
-        formatter_class=HelpFormatter,
-    )
-    add = parser.add_argument
-    add("--data_path", type=Path, required=True, help="training images: a folder per class, or photos.npz:train")
-    add("--test_path", type=Path, required=True, help="held-out images of the same classes, likewise")
-    add("--output", type=Path, required=True, help="classifier file to write (.pt)")
-    add("--arch", default="test_resnet", help="timm architecture; test_resnet has 0.4M parameters and 96 features")
-    add("--img_size", type=int, default=32, help="side of the centre crops, pixels")
-    add("--input_size", type=int, help="side the network sees (default: --img_size); larger suits deep networks")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--epochs", type=int, default=ClassifierTrainConfig.epochs)
-    add("--batch_size", type=int, default=ClassifierTrainConfig.batch_size)
-    add("--lr", type=float, default=ClassifierTrainConfig.lr, help="peak learning rate")
-    add("--weight_decay", type=float, default=ClassifierTrainConfig.weight_decay)
-    add("--label_smoothing", type=float, default=ClassifierTrainConfig.label_smoothing)
-    add("--shift", type=float, default=ClassifierTrainConfig.shift, help="largest random shift, as a share of the side")
-    add("--rotate", type=float, default=ClassifierTrainConfig.rotate, help="largest random rotation, degrees")
-    add("--scale", type=float, default=ClassifierTrainConfig.scale, help="largest random change of scale, relative")
-    add("--flip", action="store_true", help="mirror half of the images")
-    add("--seed", type=int, default=ClassifierTrainConfig.seed)
-    return parser.parse_args(arguments)
+@dataclass(frozen=True)
+class ClassifierRunConfig:
+    """Which classifier is trained on which images, and where it is written."""
+
+    data_path: Path = setting(help="training images: a folder per class, or photos.npz:train")
+    test_path: Path = setting(help="held-out images of the same classes, likewise")
+    output: Path = setting(help="classifier file to write (.pt)")
+    arch: str = setting("test_resnet", "timm architecture; test_resnet has 0.4M parameters and 96 features")
+    img_size: int = setting(32, "side of the centre crops, pixels")
+    input_size: int | None = setting(None, "side the network sees (default: --img_size); larger suits deep networks")
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    train: ClassifierTrainConfig = part(default_factory=ClassifierTrainConfig)
 
 
-def main() -> None:
-    args = parse_args()
-    setup_logging()
-    device = resolve_device(args.device)
-    train = ClassifierTrainConfig(**{name: getattr(args, name) for name in ClassifierTrainConfig.__dataclass_fields__})
-    train_set, test_set = open_images(args.data_path, args.img_size), open_images(args.test_path, args.img_size)
+def run(config: ClassifierRunConfig) -> None:
+    """Train, measure on the held-out images, write the classifier and print what is recorded with it as JSON."""
+    device = resolve_device(config.device)
+    train_set, test_set = open_images(config.data_path, config.img_size), open_images(config.test_path, config.img_size)
     if train_set.classes != test_set.classes:
         raise UserError(
-            f"--test_path {args.test_path} has classes {', '.join(test_set.classes)}; expected those of --data_path, "
+            f"--test_path {config.test_path} has classes {', '.join(test_set.classes)}; expected those of --data_path, "
             f"{', '.join(train_set.classes)}."
         )
-    torch.manual_seed(args.seed)
-    model = Classifier(
-        ClassifierConfig(args.arch, len(train_set.classes), args.img_size, args.input_size or args.img_size)
-    )
+    torch.manual_seed(config.train.seed)
+    input_size = config.input_size or config.img_size
+    model = Classifier(ClassifierConfig(config.arch, len(train_set.classes), config.img_size, input_size))
     (images, labels), (test_images, test_labels) = (
         (pixels.permute(0, 3, 1, 2).contiguous(), labels) for pixels, labels in map(load_all, (train_set, test_set))
     )
+
     start = time.perf_counter()
-    train_classifier(model, images, labels, train, device)
+    train_classifier(model, images, labels, config.train, device)
     metadata: dict[str, Any] = {
         "test_accuracy": accuracy(model, test_images, test_labels, device),
         "train_images": len(images),
         "test_images": len(test_images),
         "train_sec": round(time.perf_counter() - start, 1),
         "device": str(device),
-        "train": asdict(train),
+        "train": record(config.train),
     }
-    save_classifier(model, tuple(train_set.classes), args.output, metadata)
+    save_classifier(model, tuple(train_set.classes), config.output, metadata)
     logger.info(
         "%s reads %.2f %% of %d held-out images right; trained in %.1f s; written to %s",
-        args.arch,
+        config.arch,
         100 * metadata["test_accuracy"],
         len(test_images),
         metadata["train_sec"],
-        args.output,
+        config.output,
     )
     print(json.dumps(metadata))
+
+
+def main() -> None:
+    parser = Parser(
+        prog="python -m engine.classifier",
+        description="Train a small classifier on images; held-out accuracy is stored with it.",
+    )
+    parser.add_config(ClassifierRunConfig)
+    config = from_args(ClassifierRunConfig, parser.parse_args())
+    setup_logging()
+    run(config)
 
 
 if __name__ == "__main__":

@@ -8,96 +8,121 @@ With ``--vqgan_path`` it scores what a tokenizer makes of the images: the floor 
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from engine.scoring.features import INCEPTION, load_feature_extractor
-from engine.scoring.metrics import (
-    FeatureStatistics,
-    load_reference_statistics,
-    reconstruct,
-    save_reference_statistics,
-    score,
-)
-from tokenizers import load_tokenizer
-from util.cli import HelpFormatter, exit_on_user_error
-from util.data.images import open_images
+from engine.scoring.config import ScoringConfig
+from engine.scoring.features import FeatureExtractor, load_feature_extractor
+from engine.scoring.metrics import score
+from engine.scoring.statistics import FeatureStatistics, load_reference_statistics, save_reference_statistics
+from tokenizers import VQModel, load_tokenizer
+from util.cli import Parser, exit_on_user_error, from_args
+from util.config import check, part, setting
+from util.data.images import ImageDataset, open_images
 from util.data.loading import image_batches
 from util.dist import resolve_device
 from util.errors import UserError
 from util.files import sha256
 from util.logger import setup_logging
+from util.pictures import to_float, to_uint8
 
 logger = logging.getLogger(__name__)
 
 
-def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m engine.metrics",
-        description="Feature statistics of images (--output), or their scores (--reference_statistics).",
-        formatter_class=HelpFormatter,
-    )
-    add = parser.add_argument
-    add("--data_path", type=Path, required=True, help="folder of images, in subfolders or not, or photos.npz:test")
-    add("--img_size", type=int, required=True, help="side of the centre crops, pixels: the size that is generated")
-    add("--vqgan_path", type=Path, help="score what this tokenizer makes of the images")
-    add("--feature_extractor", default=INCEPTION, help=f"{INCEPTION}, or a file of python -m engine.classifier")
-    add("--inception_path", type=Path, help="Inception weights (default: torch's hub cache, downloaded if missing)")
-    add("--output", type=Path, help="write the statistics to this npz")
-    add("--reference_statistics", type=Path, help="score the images against this npz and print the figures as JSON")
-    add("--batch_size", type=int, default=64)
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    return parser.parse_args(arguments)
+@dataclass(frozen=True)
+class MetricsConfig:
+    """Which images are measured, and what becomes of their statistics."""
+
+    data_path: Path = setting(help="folder of images, in subfolders or not, or photos.npz:test")
+    img_size: int = setting(help="side of the centre crops, pixels: the size that is generated", at_least=1)
+    vqgan_path: Path | None = setting(None, "score what this tokenizer makes of the images")
+    output: Path | None = setting(None, "write the statistics to this npz")
+    batch_size: int = setting(64, "images per batch", at_least=1)
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    scoring: ScoringConfig = part(default_factory=ScoringConfig)
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.output is None and self.scoring.reference_statistics is None:
+            raise UserError(
+                "nothing to do: give --output to save statistics, --reference_statistics to score, or both."
+            )
+        if self.scoring.feature_extractor is None:
+            raise UserError("--feature_extractor none leaves nothing to compute statistics of.")
 
 
-def main() -> None:
-    args = parse_args()
-    setup_logging()
-    if args.output is None and args.reference_statistics is None:
-        raise UserError("nothing to do: give --output to save statistics, --reference_statistics to score, or both.")
-    for name in ("img_size", "batch_size"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} is {getattr(args, name)}; it must be positive.")
-    reference = load_reference_statistics(args.reference_statistics) if args.reference_statistics else None
-    images = open_images(args.data_path, args.img_size, labelled=False)
-    device = resolve_device(args.device)
-    extractor = load_feature_extractor(args.feature_extractor, device, args.inception_path)
-    if reference is not None:
-        reference.check(extractor, args.img_size)
-    tokenizer = None if args.vqgan_path is None else load_tokenizer(args.vqgan_path, device)
-    statistics = FeatureStatistics(extractor.feature_dim, device)
-    all_logits = []
+@torch.no_grad()
+def reconstruct(tokenizer: VQModel, images: Tensor) -> Tensor:
+    """What a tokenizer makes of images: uint8 (B, 3, H, W) → the same, on the tokenizer's device."""
+    device = next(tokenizer.parameters()).device
+    x = to_float(images.permute(0, 2, 3, 1).to(device))
+    return to_uint8(tokenizer.decode(tokenizer.encode(x))).permute(0, 3, 1, 2)
+
+
+def extract(
+    images: ImageDataset, extractor: FeatureExtractor, tokenizer: VQModel | None, batch_size: int
+) -> tuple[FeatureStatistics, Tensor]:
+    """Statistics of the features of all images, and their logits (N, K); with a tokenizer, of what it makes of them."""
+    statistics, all_logits = FeatureStatistics(extractor.feature_dim, extractor.device), []
     with tqdm(total=len(images), desc=f"features of {images.source}", unit="image") as progress:
-        for pixels in image_batches(images, args.batch_size):
+        for pixels in image_batches(images, batch_size):
             batch = pixels.permute(0, 3, 1, 2)
             features, logits = extractor(batch if tokenizer is None else reconstruct(tokenizer, batch))
             statistics.update(features)
             all_logits.append(logits.cpu())
             progress.update(len(batch))
+    return statistics, torch.cat(all_logits)
+
+
+def run(config: MetricsConfig) -> None:
+    """Open and check all inputs, extract the features, write the statistics, print the scores."""
+    scoring = config.scoring
+    assert scoring.feature_extractor is not None
+    path = scoring.reference_statistics
+    reference = None if path is None else load_reference_statistics(path)
+    images = open_images(config.data_path, config.img_size, labelled=False)
+    device = resolve_device(config.device)
+    extractor = load_feature_extractor(scoring.feature_extractor, device, scoring.inception_path)
+    if reference is not None:
+        reference.check(extractor, config.img_size)
+    tokenizer = None if config.vqgan_path is None else load_tokenizer(config.vqgan_path, device)
+
+    statistics, logits = extract(images, extractor, tokenizer, config.batch_size)
     metadata = {
         "extractor": extractor.name,
         "extractor_sha256": extractor.weights_hash,
         "num_images": len(images),
-        "img_size": args.img_size,
-        "data_path": str(args.data_path),
+        "img_size": config.img_size,
+        "data_path": str(config.data_path),
     }
-    if args.vqgan_path is not None:
-        metadata["tokenizer_sha256"] = sha256(args.vqgan_path)
-    if args.output is not None:
-        save_reference_statistics(args.output, statistics, metadata)
-        logger.info("statistics of %d images written to %s", len(images), args.output)
+    if config.vqgan_path is not None:
+        metadata["tokenizer_sha256"] = sha256(config.vqgan_path)
+    if config.output is not None:
+        save_reference_statistics(config.output, statistics, metadata)
+        logger.info("statistics of %d images written to %s", len(images), config.output)
     if reference is not None:
         source = {"reference_statistics": str(reference.path), "reference_sha256": reference.sha256}
-        scores = score(statistics, torch.cat(all_logits), reference, extractor.name)
+        scores = score(statistics, logits, reference, extractor.name)
         if extractor.classes == tuple(images.classes):
-            right = torch.cat(all_logits).argmax(1) == torch.from_numpy(images.labels)
-            scores["class_accuracy"] = right.double().mean().item()
+            scores["class_accuracy"] = (logits.argmax(1) == torch.from_numpy(images.labels)).double().mean().item()
         print(json.dumps(metadata | source | scores))
+
+
+def main() -> None:
+    parser = Parser(
+        prog="python -m engine.metrics",
+        description="Feature statistics of images (--output), or their scores (--reference_statistics).",
+    )
+    parser.add_config(MetricsConfig, skip=("adm_suite",))
+    config = from_args(MetricsConfig, parser.parse_args())
+    setup_logging()
+    run(config)
 
 
 if __name__ == "__main__":

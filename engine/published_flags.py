@@ -5,6 +5,13 @@ from __future__ import annotations
 from util.cli import Parser
 
 
+def add_unused_tokenizer_flags(parser: Parser) -> None:
+    """Accept the published flags that repeat what the tokenizer's file says."""
+    parser.add_unused(
+        "--vqgan_stride", "--vqgan_vocab_size", instead="stride and number of codes are those of --vqgan_path"
+    )
+
+
 def add_unused_process_flags(parser: Parser) -> None:
     """Accept the published flags of pinned memory and distributed processes."""
     parser.add_unused(

@@ -1,7 +1,7 @@
-"""Checkpoints: plain data, written whole or not at all, read without running code from the file.
+"""Checkpoints: plain data, written atomically, read without running code from the file.
 
 A `.pth` holds a dict with `model` (state dict) and, for training, `optimizer`, `step`, `epoch`, `config` (the model's
-configuration) and `args` (the run's settings). The published files fit: their `args` is an `argparse.Namespace`.
+configuration) and `args` (the run's record). In the published files `args` is an `argparse.Namespace`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 
@@ -38,13 +37,13 @@ def _holds_tensors(value: Any) -> bool:
 def save_checkpoint(
     path: str | Path, payload: dict[str, Any], before_replace: Callable[[], None] | None = None
 ) -> None:
-    """Write `payload` atomically, and beside it what of it is readable without torch, as `<name>.json`.
+    """Write `payload` atomically, and beside it, as `<name>.json`, the part that needs no torch to read.
 
     Args:
-        before_replace: called when the file is written and about to take the place of the old one.
+        before_replace: called when the new file is complete, just before it takes the place of the old one.
 
     Raises:
-        OSError: where it can't be written; the old file is kept.
+        OSError: if it can't be written; the old file is kept.
     """
     path = Path(path)
     with atomic_write(path) as file:
@@ -65,27 +64,20 @@ def save_checkpoint(
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a `.pth` or `.safetensors` file; a bare state dict comes back under the key `model`.
 
-    A `model.safetensors` brings what the `config.json` beside it says (:mod:`util.exported`).
+    The result of a `model.safetensors` includes what the `config.json` beside it says (:mod:`util.exported`).
 
     Raises:
-        UserError: if the file is missing, truncated, altered, or holds something else than plain data and tensors.
+        UserError: if the file is missing, damaged, or holds something else than plain data and tensors.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"checkpoint {path} does not exist.")
-    if path.suffix == ".safetensors":
-        try:
-            return {"model": safetensors.torch.load_file(path), **read_config(path)}
-        except (safetensors.SafetensorError, OSError) as error:
-            raise UserError(f"checkpoint {path} is damaged or no safetensors file ({error}).") from None
     try:
-        _check_sums(path)
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            payload = torch.load(path, map_location="cpu", weights_only=True)
+        payload = _read(path)
     except pickle.UnpicklingError as error:
         reason = str(error).split(". ")[0]
         raise UserError(f"checkpoint {path} is damaged or holds more than plain data and tensors ({reason}).") from None
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError, zipfile.BadZipFile) as error:
+    except Exception as error:  # a damaged file can make the readers fail in any way
         reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
         raise UserError(f"checkpoint {path} is truncated or damaged ({reason}).") from None
     if not isinstance(payload, dict):
@@ -97,22 +89,25 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     state = payload["model"]
     if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"checkpoint {path} holds no state dict, neither under the key 'model' nor by itself.")
-    return payload
+    return payload | read_config(path)
 
 
-def _check_sums(path: Path) -> None:
-    """Raise BadZipFile where bytes differ from what was written, which torch.load does not look at."""
-    if zipfile.is_zipfile(path):
+def _read(path: Path) -> Any:
+    if path.suffix == ".safetensors":
+        return safetensors.torch.load_file(path)
+    if zipfile.is_zipfile(path):  # torch.load does not compare the check sums
         with zipfile.ZipFile(path) as archive:
             if (damaged := archive.testzip()) is not None:
                 raise zipfile.BadZipFile(f"the check sum of {damaged} differs")
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        return torch.load(path, map_location="cpu", weights_only=True)
 
 
 def saved_step(path: Path) -> int | None:
-    """The step that a run's checkpoint was saved at, without reading its tensors; None where that can't be told."""
+    """The step that a run's checkpoint was saved at, without reading its tensors; None if it can't be read."""
     try:
         return int(torch.load(path, map_location="cpu", weights_only=True, mmap=True)["step"])
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, KeyError, ValueError, TypeError):
+    except Exception:  # missing or damaged
         return None
 
 
@@ -122,8 +117,10 @@ def previous_name(age: int) -> str:
 
 
 def find_checkpoints(folder: str | Path) -> list[Path]:
-    """Checkpoints of a run, newest first: `checkpoint-last.pth`, which every save renews, `checkpoint-last-<age>.pth`,
-    which it replaced, then `checkpoint-<epoch>.pth`.
+    """Checkpoints of a run, newest first.
+
+    These are `checkpoint-last.pth`, which every save replaces, `checkpoint-last-<age>.pth`, what it was before, and
+    `checkpoint-<epoch>.pth`.
     """
     folder = Path(folder)
 

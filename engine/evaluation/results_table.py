@@ -5,98 +5,64 @@ python -m engine.evaluation.results_table runs/eval/*/results.json --output docs
 
 from __future__ import annotations
 
-import argparse
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from util.cli import exit_on_user_error
+from util.cli import Parser, exit_on_user_error
 from util.errors import UserError
 from util.files import atomic_write
 
 NOTHING = "–"
-Results = dict[str, Any]
+# Column: where its figure stands in results.json, and its format.
+FIGURES = {
+    "images": ("num_images", "d"),
+    "FID, published": ("record.expected.fid", ".2f"),
+    "FID": ("fid", ".2f"),
+    "Fréchet distance": ("frechet_distance", ".2f"),
+    "IS, published": ("record.expected.inception_score", ".1f"),
+    "IS": ("inception_score", ".1f"),
+    "right class": ("class_accuracy", ".1%"),
+    "sFID": ("sfid", ".2f"),
+    "precision": ("precision", ".3f"),
+    "recall": ("recall", ".3f"),
+    "latency s, published": ("record.expected.latency_s", ".3f"),
+    "latency s": ("latency_s", ".4f"),
+    "images/s, published": ("record.expected.images_per_sec", ".1f"),
+    "images/s": ("throughput_images_per_sec", ".1f"),
+    "images/s with scoring": ("images_per_sec", ".1f"),
+}
+COLUMNS = ("run", *FIGURES, "features", "statistics", "device")
+Row = dict[str, str]  # cells by column; what a run does not have is left out
 
 
-def _get(results: Results, *keys: str) -> Any:
-    """The value at a path of keys; None where the path ends early."""
-    value: Any = results
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
+def _value(results: Any, keys: str) -> Any:
+    """The value at dotted keys; None where the path ends early."""
+    for key in keys.split("."):
+        results = results.get(key) if isinstance(results, dict) else None
+    return results
 
 
-def _figure(form: str, *keys: str) -> Callable[[Results], str]:
-    def show(results: Results) -> str:
-        value = _get(results, *keys)
-        return NOTHING if value is None else format(value, form)
-
-    return show
-
-
-def _statistics(results: Results) -> str:
-    reference = _get(results, "reference")
-    return NOTHING if reference is None else f"{Path(reference['path']).name} ({reference['sha256'][:8]})"
-
-
-def _features(results: Results) -> str:
-    return str(_get(results, "extractor", "name") or NOTHING)
-
-
-def _device(results: Results) -> str:
-    device, processes = (_get(results, "environment", key) for key in ("device", "world_size"))
-    return NOTHING if device is None else device if processes == 1 else f"{processes} × {device}"
+def _row(path: Path, results: dict[str, Any]) -> Row:
+    """A run, named after its recipe and what was changed of it, or after its folder."""
+    figures = {column: (_value(results, keys), form) for column, (keys, form) in FIGURES.items()}
+    row = {column: format(value, form) for column, (value, form) in figures.items() if value is not None}
+    if "FID" in row:
+        row.pop("Fréchet distance", None)  # the same number
+    recipe, changes = _value(results, "record.recipe"), _value(results, "record.changed") or {}
+    changed_recipe = [recipe, *(f"{flag} {value}" for flag, value in changes.items())]
+    row["run"] = path.absolute().parent.name if recipe is None else ", ".join(changed_recipe)
+    if (features := _value(results, "extractor.name")) is not None:
+        row["features"] = features
+    if (reference := results.get("reference")) is not None:
+        row["statistics"] = f"{Path(reference['path']).name} ({reference['sha256'][:8]})"
+    if (device := _value(results, "environment.device")) is not None:
+        processes = _value(results, "environment.world_size")
+        row["device"] = device if processes == 1 else f"{processes} × {device}"
+    return row
 
 
-def _other_distance(results: Results) -> str:
-    """The Fréchet distance where the features are not Inception's, so that it is no FID."""
-    return NOTHING if "fid" in results else _figure(".2f", "frechet_distance")(results)
-
-
-EXPECTED = ("record", "expected")
-# Title, alignment, content. A column in which no run has anything is left out.
-COLUMNS: tuple[tuple[str, str, Callable[[Results], str]], ...] = (
-    ("images", "--:", _figure("d", "num_images")),
-    ("FID, published", "--:", _figure(".2f", *EXPECTED, "fid")),
-    ("FID", "--:", _figure(".2f", "fid")),
-    ("Fréchet distance", "--:", _other_distance),
-    ("IS, published", "--:", _figure(".1f", *EXPECTED, "inception_score")),
-    ("IS", "--:", _figure(".1f", "inception_score")),
-    ("right class", "--:", _figure(".1%", "class_accuracy")),
-    ("sFID", "--:", _figure(".2f", "sfid")),
-    ("precision", "--:", _figure(".3f", "precision")),
-    ("recall", "--:", _figure(".3f", "recall")),
-    ("latency s, published", "--:", _figure(".3f", *EXPECTED, "latency_s")),
-    ("latency s", "--:", _figure(".4f", "latency_s")),
-    ("images/s, published", "--:", _figure(".1f", *EXPECTED, "images_per_sec")),
-    ("images/s", "--:", _figure(".1f", "throughput_images_per_sec")),
-    ("images/s with scoring", "--:", _figure(".1f", "images_per_sec")),
-    ("features", "---", _features),
-    ("statistics", "---", _statistics),
-    ("device", "---", _device),
-)
-
-
-def run_name(path: Path, results: Results) -> str:
-    """The recipe and what was changed of it, or the folder's name."""
-    recipe = _get(results, "record", "recipe")
-    if recipe is None:
-        return path.absolute().parent.name
-    changes = _get(results, "record", "changed") or {}
-    return ", ".join([recipe, *(f"{flag} {value}" for flag, value in changes.items())])
-
-
-def markdown_table(runs: list[tuple[str, Results]]) -> str:
-    """One row per run, (name, content of its ``results.json``)."""
-    shown = [(title, rule, [show(results) for _, results in runs]) for title, rule, show in COLUMNS]
-    shown = [column for column in shown if set(column[2]) != {NOTHING}]
-    columns = [("run", "---", [name for name, _ in runs]), *shown]
-    rows = zip(*((title, rule, *cells) for title, rule, cells in columns), strict=True)
-    return "".join("| " + " | ".join(cell.replace("|", "/") for cell in row) + " |\n" for row in rows)
-
-
-def read_results(path: Path) -> list[tuple[str, Results]]:
+def read_results(path: Path) -> list[Row]:
     """The run of a ``results.json``, or of a folder with one; all runs of a ``results.jsonl``, oldest first.
 
     Raises:
@@ -105,23 +71,31 @@ def read_results(path: Path) -> list[tuple[str, Results]]:
     path = path / "results.json" if path.is_dir() else path
     try:
         text = path.read_text()
-        found = [json.loads(line) for line in (text.splitlines() if path.suffix == ".jsonl" else [text])]
+        runs = [json.loads(line) for line in (text.splitlines() if path.suffix == ".jsonl" else [text])]
     except (OSError, ValueError) as error:
         raise UserError(f"{path} can't be read as results of an evaluation ({error}).") from None
-    if not all(isinstance(results, dict) and "num_images" in results for results in found):
+    if not all(isinstance(results, dict) and "num_images" in results for results in runs):
         raise UserError(f"{path} holds no results of an evaluation; expected a results.json of main_lpd.py --evaluate.")
-    return [(run_name(path, results), results) for results in found]
+    return [_row(path, results) for results in runs]
+
+
+def markdown_table(rows: list[Row]) -> str:
+    """One line per run; a column in which no run has anything is left out."""
+    columns = [column for column in COLUMNS if any(column in row for row in rows)]
+    rules = ["--:" if column in FIGURES else "---" for column in columns]
+    lines = [columns, rules, *([row.get(column, NOTHING) for column in columns] for row in rows)]
+    return "".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |\n" for line in lines)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m engine.evaluation.results_table",
         description="A Markdown table over several evaluations, published figures beside measured ones.",
     )
     parser.add_argument("results", nargs="+", type=Path, help="results.json, results.jsonl, or folders with the former")
     parser.add_argument("--output", type=Path, help="write the table to this file too")
     args = parser.parse_args()
-    table = markdown_table([run for path in args.results for run in read_results(path)])
+    table = markdown_table([row for path in args.results for row in read_results(path)])
     print(table, end="")
     if args.output is not None:
         with atomic_write(args.output) as file:

@@ -5,45 +5,39 @@
     python -m engine.hub push exported user/model
 
 An exported model is a folder with `model.safetensors`, `config.json` and a model card; `--pretrained_ckpt` takes the
-folder, or the name it was pushed under.
+folder, or its name on the hub.
 """
 
 from __future__ import annotations
 
 import argparse
-import logging
 from pathlib import Path
 
 from engine.hub.download import NAMES, download_all
 from engine.hub.export import export, push
-from util.cli import HelpFormatter, exit_on_user_error
+from util.cli import Parser, exit_on_user_error
 from util.logger import setup_logging
-
-logger = logging.getLogger(__name__)
 
 
 def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="python -m engine.hub",
         description="Get the published files, and share a trained model on the Hugging Face hub.",
-        formatter_class=HelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    command = commands.add_parser("download", help="files for the recipes, to the places where these look for them")
+    command = commands.add_parser("download", help="the files that recipes need, to where the recipes look for them")
     command.add_argument(
         "names", nargs="+", choices=("all", *NAMES), metavar="NAME", help=f"all (14 GB), or any of {', '.join(NAMES)}"
     )
-    command = commands.add_parser(
-        "export", help="checkpoint → folder of safetensors and JSON", formatter_class=HelpFormatter
-    )
+    command = commands.add_parser("export", help="checkpoint → folder of safetensors and JSON")
     command.add_argument("checkpoint", type=Path, help="checkpoint of a training run")
     command.add_argument("folder", type=Path, help="where to write model.safetensors, config.json and README.md")
-    command.add_argument("--ema", action="store_true", help="the moving average of the weights instead of the last")
-    command.add_argument("--vqgan_path", type=Path, help="tokenizer to put beside it")
+    command.add_argument("--ema", action="store_true", help="the moving average of the weights, not the last weights")
+    command.add_argument("--vqgan_path", type=Path, help="tokenizer to copy into the folder")
     command = commands.add_parser("push", help="exported folder → hub")
     command.add_argument("folder", type=Path, help="an exported folder")
     command.add_argument("repo", help="name on the hub: user/model")
-    command.add_argument("--private", action="store_true", help="make a new repository private")
+    command.add_argument("--private", action="store_true", help="if the repository is new, make it private")
     return parser.parse_args(arguments)
 
 

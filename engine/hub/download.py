@@ -9,7 +9,7 @@ from pathlib import Path
 
 from engine.hub.export import check_state
 from engine.hub.published import DOWNLOADS, ORDERS_DIR, ORDERS_REPO, Download
-from engine.hub.remote import RemoteFile, choose_weights, fetch, list_files
+from engine.hub.remote import choose_weights, fetch, find_named, list_files
 from engine.recipes import RELEASED
 from engine.scoring.features import download_inception
 from models import model_config
@@ -29,29 +29,28 @@ def download(name: str) -> None:
     """Get what ``name``, one of NAMES, stands for to the place where the recipes look for it; what is there is checked.
 
     Raises:
-        UserError: if it can't be had, or is not what it should be.
+        UserError: if it can't be downloaded, or is not what it should be. The message says how to get it by hand.
     """
     if name == "inception":
         logger.info("Inception weights are at %s", download_inception())
-    elif name == "orders":
-        _download_orders()
-    else:
-        _download_file(name, DOWNLOADS[name])
-
-
-def _download_file(name: str, wanted: Download) -> None:
+        return
     try:
-        files = {file.name: file for file in list_files(wanted.repo)}
-        chosen = wanted.name or choose_weights(list(files), wanted.repo)
-        if chosen not in files:
-            raise UserError(f"{wanted.repo} has no file {chosen}; it holds {', '.join(files) or 'nothing'}.")
-        place = wanted.place.with_suffix(Path(chosen).suffix)
-        fetch(files[chosen], place, lambda path: _check_weights(name, path))
+        if name == "orders":
+            what, repo, place = "the files", ORDERS_REPO, f"into {ORDERS_DIR}"
+            _download_orders()
+        else:
+            wanted = DOWNLOADS[name]
+            what, repo, place = wanted.what, wanted.repo, f"at {wanted.place}"
+            _download_weights(name, wanted)
     except UserError as error:
-        raise UserError(
-            f"{name}: {str(error).rstrip('.')}. By hand: put {wanted.what} of https://huggingface.co/{wanted.repo} at "
-            f"{wanted.place}."
-        ) from None
+        by_hand = f"put {what} of https://huggingface.co/{repo} {place}"
+        raise UserError(f"{name}: {str(error).rstrip('.')}. By hand: {by_hand}.") from None
+
+
+def _download_weights(name: str, wanted: Download) -> None:
+    files = {file.name: file for file in list_files(wanted.repo)}
+    file = find_named(files, wanted.name or choose_weights(list(files), wanted.repo), wanted.repo)
+    fetch(file, wanted.place.with_suffix(Path(file.name).suffix), lambda path: _check_weights(name, path))
 
 
 def _check_weights(name: str, path: Path) -> None:
@@ -64,25 +63,16 @@ def _check_weights(name: str, path: Path) -> None:
 
 
 def _download_orders() -> None:
-    try:
-        files: list[tuple[RemoteFile, re.Match[str]]] = [
-            (file, match)
-            for file in list_files(ORDERS_REPO, ("model", "dataset"))
-            if (match := PUBLISHED_ORDERS.fullmatch(Path(file.name).name))
-        ]
-        if not files:
-            raise UserError(f"{ORDERS_REPO} holds no files of orders (res256_steps20_repulsion2.json …).")
-        for file, match in files:
-            fetch(file, ORDERS_DIR / match[0], functools.partial(load_orders, grid_size=int(match[1]) // 16))
-    except UserError as error:
-        raise UserError(
-            f"orders: {str(error).rstrip('.')}. By hand: put the files of https://huggingface.co/{ORDERS_REPO} into "
-            f"{ORDERS_DIR}."
-        ) from None
+    files = list_files(ORDERS_REPO, ("model", "dataset"))
+    found = [(file, match) for file in files if (match := PUBLISHED_ORDERS.fullmatch(Path(file.name).name))]
+    if not found:
+        raise UserError(f"{ORDERS_REPO} holds no files of orders (res256_steps20_repulsion2.json …).")
+    for file, match in found:
+        fetch(file, ORDERS_DIR / match[0], functools.partial(load_orders, grid_size=int(match[1]) // 16))
 
 
 def download_all(names: list[str]) -> None:
-    """Download one after the other; what fails does not keep the rest from coming. UserError at the end if any did."""
+    """Download one after the other. A failure does not stop the rest; it is a UserError at the end."""
     problems = []
     for name in dict.fromkeys(NAMES if "all" in names else names):
         try:
@@ -91,4 +81,4 @@ def download_all(names: list[str]) -> None:
             logger.error("%s", error)
             problems.append(name)
     if problems:
-        raise UserError(f"not downloaded: {', '.join(problems)} (reasons above); the same command tries again.")
+        raise UserError(f"not downloaded: {', '.join(problems)} (reasons above); run the same command to try again.")

@@ -11,7 +11,7 @@ import safetensors.torch
 import torch
 from huggingface_hub import HfApi
 
-from engine.hub.remote import TOKENIZERS, find_file, hub_errors
+from engine.hub.remote import TOKENIZERS, hub_errors
 from models.lpd import LPD, LPDConfig, load_weights
 from orders.schedule import default_steps
 from tokenizers import load_tokenizer
@@ -29,7 +29,7 @@ def export(checkpoint: Path, folder: Path, *, ema: bool = False, vqgan_path: Pat
     """Write a checkpoint as `model.safetensors`, `config.json` and a model card, and the tokenizer beside them.
 
     Args:
-        ema: take the moving average of the weights (`model_ema`) instead of the last ones.
+        ema: take the moving average of the weights (`model_ema`), not the last weights.
         vqgan_path: tokenizer to copy, the one that the model was trained with.
 
     Raises:
@@ -38,36 +38,35 @@ def export(checkpoint: Path, folder: Path, *, ema: bool = False, vqgan_path: Pat
     """
     content = load_checkpoint(checkpoint)
     config = _recorded_config(content, checkpoint)
-    state = content["model"]
-    if ema:
-        state = content.get("model_ema")
-        if state is None:
-            raise UserError(f"{checkpoint} holds no moving average of its weights; leave out --ema.")
+    state = content.get("model_ema") if ema else content["model"]
+    if state is None:
+        raise UserError(f"{checkpoint} holds no moving average of its weights; leave out --ema.")
     check_state(state, config, str(checkpoint))
-    described: dict[str, Any] = {"format": FORMAT, "format_version": FORMAT_VERSION, "config": vars(config)}
-    described |= {key: content.get(key) for key in ("classes", "tokenizer_sha256")}
+    trained_with = content.get("tokenizer_sha256")
     if vqgan_path is not None:
         load_tokenizer(vqgan_path)
-        given, trained_with = sha256(vqgan_path), described["tokenizer_sha256"]
+        given = sha256(vqgan_path)
         if trained_with not in (None, given):
             raise UserError(f"{checkpoint} was trained with another tokenizer than {vqgan_path} (SHA-256 differs).")
-        described["tokenizer_sha256"] = given
-    kept = {MODEL, CONFIG, CARD, *TOKENIZERS}
-    strangers = sorted({path.name for path in folder.iterdir()} - kept) if folder.exists() else []
-    if strangers:
-        raise UserError(f"{folder} holds {strangers[0]!r}, which no export wrote; choose another folder.")
-    tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+        trained_with = given
+    others = {path.name for path in folder.glob("*")} - {MODEL, CONFIG, CARD, *TOKENIZERS}
+    if others:
+        raise UserError(f"{folder} holds {min(others)!r}, which no export wrote; choose another folder.")
+
     with atomic_write(folder / MODEL) as file:
+        tensors = {name: tensor.contiguous() for name, tensor in state.items()}
         safetensors.torch.save_file(tensors, file.name, metadata={"format": "pt"})
-    for name in TOKENIZERS:
-        if vqgan_path is None or (name == TOKENIZERS[0]) == (vqgan_path.suffix == ".safetensors"):
-            (folder / name).unlink(missing_ok=True)  # of an earlier export
-            continue
-        with atomic_write(folder / name) as file, open(vqgan_path, "rb") as source:
+    tokenizer = None
+    if vqgan_path is not None:
+        tokenizer = TOKENIZERS[1] if vqgan_path.suffix == ".safetensors" else TOKENIZERS[0]
+        with atomic_write(folder / tokenizer) as file, open(vqgan_path, "rb") as source:
             shutil.copyfileobj(source, file)
-    write_json(folder / CONFIG, described)
+    for name in {*TOKENIZERS} - {tokenizer}:
+        (folder / name).unlink(missing_ok=True)  # of an earlier export
+    described = {"format": FORMAT, "format_version": FORMAT_VERSION, "config": vars(config)}
+    write_json(folder / CONFIG, described | {"classes": content.get("classes"), "tokenizer_sha256": trained_with})
     with atomic_write(folder / CARD) as file:
-        file.write(_model_card(folder.name, config, described, vqgan_path is not None).encode())
+        file.write(_model_card(folder.name, config, trained_with, vqgan_path is not None).encode())
     logger.info("%s: %d tensors, %s", folder, len(tensors), "averaged weights" if ema else "weights")
 
 
@@ -84,9 +83,8 @@ def _recorded_config(content: dict[str, Any], source: Path) -> LPDConfig:
     return LPDConfig(**config)
 
 
-def _model_card(name: str, config: LPDConfig, described: dict[str, Any], has_tokenizer: bool) -> str:
+def _model_card(name: str, config: LPDConfig, trained_with: str | None, has_tokenizer: bool) -> str:
     tokenizer = "NAME_OR_FOLDER" if has_tokenizer else "TOKENIZER"
-    trained_with = described["tokenizer_sha256"]
     return f"""---
 tags: [lpd, image-generation, class-conditional]
 ---
@@ -112,12 +110,12 @@ python main_lpd.py --evaluate --pretrained_ckpt NAME_OR_FOLDER --vqgan_path {tok
 
 
 def push(folder: Path, repo: str, private: bool = False) -> str:
-    """Upload an exported folder to the hub as ``repo``, made if there is none; returns its URL.
+    """Upload an exported folder to the hub as ``repo``, which is created if it is not there yet; returns its URL.
 
     Raises:
-        UserError: if the folder is no exported model, or the hub refuses it.
+        UserError: if the folder does not hold an exported model, or the hub refuses it.
     """
-    content = load_checkpoint(find_file(folder / MODEL))
+    content = load_checkpoint(folder / MODEL)
     check_state(content["model"], _recorded_config(content, folder / CONFIG), str(folder / MODEL))
     api = HfApi()
     with hub_errors(f"{repo} can't be uploaded; log in with hf auth login, or set HF_TOKEN to a token that may write"):

@@ -1,4 +1,4 @@
-"""The files that the published recipes need: what each is, where it comes from, where it belongs, how to get it."""
+"""The files that the published recipes need: what each is, where it comes from and where it belongs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ COMMAND = "python -m engine.hub download"
 
 @dataclass(frozen=True)
 class Download:
-    """One file of a hub repository and its place, which the recipes know."""
+    """One file of a hub repository, and the place where the recipes look for it."""
 
     what: str
     repo: str

@@ -1,6 +1,6 @@
-"""Files of the Hugging Face hub: resumed after an interruption, checked against the hub's hashes, whole or absent.
+"""Files of the Hugging Face hub: downloads resume after an interruption and are checked against the hub's hashes.
 
-``HF_ENDPOINT`` (a mirror), ``HF_TOKEN``, ``HF_HOME`` and ``HF_HUB_OFFLINE=1`` mean what they mean to `huggingface_hub`.
+``HF_ENDPOINT`` (a mirror), ``HF_TOKEN``, ``HF_HOME`` and ``HF_HUB_OFFLINE=1`` work as they do for `huggingface_hub`.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,7 +33,7 @@ _NAME = re.compile(rf"(?:hf:)?({_REPO})|hf:({_REPO})/(.+)")
 
 
 class HubUnreachable(UserError):
-    """The hub could not be asked; what is in its cache may still serve."""
+    """The hub can't be reached. A file in the local cache may be used instead."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class RemoteFile:
     repo: str
     name: str  # path in the repository
     size: int  # bytes
-    digest: str  # what the hub calls its ETag: SHA-256 of a large file, git's SHA-1 of a small one
+    digest: str  # the hub's ETag: SHA-256 of a large file, git's SHA-1 of a small one
     repo_type: str = "model"
 
     @property
@@ -62,36 +62,35 @@ class RemoteFile:
 
 @contextlib.contextmanager
 def hub_errors(what: str) -> Iterator[None]:
-    """Whatever goes wrong on the way to the hub and back becomes a UserError that starts with ``what``."""
+    """Turn whatever goes wrong with the hub into a UserError that starts with ``what``."""
     try:
         yield
-    except OfflineModeIsEnabled:
-        raise HubUnreachable(f"{what} ({constants.ENDPOINT}): HF_HUB_OFFLINE is set.") from None
     except RepositoryNotFoundError:
         reason = "there is no such repository, or it is shown only after a login (hf auth login)"
         raise UserError(f"{what} ({constants.ENDPOINT}): {reason}.") from None
-    except HFValidationError as error:
-        raise UserError(f"{what}: {str(error).rstrip('.')}.") from None
-    except (HTTPError, OSError) as error:
+    except (HFValidationError, HTTPError, OSError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+        reason = "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else reason
         raise HubUnreachable(f"{what} ({constants.ENDPOINT}): {reason}.") from None
 
 
 def list_files(repo: str, repo_types: Sequence[str] = ("model",)) -> list[RemoteFile]:
-    """All files of a repository, of the first of ``repo_types`` that has one of this name.
+    """All files of a repository, sorted by name.
+
+    Args:
+        repo_types: kinds of repositories among which the name is looked for, in this order.
 
     Raises:
-        UserError: if none has; HubUnreachable, if the hub can't be asked.
+        UserError: if there is no such repository; HubUnreachable, if the hub can't be reached.
     """
     with hub_errors(f"can't list the files of {repo}"):
         for repo_type in repo_types:
             try:
                 info = HfApi().repo_info(repo, repo_type=repo_type, files_metadata=True, timeout=30)
+                break
             except RepositoryNotFoundError:
                 if repo_type == repo_types[-1]:
                     raise
-                continue
-            break
     files = [
         RemoteFile(repo, entry.rfilename, entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id, repo_type)
         for entry in getattr(info, "siblings", None) or []
@@ -100,10 +99,10 @@ def list_files(repo: str, repo_types: Sequence[str] = ("model",)) -> list[Remote
 
 
 def choose_weights(names: Sequence[str], where: str) -> str:
-    """The file that holds the model of a folder or repository: `model.safetensors`, or the only file of weights.
+    """The name of the file that holds the model: `model.safetensors`, or the only file of weights.
 
     Raises:
-        UserError: if there is none, or several and no way to tell which.
+        UserError: if there is none, or several of other names.
     """
     found = [name for name in names if name.endswith(WEIGHTS) and name not in TOKENIZERS]
     if MODEL in found:
@@ -115,19 +114,26 @@ def choose_weights(names: Sequence[str], where: str) -> str:
 
 
 def choose_tokenizer(names: Sequence[str], where: str) -> str:
-    """The tokenizer that was exported with a model. UserError if there is none."""
-    for name in TOKENIZERS:
-        if name in names:
-            return name
-    raise UserError(f"{where} holds no tokenizer ({' or '.join(TOKENIZERS)}): name the file.")
+    """The name of the tokenizer that was exported with a model. UserError if there is none."""
+    found = [name for name in TOKENIZERS if name in names]
+    if not found:
+        raise UserError(f"{where} holds no tokenizer ({' or '.join(TOKENIZERS)}): name the file.")
+    return found[0]
+
+
+def find_named(files: Mapping[str, RemoteFile], name: str, repo: str) -> RemoteFile:
+    """The file of a repository with this name. UserError if there is none."""
+    if name not in files:
+        raise UserError(f"{repo} has no file {name}; it holds {', '.join(files) or 'nothing'}.")
+    return files[name]
 
 
 def fetch(
     file: RemoteFile, destination: Path, check: Callable[[Path], object] = lambda path: None, replace: bool = False
 ) -> None:
-    """Download ``file`` to ``destination``, which is the right file or absent at any moment.
+    """Download ``file`` to ``destination``, where a file appears only when it is complete and checked.
 
-    What arrives before an interruption is kept beside it and the next call goes on from there.
+    What arrives before an interruption is kept beside it, and the next call resumes from there.
 
     Args:
         check: raises UserError for a file that can't be used as what it should be.
@@ -141,32 +147,23 @@ def fetch(
     lock = part.with_name(f"{part.name}.lock")
     with WeakFileLock(lock):
         try:
-            if not _is_there(file, destination, replace):
-                _download(file, part)
-                _check(file, part, check)
-                os.replace(part, destination)
-                logger.info("%s: %.1f MB, %s… as the hub says", destination, file.size / 1e6, file.digest[:12])
+            if destination.is_file() and file.matches(destination):
+                logger.info("%s is there already and matches the hub's", destination)
+                return
+            if destination.is_file() and not replace:
+                raise UserError(
+                    f"{destination} differs from {file.name} of {file.repo}; it is kept: to download, move it away."
+                )
+            _download(file, part)
+            _check(file, part, check)
+            os.replace(part, destination)
+            logger.info("%s: %.1f MB, checked against the hub's hash", destination, file.size / 1e6)
         finally:
-            lock.unlink(missing_ok=True)  # who waits for it finds the file
-
-
-def _is_there(file: RemoteFile, destination: Path, replace: bool) -> bool:
-    if not destination.is_file():
-        return False
-    if file.matches(destination):
-        logger.info("%s is there already and matches the hub's", destination)
-        return True
-    if not replace:
-        raise UserError(
-            f"{destination} differs from {file.name} of {file.repo}; it is kept: to download, move it away."
-        )
-    return False
+            lock.unlink(missing_ok=True)  # a process that waits for the lock finds the file
 
 
 def _download(file: RemoteFile, part: Path) -> None:
-    if part.exists() and part.stat().st_size > file.size:
-        part.unlink()
-    # The library's own hf_hub_download starts again after a kill, and compares no hashes.
+    # The library's own hf_hub_download starts from the beginning after a kill, and compares no hashes.
     with hub_errors(f"{file.name} of {file.repo} can't be downloaded"), open(part, "ab") as stream:
         http_get(
             file.url,
@@ -182,18 +179,18 @@ def _download(file: RemoteFile, part: Path) -> None:
 def _check(file: RemoteFile, part: Path, check: Callable[[Path], object]) -> None:
     try:
         if not file.matches(part):
-            raise UserError("its hash differs from the one that the hub states")
+            raise UserError("its hash differs from the hash that the hub states")
         check(part)
     except UserError as error:
         part.unlink()
-        raise UserError(f"{file.name} of {file.repo} was dropped: {error}") from None
+        raise UserError(f"{file.name} of {file.repo} was downloaded and deleted: {error}") from None
 
 
 def hub_name(path: Path) -> tuple[str, str | None] | None:
-    """(repository, file or None) where ``path`` is a name on the hub and nothing here; None otherwise.
+    """(repository, file or None) if ``path`` does not exist here and is a name on the hub; None otherwise.
 
-    A name is `user/model`, `hf:user/model`, or `hf:user/model/FILE`. Without `hf:` a path with a suffix of weights, or
-    into an existing folder, is taken for a file that is missing.
+    A name is `user/model`, `hf:user/model`, or `hf:user/model/FILE`. Without `hf:`, a path with a suffix of weights or
+    into an existing folder is taken for a local file that is missing.
     """
     text = path.as_posix()
     match = _NAME.fullmatch(text)
@@ -207,10 +204,10 @@ def hub_name(path: Path) -> tuple[str, str | None] | None:
 def find_file(path: Path, choose: Choice = choose_weights) -> Path:
     """The local file that ``path`` stands for: itself, one in the folder it is, or one of the hub.
 
-    What comes from the hub is kept in its cache and checked; without network the cache has to do.
+    A file of the hub is kept in the hub's cache and checked. Without network it is taken from the cache.
 
     Args:
-        choose: which file of a folder or repository is meant, where ``path`` does not say.
+        choose: which file of a folder or repository is meant, if ``path`` does not name it.
 
     Raises:
         UserError: if there is no such file, here or on the hub.
@@ -229,19 +226,17 @@ def find_file(path: Path, choose: Choice = choose_weights) -> Path:
         reason = str(error).rstrip(".")
         cached = _find_in_cache(repo, wanted, choose)
         if cached is None:
-            raise UserError(f"{path} is no file here, and as a name on the hub: {reason}; nor is it cached.") from None
+            raise UserError(f"{path} is not a file here, and on the hub: {reason}; nor is it cached.") from None
         logger.warning("%s; taken from the hub's cache: %s", reason, cached)
         return cached
 
 
 def _find_on_hub(repo: str, wanted: str | None, choose: Choice) -> Path:
     files = {file.name: file for file in list_files(repo)}
-    wanted = wanted or choose(list(files), repo)
-    if wanted not in files:
-        raise UserError(f"{repo} has no file {wanted}; it holds {', '.join(files) or 'nothing'}.")
+    wanted = find_named(files, wanted or choose(list(files), repo), repo).name
     blobs = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model"), "blobs")
-    for name in [CONFIG] * (wanted == MODEL and CONFIG in files) + [wanted]:
-        # The cache keeps files under their digests. To one that is there already the library only gives its name.
+    for name in (CONFIG, wanted) if wanted == MODEL and CONFIG in files else (wanted,):
+        # The cache keeps files under their digests. If one is there already, the library only gives it its name.
         fetch(files[name], blobs / files[name].digest, replace=True)
         with hub_errors(f"{name} of {repo}"):
             path = hf_hub_download(repo, name)
@@ -256,7 +251,7 @@ def _find_in_cache(repo: str, wanted: str | None, choose: Choice) -> Path | None
         return None
     if not path.is_file():
         return None
-    digest = path.resolve().name
-    if len(digest) in (40, 64) and not RemoteFile(repo, path.name, path.stat().st_size, digest).matches(path):
+    blob = path.resolve()
+    if blob.parent.name == "blobs" and not RemoteFile(repo, path.name, blob.stat().st_size, blob.name).matches(blob):
         raise UserError(f"{path} in the hub's cache is damaged: its hash differs; delete it.")
     return path

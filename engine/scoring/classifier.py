@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from util.checkpoint import load_checkpoint
+from util.config import check, setting
 from util.errors import UserError
 from util.files import atomic_write
 
@@ -24,15 +25,13 @@ from util.files import atomic_write
 class ClassifierConfig:
     """What a classifier is built from."""
 
-    arch: str  # a timm name
-    num_classes: int
-    img_size: int  # side of the crops it is trained on, pixels
-    input_size: int  # side that images are resized to; small ones suit many networks better enlarged
+    arch: str = setting(help="timm architecture")
+    num_classes: int = setting(help="number of classes", at_least=1)
+    img_size: int = setting(help="side of the crops it is trained on, pixels", at_least=1)
+    input_size: int = setting(help="side that images are resized to; many networks need larger ones", at_least=1)
 
     def __post_init__(self) -> None:
-        for name in ("num_classes", "img_size", "input_size"):
-            if getattr(self, name) < 1:
-                raise UserError(f"{name} is {getattr(self, name)}; it must be positive.")
+        check(self, prefix="")
 
 
 class Classifier(nn.Module):
@@ -41,11 +40,11 @@ class Classifier(nn.Module):
     network: Any  # what nn.Module knows of it hides timm's methods
 
     def __init__(self, config: ClassifierConfig) -> None:
-        import timm  # takes seconds to import, which a run scored with Inception need not wait
+        import timm  # takes seconds to import, which a run scored with Inception does not need
 
         super().__init__()
         if config.arch not in timm.list_models():
-            raise UserError(f"--arch {config.arch!r} is no timm model; resnet18 and test_resnet are two that are.")
+            raise UserError(f"--arch {config.arch!r} is not a timm model; resnet18 and test_resnet are two that are.")
         self.config = config
         self.network = timm.create_model(config.arch, num_classes=config.num_classes, in_chans=3)
         self.feature_dim: int = self.network.head_hidden_size
@@ -70,26 +69,19 @@ class Classifier(nn.Module):
 class ClassifierTrainConfig:
     """How a classifier is trained: AdamW, one learning-rate cycle, random shifts, rotations and scales."""
 
-    epochs: int = 8
-    batch_size: int = 64
-    lr: float = 2e-3  # peak
-    weight_decay: float = 0.05
-    label_smoothing: float = 0.1
-    shift: float = 0.06  # of the side, at most, each way
-    rotate: float = 10.0  # degrees, at most, each way
-    scale: float = 0.1  # relative, at most, each way
-    flip: bool = False  # mirror half of the images: for photos, not for characters
-    seed: int = 0
+    epochs: int = setting(8, "passes over the images", at_least=1)
+    batch_size: int = setting(64, "images per step", at_least=1)
+    lr: float = setting(2e-3, "peak learning rate", above=0)
+    weight_decay: float = setting(0.05, "on all parameters", at_least=0)
+    label_smoothing: float = setting(0.1, "share of the target that is spread over all classes", at_least=0, below=1)
+    shift: float = setting(0.06, "largest random shift, as a share of the side", at_least=0, below=1)
+    rotate: float = setting(10.0, "largest random rotation, degrees", at_least=0, below=180)
+    scale: float = setting(0.1, "largest random change of scale, relative", at_least=0, below=1)
+    flip: bool = setting(False, "mirror half of the images: for photos, not for characters")
+    seed: int = setting(0, "of weights, data order and augmentation")
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size", "lr"):
-            if not getattr(self, name) > 0:
-                raise UserError(f"--{name} is {getattr(self, name)}; it must be positive.")
-        for name, upper in (("label_smoothing", 1), ("shift", 1), ("rotate", 180), ("scale", 1)):
-            if not 0 <= getattr(self, name) < upper:
-                raise UserError(f"--{name} is {getattr(self, name)}; it must be at least 0 and below {upper}.")
-        if self.weight_decay < 0:
-            raise UserError(f"--weight_decay is {self.weight_decay}; it must not be negative.")
+        check(self)
 
 
 def augment(images: Tensor, config: ClassifierTrainConfig, generator: torch.Generator) -> Tensor:
@@ -112,7 +104,7 @@ def augment(images: Tensor, config: ClassifierTrainConfig, generator: torch.Gene
 def train_classifier(
     model: Classifier, images: Tensor, labels: Tensor, config: ClassifierTrainConfig, device: torch.device
 ) -> None:
-    """Train ``model`` in place on uint8 (N, 3, S, S) and labels (N,); bf16 on a GPU. Leaves it in eval mode."""
+    """Train ``model`` in place on uint8 (N, 3, S, S) and labels int64 (N,); bf16 on a GPU. Leaves it in eval mode."""
     images, labels = images.to(device), labels.to(device)
     model.to(device, memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     batch_size = min(config.batch_size, len(images))
@@ -140,7 +132,7 @@ def train_classifier(
 
 @torch.inference_mode()
 def accuracy(model: Classifier, images: Tensor, labels: Tensor, device: torch.device, batch_size: int = 256) -> float:
-    """Share of images (N, 3, S, S) whose most probable class is the label."""
+    """Share of images uint8 (N, 3, S, S) whose most probable class is the label."""
     right = [
         (model(batch.to(device)).argmax(1) == target.to(device)).sum()
         for batch, target in zip(images.split(batch_size), labels.split(batch_size), strict=True)
@@ -151,7 +143,7 @@ def accuracy(model: Classifier, images: Tensor, labels: Tensor, device: torch.de
 def save_classifier(
     model: Classifier, classes: tuple[str, ...], path: str | Path, metadata: dict[str, Any] | None = None
 ) -> None:
-    """Write weights, sizes, class names and ``metadata`` (plain data) to one file that is whole or absent."""
+    """Write weights, configuration, class names and ``metadata`` (plain data) to one file, atomically."""
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     content = {"model": state, "config": asdict(model.config), "classes": list(classes), "metadata": metadata or {}}
     with atomic_write(path) as file:
@@ -171,6 +163,6 @@ def load_classifier(path: str | Path, device: torch.device | str = "cpu") -> tup
             model = Classifier(config)
         model.load_state_dict(content["model"])
     except (RuntimeError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is no classifier; python -m engine.classifier makes one.") from error
+        raise UserError(f"{path} is not a classifier; python -m engine.classifier makes one.") from error
     model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     return model.eval().requires_grad_(False), classes

@@ -1,4 +1,4 @@
-"""Feature extractors that scores are computed with: Inception-v3 for published numbers, or a classifier of one's own.
+"""Feature extractors that scores are computed with: Inception-v3 for published numbers, or a classifier you trained.
 
 Published FIDs use the Inception-v3 of 2015-12-05 in the form of torch-fidelity (`inception-v3-compat`), whose resizing
 and pooling agree with the original TensorFlow graph. A data set far from ImageNet is better scored with a classifier
@@ -72,7 +72,11 @@ def load_feature_extractor(
     """
     device = torch.device(device)
     if name == INCEPTION:
-        return _load_inception(_find_inception_weights(weights_path), device)
+        if weights_path is not None and not Path(weights_path).is_file():
+            raise UserError(
+                f"--inception_path {weights_path} does not exist; it should be {INCEPTION_FILE} of {INCEPTION_URL}."
+            )
+        return _load_inception(download_inception() if weights_path is None else Path(weights_path), device)
     if not Path(name).is_file():
         raise UserError(
             f"feature extractor {name!r} is neither {INCEPTION!r} nor a file; a classifier to use instead is made by "
@@ -87,16 +91,6 @@ def load_feature_extractor(
         device=device,
         forward=classifier.features_and_logits,
     )
-
-
-def _find_inception_weights(path: str | Path | None) -> Path:
-    if path is not None:
-        if not Path(path).is_file():
-            raise UserError(
-                f"--inception_path {path} does not exist; it should be {INCEPTION_FILE} of {INCEPTION_URL}."
-            )
-        return Path(path)
-    return download_inception()
 
 
 def inception_cache() -> Path:
@@ -126,7 +120,7 @@ def download_inception() -> Path:
 
 
 def _load_inception(path: Path, device: torch.device) -> FeatureExtractor:
-    # torch-fidelity pulls in torchvision and more: seconds that a run without Inception need not wait.
+    # torch-fidelity pulls in torchvision and more: seconds that a run without Inception does not need.
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
     data = path.read_bytes()

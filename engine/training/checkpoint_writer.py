@@ -13,7 +13,6 @@ from typing import Any
 import torch
 
 from util.checkpoint import LAST, previous_name, save_checkpoint, saved_step
-from util.errors import DISK_FULL
 
 logger = logging.getLogger(__name__)
 
@@ -21,32 +20,31 @@ logger = logging.getLogger(__name__)
 class CheckpointWriter:
     """`checkpoint-last.pth`, what it was before, and `checkpoint-<epoch>.pth`, of which none is ever half written.
 
-    At most one write is under way: a save waits for the one before. A write that fails leaves `checkpoint-last.pth` as
-    it was; :meth:`check` warns, and the next save tries again. On a full disk the states before it make room. Leaving
-    the `with` block waits for the write under way.
+    At most one write is under way: a save waits for the one before. A write that fails (on a full disk, for example)
+    is reported and leaves `checkpoint-last.pth` as it was; the next save tries again. Leaving the `with` block waits
+    for the write under way.
 
     Args:
         folder: the run's; None where nothing is to be written (ranks other than 0).
         keep_last: how many of the newest states to keep, `checkpoint-last.pth` included.
-        start_step: the step the run goes on from. A `checkpoint-last.pth` of another step was damaged, or it would have
-            been taken; it is not kept.
+        start_step: the step that the run resumes from. A `checkpoint-last.pth` of another step must be damaged, because
+            the run resumes from the newest good one; it is not kept.
     """
 
     def __init__(self, folder: Path | None, keep_last: int, start_step: int = 0) -> None:
         self._folder, self._keep_last = folder, keep_last
-        # Whether `checkpoint-last.pth` is the state that was saved last, or that the run went on from.
+        # Whether `checkpoint-last.pth` is the state that was saved last, or that the run resumed from.
         self._last_is_good = folder is not None and saved_step(folder / LAST) == start_step
         self._buffers: dict[tuple[Any, ...], torch.Tensor] = {}
         self._thread: threading.Thread | None = None
         self._failure: str | None = None
-        self._warned = False
         self._from_gpu = False
         if folder is not None:
             for leftover in folder.glob(".checkpoint-*.tmp"):  # of a run that was killed while it wrote
                 leftover.unlink()
 
     def save(self, payload: dict[str, Any], epoch: int | None = None) -> None:
-        """Copy `payload` (which holds its `step`) to the host, and write it while the caller goes on.
+        """Copy `payload` (which holds its `step`) to the host, and write it in the background.
 
         Args:
             epoch: keep the state for good, as `checkpoint-<epoch>.pth`.
@@ -54,29 +52,22 @@ class CheckpointWriter:
         if self._folder is None:
             return
         self.wait()
-        self.check()
         copy = self._to_host(payload, ())
         if self._from_gpu:
             torch.cuda.synchronize()
-        # Not a daemon: leaving in the middle of a write would waste it.
+        # Not a daemon thread: the program must not exit in the middle of a write.
         self._thread = threading.Thread(target=self._write, args=(self._folder, copy, epoch))
         self._thread.start()
 
-    def check(self) -> None:
-        """Warn, once, if the write that has ended last failed."""
-        if self._failure is not None and not self._warned:
-            self._warned = True
-            logger.error("NOT SAVED: %s; the checkpoint before is kept, the next save tries again", self._failure)
-
     def wait(self) -> str | None:
-        """Wait for the write under way; why the state handed over last is not on disk, or None if it is."""
+        """Wait for the write under way; why the state saved last is not on disk, or None if it is."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         return self._failure
 
     def _to_host(self, value: Any, path: tuple[Any, ...]) -> Any:
-        """A copy that the next step doesn't change; its memory is that of the copy before."""
+        """A copy that the next step doesn't change; it uses the memory of the previous copy."""
         if isinstance(value, dict):
             return {key: self._to_host(item, (*path, key)) for key, item in value.items()}
         if isinstance(value, list | tuple):
@@ -92,14 +83,10 @@ class CheckpointWriter:
 
     def _write(self, folder: Path, payload: dict[str, Any], epoch: int | None) -> None:
         try:
-            try:
-                self._write_files(folder, payload, epoch)
-            except OSError as error:
-                if error.errno not in DISK_FULL or not self._make_room(folder):
-                    raise
-                self._write_files(folder, payload, epoch)
+            self._write_files(folder, payload, epoch)
         except Exception as error:
-            self._failure, self._warned = f"step {payload['step']} in {folder} ({error})", False
+            self._failure = f"step {payload['step']} in {folder} ({error})"
+            logger.error("NOT SAVED: %s; the previous checkpoint is kept, the next save tries again", self._failure)
         else:
             self._failure, self._last_is_good = None, True
 
@@ -113,17 +100,8 @@ class CheckpointWriter:
             for suffix in (".pth", ".json"):
                 _link((folder / name).with_suffix(suffix), (folder / LAST).with_suffix(suffix))
 
-    def _make_room(self, folder: Path) -> bool:
-        """Give up the states before `checkpoint-last.pth`, if it is good; whether there were any."""
-        previous = list(folder.glob("checkpoint-last-*.pth")) if self._last_is_good else []
-        for path in previous:
-            logger.warning("the disk is full: %s is deleted to make room for the next checkpoint", path)
-            path.unlink()
-            path.with_suffix(".json").unlink(missing_ok=True)
-        return bool(previous)
-
     def _retire(self, folder: Path) -> None:
-        """Keep the present `checkpoint-last.pth` under another name, and no more than `keep_last` states in all."""
+        """Keep the present `checkpoint-last.pth` under another name, and no more than `keep_last` states in total."""
         names = [LAST, *(previous_name(age) for age in range(1, self._keep_last))]
         if self._last_is_good:
             for older, newer in reversed(list(zip(names[1:], names, strict=False))):
@@ -144,12 +122,12 @@ class CheckpointWriter:
 
 
 def _link(source: Path, target: Path) -> None:
-    """Give a file a second name in one step; the file that `target` named before loses it."""
+    """Give a file a second name in one step; a file that had the name before loses it."""
     temporary = target.with_name(f".{target.name}.link.tmp")
     temporary.unlink(missing_ok=True)
     try:
         os.link(source, temporary)
-    except OSError:  # a file system without links
+    except OSError:  # a file system without links, such as a mounted bucket
         shutil.copyfile(source, temporary)
     os.replace(temporary, target)
     temporary.unlink(missing_ok=True)  # still there if both were names of one file already

@@ -1,7 +1,7 @@
-"""The optimizer of the published recipe, moving averages of weights, and what of both is the same for sharded weights.
+"""The optimizer of the published recipe and moving averages of weights, for plain and for sharded weights.
 
-FSDP makes every parameter, and what follows from it, a DTensor of which a process holds a part. Checkpoints hold plain
-whole tensors, so that a run may go on with another number of processes and with or without sharding.
+FSDP makes every parameter, and all that is computed from it, a DTensor: each process holds one shard. Checkpoints hold
+complete plain tensors, so a run can resume with another number of processes, with or without sharding.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ def build_adamw(model: nn.Module, weight_decay: float) -> torch.optim.AdamW:
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    """Load whole moments and step counts; settings such as the weight decay stay those of `optimizer`."""
-    settings = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    """Load complete moments and step counts; hyperparameters such as the weight decay stay those of `optimizer`."""
+    hyperparameters = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     moments = {
         index: {
@@ -39,17 +39,17 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
         for index, values in state["state"].items()
     }
     optimizer.load_state_dict(state | {"state": moments})
-    for group, values in zip(optimizer.param_groups, settings, strict=True):
+    for group, values in zip(optimizer.param_groups, hyperparameters, strict=True):
         group.update(values)
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself, or all parts of a sharded one, which every process must ask for."""
+    """The tensor itself; of a sharded one the complete tensor, for which every process must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def sharded_like(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
-    """A whole `tensor`, the same on every process, as `parameter` is: on its device, sharded if it is."""
+    """A complete `tensor`, the same on every process, on the device of `parameter` and sharded if that is sharded."""
     tensor = tensor.to(parameter.device)
     if not isinstance(parameter, DTensor):
         return tensor
@@ -59,7 +59,7 @@ def sharded_like(parameter: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 class EMA:
     """Exponential moving average of a model's parameters, in float32 at least: each step decay·average + (1-decay)·new.
 
-    It starts from the present weights; the sharded parts of sharded ones are averaged where they are.
+    It starts from the present weights. Of sharded weights each process averages its own shard.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -71,7 +71,7 @@ class EMA:
         self._update = get_ema_multi_avg_fn(decay)
 
     def update(self) -> None:
-        """Take the present weights in."""
+        """Add the present weights to the average."""
         averages, parameters = (
             [t.to_local() if isinstance(t, DTensor) else t for t in tensors.values()]
             for tensors in (self.average, self._parameters)
@@ -79,6 +79,6 @@ class EMA:
         self._update(averages, parameters, 0)
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
-        """Go on from a whole state dict with the same names."""
+        """Resume from a complete state dict with the same names."""
         for name, average in self.average.items():
             average.copy_(sharded_like(average, state[name]))

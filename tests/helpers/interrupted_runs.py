@@ -78,7 +78,7 @@ def run_training(cache: Path, folder: Path, rank: int, world_size: int, port: in
         if newest is not None:
             load_weights(model, newest[1]["model"], str(newest[0]))
         config = TrainConfig(
-            folder, epochs=EPOCHS, batch_size=GLOBAL_BATCH // world_size, lr=1e-2, warmup_epochs=1,
+            output_dir=folder, epochs=EPOCHS, batch_size=GLOBAL_BATCH // world_size, lr=1e-2, warmup_epochs=1,
             lr_schedule="cosine", num_workers=0, save_last_steps=2, keep_last=3,
         )  # fmt: skip
         train(model, Codes(cache), SCHEDULES, config, dist, resume=newest[1] if newest else None)

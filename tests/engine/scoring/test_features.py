@@ -17,7 +17,7 @@ from torch_fidelity.utils import create_feature_extractor, extract_featuresdict_
 
 from engine.scoring import features, metrics
 from engine.scoring.features import INCEPTION, INCEPTION_FILE, INCEPTION_URL, SPATIAL_DIM, load_feature_extractor
-from engine.scoring.metrics import FeatureStatistics
+from engine.scoring.statistics import FeatureStatistics
 from util.data.images import ImageFolder
 from util.data.loading import image_batches
 from util.errors import UserError

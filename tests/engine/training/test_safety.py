@@ -59,7 +59,10 @@ class FullDisk:
         self.saved.append(payload["step"])
         if payload["step"] in self.steps:
             file.write(b"half a checkpoint")
-            raise OSError(28, "No space left on device")
+            try:
+                raise OSError(28, "No space left on device")
+            except OSError:
+                raise RuntimeError("unexpected pos 704 vs 598")  # noqa: B904 - as torch's writer has it
         self.save(payload, file)
 
 
@@ -88,32 +91,6 @@ def test_a_run_that_cannot_save_its_end_says_so(
     with pytest.raises(UserError, match=r"ends without its last state.*No space left"):
         train(build(), data, SCHEDULES, config(folder), CPU)
     assert load_checkpoint(folder / LAST)["step"] == 10
-
-
-@pytest.mark.parametrize("damaged", [False, True])
-def test_on_a_full_disk_the_state_before_the_last_makes_room(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
-) -> None:
-    """Three states at once don't fit: the newest is worth more than the oldest, unless that is the only good one."""
-    weights = {"w": torch.ones(1)}
-    for name, step in ((LAST, 2), ("checkpoint-last-1.pth", 1)):
-        save_checkpoint(tmp_path / name, {"model": weights, "step": step})
-    save = torch.save
-
-    def save_two_only(payload: dict[str, Any], file: Any) -> None:
-        if len(find_checkpoints(tmp_path)) > 1:
-            try:
-                raise OSError(28, "No space left on device")
-            except OSError:
-                raise RuntimeError("unexpected pos 704 vs 598")  # noqa: B904 - as torch's writer has it
-        save(payload, file)
-
-    monkeypatch.setattr("util.checkpoint.torch.save", save_two_only)
-    with CheckpointWriter(tmp_path, keep_last=2, start_step=1 if damaged else 2) as writer:
-        writer.save({"model": weights, "step": 3})
-        assert (writer.wait() is not None) == damaged
-        assert not damaged or "No space left" in str(writer.wait())
-    assert [load_checkpoint(path)["step"] for path in find_checkpoints(tmp_path)] == ([2, 1] if damaged else [3, 2])
 
 
 class HookedCodes(MappedCodes):
@@ -330,9 +307,9 @@ def test_a_checkpoint_does_not_stay_in_memory(cache: Path, tmp_path: Path) -> No
     assert alive == [False]
 
 
-def test_fewer_epochs_than_are_behind_it(cache: Path, tmp_path: Path) -> None:
+def test_fewer_epochs_than_the_checkpoint_has(cache: Path, tmp_path: Path) -> None:
     """It would be reported as finished, with the learning rates of another schedule."""
     train(build(), MappedCodes(cache), SCHEDULES, config(tmp_path / "run"), CPU)
     resume = load_checkpoint(tmp_path / "run" / LAST)
-    with pytest.raises(UserError, match="--epochs is 2, but the checkpoint has 3 epochs behind it"):
+    with pytest.raises(UserError, match="--epochs is 2, but the checkpoint was saved after 3 epochs"):
         train(build(), MappedCodes(cache), SCHEDULES, config(tmp_path / "run", epochs=2), CPU, resume=resume)

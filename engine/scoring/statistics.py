@@ -1,0 +1,158 @@
+"""Statistics of features: gathered from images in batches, or read from a file of reference statistics."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from engine.scoring.features import INCEPTION, SPATIAL_DIM, FeatureExtractor
+from util.dist import Dist
+from util.errors import UserError
+from util.files import atomic_write, sha256
+
+Array = NDArray[np.float64]
+
+
+class FeatureStatistics:
+    """Mean and covariance of features that arrive in batches, in float64; the features are not kept.
+
+    Batches and processes are merged by the pairwise update of Chan, Golub & LeVeque (1979), which does not lose digits
+    where the mean is large beside the spread.
+    """
+
+    def __init__(self, dim: int, device: torch.device | str = "cpu") -> None:
+        self.count = 0
+        self._mean = torch.zeros(dim, dtype=torch.float64, device=device)
+        self._scatter = torch.zeros(dim, dim, dtype=torch.float64, device=device)  # Σ (x − mean)(x − mean)ᵀ
+
+    def update(self, features: Tensor) -> None:
+        """Add features (B, d), any floating type."""
+        if len(features) == 0:
+            return
+        batch = features.to(self._mean)
+        mean = batch.mean(0)
+        centred = batch - mean
+        total = self.count + len(batch)
+        shift = mean - self._mean
+        self._scatter += centred.T @ centred + torch.outer(shift, shift) * (self.count * len(batch) / total)
+        self._mean += shift * (len(batch) / total)
+        self.count = total
+
+    def merge_processes(self, dist: Dist) -> None:
+        """Add up what all processes have seen; afterwards each holds the statistics of all features."""
+        counts = dist.gather(self.count)
+        mean = dist.sum_(self._mean * (self.count / sum(counts)))
+        shift = self._mean - mean
+        self._scatter = dist.sum_(self._scatter + torch.outer(shift, shift) * self.count)
+        self._mean, self.count = mean, sum(counts)
+
+    def mu(self) -> Array:
+        """Mean (d,)."""
+        return self._mean.cpu().numpy()
+
+    def sigma(self) -> Array:
+        """Unbiased covariance (d, d), of at least two features."""
+        return (self._scatter / (self.count - 1)).cpu().numpy()
+
+
+@dataclass(frozen=True)
+class ReferenceStatistics:
+    """Mean and covariance of the features of real images, and where they come from."""
+
+    path: Path
+    sha256: str
+    mu: Array  # (d,) float64
+    sigma: Array  # (d, d) float64
+    metadata: dict[str, Any]  # of python -m engine.metrics; empty for other people's files, which are Inception's
+    spatial: tuple[Array, Array] | None = None  # mean and covariance of spatial features, for sFID
+    samples: tuple[int, ...] | None = None  # shape of the real images in the file, uint8 (M, H, W, 3)
+
+    def check(self, extractor: FeatureExtractor, img_size: int) -> None:
+        """Raise UserError unless the statistics are of this extractor's features of images of this size."""
+        made_by = self.metadata.get("extractor", INCEPTION)
+        same_weights = self.metadata.get("extractor_sha256", extractor.weights_hash) == extractor.weights_hash
+        if made_by != extractor.name or not same_weights or len(self.mu) != extractor.feature_dim:
+            raise UserError(
+                f"{self.path} holds statistics of {len(self.mu)} features of {made_by}, but images are scored with "
+                f"{extractor.feature_dim} features of {extractor.name} ({extractor.weights_hash[:12]}…); compute them "
+                "with python -m engine.metrics."
+            )
+        if self.metadata.get("img_size", img_size) != img_size:
+            raise UserError(
+                f"{self.path} holds statistics of {self.metadata['img_size']} px images, the images scored have "
+                f"{img_size} px."
+            )
+
+    def check_adm_suite(self, img_size: int) -> None:
+        """Raise UserError unless the file has what sFID, precision and recall need."""
+        has_spatial = self.spatial is not None and len(self.spatial[0]) == SPATIAL_DIM
+        if not has_spatial or self.samples is None or self.samples[1:] != (img_size, img_size, 3):
+            raise UserError(
+                f"--adm_suite needs mu_s and sigma_s of {SPATIAL_DIM} features and images arr_0 of {img_size} px, as "
+                f"OpenAI's VIRTUAL_*.npz have them; {self.path} does not."
+            )
+
+    def load_samples(self) -> Tensor:
+        """The real images of the file as uint8 (M, 3, H, W)."""
+        with np.load(self.path) as file:
+            return torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2)
+
+
+def load_reference_statistics(path: str | Path) -> ReferenceStatistics:
+    """Read an npz with `mu` (d,) and `sigma` (d, d): the ADM suite's, OpenAI's ``VIRTUAL_*.npz``, or one made here.
+
+    Raises:
+        UserError: if there is no such file, or it does not hold finite statistics of matching shapes.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(
+            f"reference statistics {path} do not exist; ImageNet's are adm_in256_stats.npz (512: adm_in512_stats.npz) "
+            "or OpenAI's VIRTUAL_imagenet256_labeled.npz, other data's are made by python -m engine.metrics."
+        )
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {
+                name: file[name].astype(np.float64) for name in ("mu", "sigma", "mu_s", "sigma_s") if name in file
+            }
+            metadata = json.loads(str(file["metadata"])) if "metadata" in file else {}
+            samples = _stored_shape(path, "arr_0") if "arr_0" in file else None
+    except Exception as error:  # whatever a file that is not such an npz makes of the readers
+        raise UserError(f"{path} is not a readable npz file of reference statistics ({error}).") from None
+    mu, sigma = _gaussian(arrays, "mu", "sigma", path)
+    spatial = _gaussian(arrays, "mu_s", "sigma_s", path) if "mu_s" in arrays else None
+    return ReferenceStatistics(path, sha256(path), mu, sigma, metadata, spatial, samples)
+
+
+def _gaussian(arrays: dict[str, Array], mean: str, covariance: str, path: Path) -> tuple[Array, Array]:
+    for name in (mean, covariance):
+        if name not in arrays:
+            raise UserError(f"{path} holds no array {name!r}; reference statistics have 'mu' and 'sigma'.")
+    mu, sigma = arrays[mean], arrays[covariance]
+    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+        raise UserError(
+            f"{mean} and {covariance} of {path} have shapes {mu.shape} and {sigma.shape}; expected (d,) and (d, d)."
+        )
+    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
+        raise UserError(f"{mean} or {covariance} of {path} has values that are not finite.")
+    return mu, sigma
+
+
+def _stored_shape(path: Path, name: str) -> tuple[int, ...]:
+    """Shape of an array of an npz file, without reading the array."""
+    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
+        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        return read[np.lib.format.read_magic(member)](member)[0]
+
+
+def save_reference_statistics(path: Path, statistics: FeatureStatistics, metadata: dict[str, Any]) -> None:
+    with atomic_write(path) as file:
+        np.savez(file, mu=statistics.mu(), sigma=statistics.sigma(), metadata=np.array(json.dumps(metadata)))
