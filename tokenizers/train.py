@@ -36,7 +36,7 @@ from util.data.images import open_images
 from util.data.loading import Images, load_all
 from util.dist import resolve_device
 from util.errors import UserError
-from util.files import atomic_write, write_json
+from util.files import atomic_write, check_output_dir, write_json
 from util.logger import MetricsWriter, setup_logging
 from util.lr_sched import learning_rate
 from util.pictures import image_grid, save_png, to_float, to_uint8
@@ -376,8 +376,7 @@ class TokenizerCommand:
             raise UserError(f"--multipliers {multipliers} must be {levels} numbers for --stride {stride}.")
         if self.img_size % stride:
             raise UserError(f"--img_size {self.img_size} must be a multiple of --stride {stride}.")
-        if self.output_dir.exists() and not self.output_dir.is_dir():
-            raise UserError(f"--output_dir {self.output_dir} is a file; name a folder.")
+        check_output_dir(self.output_dir)
 
 
 def _parse() -> TokenizerCommand:

@@ -128,8 +128,7 @@ class VQModel(nn.Module):
         side = math.isqrt(features.shape[1])
         weight = self.post_quant_conv.weight
         grid = features.to(weight.dtype).transpose(1, 2).unflatten(2, (side, side))
-        images: Tensor = self.decoder(self.post_quant_conv(grid))
-        return images
+        return self.decoder(self.post_quant_conv(grid))
 
 
 class Codebook(nn.Module):
@@ -175,13 +174,7 @@ class Encoder(nn.Module):
         coarsest = len(widths) - 1
         self.conv_in = nn.Conv2d(3, config.base_width, 3, padding=1)
         self.conv_blocks = nn.ModuleList(
-            Level(
-                width_in,
-                width_out,
-                config.res_blocks,
-                attention=level == coarsest,
-                downsample=level < coarsest,
-            )
+            Level(width_in, width_out, config.res_blocks, attention=level == coarsest, downsample=level < coarsest)
             for level, (width_in, width_out) in enumerate(zip([config.base_width, *widths], widths, strict=False))
         )
         self.mid = _middle(widths[-1])
@@ -192,8 +185,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for block in [*self.conv_blocks, *self.mid]:
             x = block(x)
-        x = self.conv_out(F.silu(self.norm_out(x)))
-        return x
+        return self.conv_out(F.silu(self.norm_out(x)))
 
 
 class Decoder(nn.Module):
@@ -206,13 +198,7 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config.z_channels, widths[0], 3, padding=1)
         self.mid = _middle(widths[0])
         self.conv_blocks = nn.ModuleList(
-            Level(
-                width_in,
-                width_out,
-                config.res_blocks + 1,
-                attention=level == 0,
-                upsample=level < finest,
-            )
+            Level(width_in, width_out, config.res_blocks + 1, attention=level == 0, upsample=level < finest)
             for level, (width_in, width_out) in enumerate(zip([widths[0], *widths], widths, strict=False))
         )
         self.norm_out = _norm(widths[-1])
@@ -222,8 +208,7 @@ class Decoder(nn.Module):
         x = self.conv_in(x)
         for block in [*self.mid, *self.conv_blocks]:
             x = block(x)
-        x = self.conv_out(F.silu(self.norm_out(x)))
-        return x
+        return self.conv_out(F.silu(self.norm_out(x)))
 
 
 class Level(nn.Module):
@@ -300,8 +285,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(F.pad(x, (0, 1, 0, 1)))
-        return x
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
@@ -312,8 +296,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return x
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 @contextlib.contextmanager
