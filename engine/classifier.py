@@ -21,13 +21,13 @@ from engine.scoring.classifier import (
     ClassifierConfig,
     ClassifierTrainConfig,
     accuracy,
-    load_images,
     save_classifier,
     train_classifier,
 )
 from util.cli import Parser, exit_on_user_error, from_args
 from util.config import part, record, setting
 from util.data.images import open_images
+from util.data.loading import load_all
 from util.dist import resolve_device
 from util.errors import UserError
 from util.logger import setup_logging
@@ -61,8 +61,9 @@ def run(config: ClassifierRunConfig) -> None:
     torch.manual_seed(config.train.seed)
     input_size = config.input_size or config.img_size
     model = Classifier(ClassifierConfig(config.arch, len(train_set.classes), config.img_size, input_size))
-    images, labels = load_images(train_set)
-    test_images, test_labels = load_images(test_set)
+    (images, labels), (test_images, test_labels) = (
+        (pixels.permute(0, 3, 1, 2).contiguous(), labels) for pixels, labels in map(load_all, (train_set, test_set))
+    )
 
     start = time.perf_counter()
     train_classifier(model, images, labels, config.train, device)

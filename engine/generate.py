@@ -49,7 +49,7 @@ def generate(
     """
     device = model.pos_embed.device
     sampling = Sampling(cfg, cfg_schedule, temperature, top_k, top_p)
-    sampling.check(model.config.vocab_size)
+    sampling.check_top_k(model.config.vocab_size)
     model.check_inputs(orders, group_sizes)
     if model.training:
         raise UserError("the model is in training mode; call model.eval() before generating.")

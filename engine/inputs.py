@@ -1,28 +1,38 @@
-"""The files that the flags name: all looked for at once, before anything else is done."""
+"""The files that the flags name: all looked for at once before anything else is done, then found and opened."""
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
+from engine.config import Config
+from engine.evaluation.config import EvalConfig
 from engine.hub.published import COMMAND, DOWNLOADS, GUIDED_DIFFUSION, OPENAI_STATISTICS, ORDERS_DIR, ORDERS_REPO
-from engine.hub.remote import hub_name
+from engine.hub.remote import Choice, find_file, hub_name
 from engine.recipes import TOKENIZER
 from engine.scoring.features import INCEPTION, INCEPTION_URL, inception_cache
-from util.checkpoint import find_checkpoints
+from models.lpd import LPDConfig
+from util.checkpoint import find_checkpoints, load_checkpoint
+from util.dist import Dist
 from util.errors import UserError
 
+TOKENIZER_MISSING = "--vqgan_path is missing; give the tokenizer (LlamaGen's vq_ds16_c2i.pt or one of your own)."
 
-def check_files(args: argparse.Namespace) -> None:
+
+def check_files(config: Config) -> None:
     """Look for every file that the flags name, before anything else is done.
 
     Raises:
         UserError: naming all that are missing, where each comes from, where it belongs and how to get it.
     """
-    missing = list(_missing(args))
+    missing = [*_missing_for_training(config), *_missing_weights(config)]
+    if config.training is None or config.training.online_eval:
+        missing += _missing_for_scores(config.evaluation)
     # Inception is downloaded when it is needed; it is named where something has to be fetched anyway.
-    if missing and args.evaluate and _needs_inception(args) and not inception_cache().is_file():
+    scoring = config.evaluation.scoring
+    inception = scoring.feature_extractor == INCEPTION and scoring.inception_path is None
+    if missing and config.evaluate and inception and not inception_cache().is_file():
         missing.append(
             f"{inception_cache()}: the Inception weights of {INCEPTION_URL}; get them with: {COMMAND} inception"
         )
@@ -32,36 +42,52 @@ def check_files(args: argparse.Namespace) -> None:
         raise UserError("\n  ".join([f"{len(missing)} files are missing:", *missing]))
 
 
-def _needs_inception(args: argparse.Namespace) -> bool:
-    return args.feature_extractor == INCEPTION and args.inception_path is None
+def _missing_for_training(config: Config) -> Iterator[str]:
+    data, training = config.data, config.training
+    if training is None:
+        return
+    if data.use_cached and data.cached_path is not None and not data.cached_path.is_dir():
+        yield f"{data.cached_path}: codes of the training images; make them with: {cache_command(config)}"
+    path = training.group_sizes_list
+    if path is not None and not path.is_file():
+        yield f"{path}: schedules to train on, a JSON list of lists of group sizes"
 
 
-def _missing(args: argparse.Namespace) -> Iterator[str]:
-    scores = args.evaluate or args.online_eval
-    resumes = not args.evaluate and (args.resume is not None or bool(find_checkpoints(args.output_dir)))
-    if not args.evaluate and args.use_cached and args.cached_path is not None and not args.cached_path.is_dir():
-        yield f"{args.cached_path}: codes of the training images; make them with: {cache_command(args)}"
-    path = args.pretrained_ckpt
+def _missing_weights(config: Config) -> Iterator[str]:
+    resumes = config.training is not None and bool(find_run(config.output_dir, config.training.resume))
+    path = config.pretrained_ckpt
     if path is not None and not resumes and not path.exists() and hub_name(path) is None:
         expected = "a checkpoint: a file, an exported folder, or a name on the Hugging Face hub"
         yield f"{path}: {_origin(path, expected)}"
-    path = args.vqgan_path
+    path = config.vqgan_path
     if path is not None and not path.exists() and hub_name(path) is None:
         expected = "a tokenizer: LlamaGen's vq_ds16_c2i.pt, or one of python -m tokenizers.train"
         yield f"{path}: {_origin(path, expected)}"
-    path = args.lpd_order_file
-    if scores and path is not None and not path.is_file():
+
+
+def find_run(output_dir: Path, resume: Path | None) -> Path | None:
+    """Where the run lies that is resumed: `output_dir` if it holds checkpoints, else `resume` if it does or is one."""
+    if find_checkpoints(output_dir):
+        return output_dir
+    return resume if resume is not None and (resume.is_file() or find_checkpoints(resume)) else None
+
+
+def _missing_for_scores(evaluation: EvalConfig) -> Iterator[str]:
+    scoring = evaluation.scoring
+    path = evaluation.orders.lpd_order_file
+    if path is not None and not path.is_file():
         yield (
             f"{path}: a file of orders; draw one with python -m orders generate, or get the published ones of "
             f"{ORDERS_REPO} to {ORDERS_DIR} with: {COMMAND} orders"
         )
-    path = args.reference_statistics
-    if scores and path is not None and not path.is_file():
+    path = scoring.reference_statistics
+    if path is not None and not path.is_file():
         yield f"{path}: reference statistics; {statistics_origin(path)}"
-    if scores and args.feature_extractor not in (INCEPTION, "none") and not Path(args.feature_extractor).is_file():
-        yield f"{args.feature_extractor}: a feature extractor, {INCEPTION} or a file of python -m engine.classifier"
-    path = args.inception_path
-    if scores and path is not None and not path.is_file():
+    extractor = scoring.feature_extractor
+    if extractor not in (INCEPTION, None) and not Path(extractor).is_file():
+        yield f"{extractor}: a feature extractor, {INCEPTION} or a file of python -m engine.classifier"
+    path = scoring.inception_path
+    if path is not None and not path.is_file():
         yield f"{path}: the Inception weights of {INCEPTION_URL}"
 
 
@@ -85,10 +111,47 @@ def statistics_origin(path: Path) -> str:
     )
 
 
-def cache_command(args: argparse.Namespace) -> str:
-    """The command that makes the cache of codes that the flags ask for."""
-    tokenizer = args.vqgan_path or TOKENIZER
-    size = 256 if args.img_size is None else args.img_size
-    data = args.data_path or "IMAGES"
-    files = f"--vqgan_path {tokenizer} --data_path {data} --cached_path {args.cached_path}"
+def cache_command(config: Config) -> str:
+    """The command that makes the code cache that the flags ask for."""
+    tokenizer = config.vqgan_path or TOKENIZER
+    size = 256 if config.model.img_size is None else config.model.img_size
+    data = config.data.data_path or "IMAGES"
+    files = f"--vqgan_path {tokenizer} --data_path {data} --cached_path {config.data.cached_path}"
     return f"python main_cache.py --img_size {size} {files}"
+
+
+def local_file(path: Path, choose: Choice, dist: Dist) -> Path:
+    """The file that a path or a name on the hub stands for (:func:`engine.hub.remote.find_file`); rank 0 loads it."""
+    found = dist.on_main(lambda: find_file(path, choose))
+    return found if found.is_file() else find_file(path, choose)  # a machine with a cache of its own
+
+
+def load_pretrained(path: Path, use_ema: bool) -> dict[str, Any]:
+    """A checkpoint; with `use_ema`, the moving average takes the place of its weights."""
+    checkpoint = load_checkpoint(path)
+    if use_ema:
+        if "model_ema" not in checkpoint:
+            raise UserError(f"{path} holds no moving average of the weights; leave out --use_ema.")
+        checkpoint["model"] = checkpoint.pop("model_ema")
+    return checkpoint
+
+
+def check_tokenizer(checkpoint: dict[str, Any], source: Path, tokenizer_sha256: str | None) -> None:
+    """Refuse codes of another tokenizer than those the checkpoint was trained on, where both are known."""
+    trained_with = checkpoint.get("tokenizer_sha256")
+    if trained_with is not None and tokenizer_sha256 is not None and trained_with != tokenizer_sha256:
+        raise UserError(
+            f"{source} was trained on codes of another tokenizer (SHA-256 {trained_with[:12]}…) than the one given "
+            f"({tokenizer_sha256[:12]}…)."
+        )
+
+
+def class_names(model: LPDConfig, known: Sequence[str] | None) -> list[str] | None:
+    """Names for all classes of a model: `known` ones of its checkpoint or data set, or ImageNet's for 1000 classes."""
+    if known is None and model.class_num == 1000:
+        from torchvision.models import ResNet18_Weights
+
+        # Sorted WordNet ids, the order of ImageNet's labels.
+        known = ResNet18_Weights.IMAGENET1K_V1.meta["categories"]
+    # A model may have more classes than the data it was last trained on.
+    return None if known is None else [*known, *(f"class {i}" for i in range(len(known), model.class_num))]

@@ -19,12 +19,13 @@ from tqdm import tqdm
 
 from engine.scoring.config import ScoringConfig
 from engine.scoring.features import FeatureExtractor, load_feature_extractor
-from engine.scoring.metrics import load_batches, score
+from engine.scoring.metrics import score
 from engine.scoring.statistics import FeatureStatistics, load_reference_statistics, save_reference_statistics
 from tokenizers import VQModel, load_tokenizer
 from util.cli import Parser, exit_on_user_error, from_args
 from util.config import check, part, setting
 from util.data.images import ImageDataset, open_images
+from util.data.loading import image_batches
 from util.dist import resolve_device
 from util.errors import UserError
 from util.files import sha256
@@ -70,7 +71,8 @@ def extract(
     """Statistics of the features of all images, and their logits (N, K); with a tokenizer, of what it makes of them."""
     statistics, all_logits = FeatureStatistics(extractor.feature_dim, extractor.device), []
     with tqdm(total=len(images), desc=f"features of {images.source}", unit="image") as progress:
-        for batch in load_batches(images, batch_size):
+        for pixels in image_batches(images, batch_size):
+            batch = pixels.permute(0, 3, 1, 2)
             features, logits = extractor(batch if tokenizer is None else reconstruct(tokenizer, batch))
             statistics.update(features)
             all_logits.append(logits.cpu())

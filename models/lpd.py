@@ -19,11 +19,22 @@ from torch.utils.checkpoint import checkpoint
 from models.block import Attend, Block
 from models.kv_cache import KVCache
 from models.mask import training_attention
+from util.config import check, setting
 from util.errors import UserError
 
 
+@dataclass(frozen=True, kw_only=True)
+class Regularisation:
+    """What a model does in training only; nothing of it is in the weights."""
+
+    label_drop_prob: float = setting(0.1, "share of samples trained without class, for guidance", at_least=0, at_most=1)
+    proj_dropout: float = setting(0.0, "after attention and in the MLP", at_least=0, at_most=1)
+    attn_dropout: float = setting(0.0, "on attention weights; the published models used none", at_least=0, at_most=1)
+    grad_checkpointing: bool = setting(False, "recompute activations in the backward pass: less memory")
+
+
 @dataclass(frozen=True)
-class LPDConfig:
+class LPDConfig(Regularisation):
     """Sizes and regularisation of one model; `vocab_size` is the tokenizer's codebook size."""
 
     img_size: int = 256
@@ -34,12 +45,9 @@ class LPDConfig:
     class_num: int = 1000
     vocab_size: int = 16384
     mlp_ratio: float = 4.0
-    proj_dropout: float = 0.0
-    attn_dropout: float = 0.0
-    label_drop_prob: float = 0.1
-    grad_checkpointing: bool = False
 
     def __post_init__(self) -> None:
+        check(self, prefix="")
         for name in ("img_size", "stride", "embed_dim", "depth", "num_heads", "class_num", "vocab_size"):
             value = getattr(self, name)
             if not isinstance(value, int) or value < 1:
@@ -50,10 +58,6 @@ class LPDConfig:
             raise UserError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}.")
         if int(self.embed_dim * self.mlp_ratio) < 1:
             raise UserError(f"mlp_ratio is {self.mlp_ratio}; it must be positive.")
-        for name in ("proj_dropout", "attn_dropout", "label_drop_prob"):
-            value = getattr(self, name)
-            if not 0.0 <= value <= 1.0:
-                raise UserError(f"{name} is {value}; it must be a probability between 0 and 1.")
 
     @property
     def grid_size(self) -> int:

@@ -5,15 +5,45 @@ Shape legend: `B` images, `N` tokens of a step, `V` codes.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 
+from util.config import check, setting
 from util.counter_rng import fold_in, random_bits
 from util.errors import UserError
 
 CFG_SCHEDULES = ("linear", "constant")
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How codes are drawn from logits: guidance, then temperature, top-k and top-p in this order.
+
+    Raises:
+        UserError: for a value out of its range.
+    """
+
+    cfg: float = setting(1.0, "guidance scale; 1 is none", at_least=1, note="1 means no guidance")
+    cfg_schedule: str = setting(
+        "linear", "guidance along the order: growing to the scale, or constant", choices=CFG_SCHEDULES
+    )
+    temperature: float = setting(1.0, "divides the logits", above=0, note="for greedy decoding use top_k = 1")
+    top_k: int = setting(0, "draw from the k most probable codes; 0: off", at_least=0)
+    top_p: float = setting(1.0, "draw from the most probable codes that make up this share; 1: off", above=0, at_most=1)
+
+    def __post_init__(self) -> None:
+        check(self, prefix="")
+
+    @property
+    def guided(self) -> bool:
+        """Whether the batch is doubled, second half without class."""
+        return self.cfg != 1.0
+
+    def check_top_k(self, vocab_size: int) -> None:
+        """Raise UserError where `top_k` is above the number of codes."""
+        if self.top_k > vocab_size:
+            raise UserError(f"top_k is {self.top_k}; it must be 0 (off) to {vocab_size}, the number of codes.")
 
 
 def guidance_weights(cfg: float, schedule: str, num_tokens: int, device: torch.device | str = "cpu") -> torch.Tensor:
@@ -84,34 +114,3 @@ def sample(
     """
     filtered = filter_logits(logits_BNV / temperature, top_k, top_p)
     return (filtered - noise_BNV.log()).argmax(dim=-1)
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How codes are drawn from logits; `temperature`, `top_k`, `top_p` apply in this order (0 and 1 switch off)."""
-
-    cfg: float = 1.0
-    cfg_schedule: str = "linear"
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-
-    @property
-    def guided(self) -> bool:
-        """Whether the batch is doubled, second half without class."""
-        return self.cfg != 1.0
-
-    def check(self, vocab_size: int) -> None:
-        """Raise UserError for a setting that makes no sense."""
-        if not 1.0 <= self.cfg < math.inf:
-            raise UserError(f"cfg is {self.cfg}; it must be at least 1 (1 means no guidance).")
-        if self.cfg_schedule not in CFG_SCHEDULES:
-            raise UserError(f"cfg_schedule is {self.cfg_schedule!r}; choose one of {', '.join(CFG_SCHEDULES)}.")
-        if not 0.0 < self.temperature < math.inf:
-            raise UserError(
-                f"temperature is {self.temperature}; it must be positive (for greedy decoding use top_k = 1)."
-            )
-        if not 0 <= self.top_k <= vocab_size:
-            raise UserError(f"top_k is {self.top_k}; it must be 0 (off) to {vocab_size}, the number of codes.")
-        if not 0.0 < self.top_p <= 1.0:
-            raise UserError(f"top_p is {self.top_p}; it must be above 0 and at most 1 (off).")

@@ -3,7 +3,7 @@
 from orders.baselines import natural_group_sizes
 from orders.draw import ORDER_KINDS, default_repulsion, generate_orders
 from orders.files import load_orders, save_orders
-from orders.schedule import group_sizes, parse_group_sizes, published_group_sizes
+from orders.schedule import group_sizes, parse_group_sizes, published_group_sizes, read_schedules
 
 __all__ = [
     "ORDER_KINDS",
@@ -14,5 +14,6 @@ __all__ = [
     "natural_group_sizes",
     "parse_group_sizes",
     "published_group_sizes",
+    "read_schedules",
     "save_orders",
 ]

@@ -1,4 +1,4 @@
-"""The rival schedules: orders that look at no randomness but the seed's, and the group sizes natural to each.
+"""The orders of other papers, and the group sizes with which each paper decodes.
 
 All cells are raster indices (row·w + column) of an (h, w) grid.
 """
@@ -13,7 +13,7 @@ from orders.order_states import order_states, sub_states
 from orders.schedule import GridSize, default_steps, grid_group_sizes, grid_shape
 from util.errors import UserError
 
-PAR_REGIONS = 4  # per side: the 16-fold setting of the PAR paper
+PAR_REGIONS = 4  # per side: 16 in all, as in the PAR paper
 ZIPAR_WINDOW = 2
 
 Grid = tuple[int, int]
@@ -41,8 +41,10 @@ def halton_order(grid: Grid) -> np.ndarray:
 
 
 def _mirrored_cells(numbers: np.ndarray, base: int, side: int) -> np.ndarray:
-    """In which of ``side`` equal parts of [0, 1) the numbers' digits, mirrored at the radix point, lie: in integers,
-    as points fall exactly between two parts."""
+    """In which of ``side`` equal parts of [0, 1) the numbers' digits, mirrored at the radix point, lie.
+
+    Computed in integers, as some points lie exactly on the border of two parts.
+    """
     numerator, denominator = np.zeros_like(numbers), 1
     while numbers.any():
         numbers, digits = np.divmod(numbers, base)
@@ -126,9 +128,9 @@ def natural_group_sizes(kind: str, grid_size: GridSize, steps: int | None = None
     """The group sizes with which the paper of this order decodes, for any grid.
 
     Raster order takes one token per step; PAR, ZipAR and NAR take what their geometry makes independent, so that the
-    number of steps follows from the grid and ``steps`` must be absent or agree. The other kinds are free to choose:
-    :func:`orders.schedule.grid_group_sizes` of ``steps``, or of the published number where there is none. (MaskGIT,
-    RandAR, ARPG and Halton-MaskGIT use the same cosine.) Raises ``UserError`` for an unknown kind or number of steps.
+    number of steps follows from the grid: ``steps`` must be None or that number, else ``UserError``. The other kinds
+    take any number of steps: :func:`orders.schedule.grid_group_sizes` of ``steps``, or of the published number where it
+    is None. (MaskGIT, RandAR, ARPG and Halton-MaskGIT use the same cosine.)
     """
     grid = grid_shape(grid_size)
     if kind == "raster":

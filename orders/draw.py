@@ -1,12 +1,11 @@
-"""The one way to orders: settings checked, work cut into chunks, chunks spread over threads."""
+"""How orders are drawn: arguments checked, the work cut into chunks, the chunks spread over threads."""
 
 from __future__ import annotations
 
 import math
 import os
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +35,7 @@ def default_repulsion(grid_size: GridSize) -> int:
 
 
 @dataclass(frozen=True)
-class OrderSettings:
+class OrderSpec:
     """All that decides what order ``i`` is; checked on construction (``UserError``). See :func:`generate_orders`."""
 
     kind: str
@@ -62,13 +61,38 @@ class OrderSettings:
         if not 0 <= self.seed < 1 << 63:
             raise UserError(f"seed {self.seed} must lie between 0 and 2^63 − 1.")
 
-    def draw(self, indices: np.ndarray, gpu: Any = None) -> np.ndarray:
-        """The orders of these numbers, int16 (N, L), with NumPy or on a torch device."""
-        num_cells = self.grid[0] * self.grid[1]
+    def draw(
+        self, indices: np.ndarray, *, device: str = "cpu", workers: int | None = None, progress: bool = False
+    ) -> np.ndarray:
+        """The orders of these numbers (N,), int64: int16 (N, L), in chunks that the device's memory holds.
+
+        ``device`` and ``workers`` are those of :func:`generate_orders`; ``progress`` shows a progress bar.
+        """
+        gpu = _gpu(device)
+        if workers is None:
+            workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        if workers < 1:
+            raise UserError(f"number of workers {workers} must be at least 1.")
+        orders = np.empty((len(indices), self.grid[0] * self.grid[1]), np.int16)
+        size = max(1, _CHUNK_CELLS["cpu" if gpu is None else "cuda"] // orders.shape[1])
+
+        def draw(start: int) -> int:
+            chunk = slice(start, start + size)
+            orders[chunk] = self._draw_chunk(indices[chunk], gpu)
+            return len(indices[chunk])
+
+        # Threads serve, as NumPy's array operations release the interpreter lock.
+        with ThreadPoolExecutor(workers) as pool, tqdm(total=len(indices), unit=" orders", disable=not progress) as bar:
+            for num in (pool.map if gpu is None else map)(draw, range(0, len(indices), size)):
+                bar.update(num)
+        return orders
+
+    def _draw_chunk(self, indices: np.ndarray, gpu: Any) -> np.ndarray:
+        """The same at once, with NumPy or on a torch device."""
         if self.kind in FIXED_ORDERS:
-            return np.broadcast_to(FIXED_ORDERS[self.kind](self.grid).astype(np.int16), (len(indices), num_cells))
+            return FIXED_ORDERS[self.kind](self.grid)  # (L,), the same for all
         if self.kind == "random":
-            return random_orders(indices, num_cells, self.seed).astype(np.int16)
+            return random_orders(indices, self.grid[0] * self.grid[1], self.seed)
         xp: Any = np
         numbers: Any = indices
         if gpu is not None:
@@ -87,30 +111,7 @@ class OrderSettings:
             use_proximity=self.kind != "lpd_far_only",
             device="cpu" if gpu is None else gpu,
         )
-        return np.ascontiguousarray(orders if gpu is None else orders.cpu().numpy())
-
-    def chunks(
-        self,
-        indices: np.ndarray,
-        *,
-        device: str = "cpu",
-        workers: int | None = None,
-        chunk_size: int | None = None,
-    ) -> Iterator[np.ndarray]:
-        """The same orders, a chunk after the other, so that any number fits the memory."""
-        gpu = _gpu(device)
-        if chunk_size is None:
-            chunk_size = max(1, _CHUNK_CELLS["cpu" if gpu is None else "cuda"] // (self.grid[0] * self.grid[1]))
-        if chunk_size < 1:
-            raise UserError(f"chunk size {chunk_size} must be at least 1.")
-        if workers is None:
-            workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        if workers < 1:
-            raise UserError(f"number of workers {workers} must be at least 1.")
-        parts = [indices[start : start + chunk_size] for start in range(0, len(indices), chunk_size)]
-        if gpu is not None or min(workers, len(parts)) < 2:
-            return (self.draw(part, gpu) for part in parts)
-        return _threaded_map(self.draw, parts, workers)
+        return orders if gpu is None else orders.cpu().numpy()
 
 
 def _gpu(device: str) -> Any:
@@ -121,20 +122,6 @@ def _gpu(device: str) -> Any:
 
     resolved = resolve_device(device)
     return None if resolved.type == "cpu" else resolved
-
-
-def _threaded_map(
-    function: Callable[[np.ndarray], np.ndarray], parts: Iterable[np.ndarray], workers: int
-) -> Iterator[np.ndarray]:
-    """``map`` on threads (NumPy's array operations release the interpreter lock), never far ahead of its reader."""
-    with ThreadPoolExecutor(workers) as pool:
-        running: deque[Future[np.ndarray]] = deque()
-        for part in parts:
-            running.append(pool.submit(function, part))
-            if len(running) > 2 * workers:
-                yield running.popleft().result()
-        while running:
-            yield running.popleft().result()
 
 
 def generate_orders(
@@ -149,8 +136,6 @@ def generate_orders(
     indices: Sequence[int] | np.ndarray | None = None,
     device: str = "cpu",
     workers: int | None = None,
-    chunk_size: int | None = None,
-    progress: bool = False,
 ) -> np.ndarray:
     """Generation orders: int16 (num, L), each row a permutation of the raster indices of the grid.
 
@@ -174,15 +159,13 @@ def generate_orders(
         device: where the ``lpd`` kinds are computed: ``cpu`` (NumPy) or ``cuda[:k]`` (torch), with the same result,
             which is a NumPy array in either case.
         workers: threads on a CPU; all available cores where it is None.
-        chunk_size: orders computed at once; what fits the cache where it is None.
-        progress: show a progress bar.
 
     Raises:
         UserError: an argument out of range, named.
     """
     grid = grid_shape(grid_size)
     repulsion = default_repulsion(grid) if repulsion_threshold is None else repulsion_threshold
-    settings = OrderSettings(kind, grid, tuple(group_sizes), proximity_threshold, repulsion, seed)
+    spec = OrderSpec(kind, grid, tuple(group_sizes), proximity_threshold, repulsion, seed)
     if num < 0:
         raise UserError(f"number of orders {num} must be 0 or more.")
     numbers = np.arange(num) if indices is None else np.asarray(indices, np.int64)
@@ -190,11 +173,4 @@ def generate_orders(
         raise UserError(f"indices must be {num} order numbers, as num says, got an array of shape {numbers.shape}.")
     if num and numbers.min() < 0:
         raise UserError(f"order numbers start at 0, got {numbers.min()}.")
-    orders = np.empty((num, grid[0] * grid[1]), np.int16)
-    done = 0
-    with tqdm(total=num, unit=" orders", disable=not progress) as bar:
-        for chunk in settings.chunks(numbers, device=device, workers=workers, chunk_size=chunk_size):
-            orders[done : done + len(chunk)] = chunk
-            done += len(chunk)
-            bar.update(len(chunk))
-    return orders
+    return spec.draw(numbers, device=device, workers=workers)

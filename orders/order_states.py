@@ -1,7 +1,7 @@
-"""Counter-based random numbers: each follows from (seed, order number, step, cell) alone.
+"""The random numbers of orders: each follows from (seed, order number, step, cell) alone.
 
-Integer arithmetic that wraps around, so NumPy and torch give the same bits on every device, in any batch and on any
-number of workers. ``xp`` is the array module (``numpy`` or ``torch``); ``N`` counts orders, ``L`` cells.
+They are integer hashes, so NumPy and torch give the same bits on every device, in any batch and on any number of
+workers. ``xp`` is the array module (``numpy`` or ``torch``); ``N`` counts orders, ``L`` cells.
 """
 
 from __future__ import annotations

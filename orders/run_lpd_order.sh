@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Writes the four published files of locality-aware orders, 60,000 orders each, to orders/lpd_orders_generated/. Nothing
-# needs them: without a file, evaluation draws its orders on the fly. The binary form is smaller and loads at once:
+# Writes the four published files of locality-aware orders, 60,000 orders each, to orders/lpd_orders_generated/. They are
+# optional: without a file, evaluation draws its orders itself. The binary form is smaller and loads at once:
 #   bash orders/run_lpd_order.sh [json|safetensors]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -1,19 +1,17 @@
-"""How long orders take: the slow version of the rules, ours on the CPU, ours on a GPU if there is one; and their files.
+"""How long orders take: the rules in plain Python, ours on the CPU and on a GPU if there is one; and their files.
 
-    python -m scripts.benchmark_orders [--output RESULTS.json]
+    python -m scripts.benchmark_orders --output RESULTS.json
 
 Prints a table and, as the last line, everything as JSON.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
 import resource
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -25,21 +23,20 @@ import numpy as np
 import torch
 
 from orders import generate_orders, group_sizes, load_orders, save_orders
-from util.cli import exit_on_user_error
+from tests.helpers.orders_oracle import slow_order
+from util.cli import Parser, exit_on_user_error
 from util.errors import UserError
 from util.files import write_json
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-from tests.helpers.orders_oracle import slow_order
-
-SETTINGS = {256: (20, 2), 512: (48, 4)}  # image size: steps, repulsion threshold
+SIZES = {256: (20, 2), 512: (48, 4)}  # image size: steps, repulsion threshold
+REPEATS = 3  # runs of each, of which the median counts
 CORES = len(os.sched_getaffinity(0))
 
 
-def measure(row: dict[str, Any], run: Callable[[], object], repeats: int) -> dict[str, Any]:
-    """``row`` with the median, least and largest seconds of ``repeats`` runs, and their CPU seconds; prints it."""
+def measure(row: dict[str, Any], run: Callable[[], object]) -> dict[str, Any]:
+    """``row`` with the median, least and largest seconds of its runs, and their CPU seconds; prints it."""
     seconds, cpu_seconds = [], []
-    for _ in range(repeats):
+    for _ in range(REPEATS):
         start, cpu_start = time.perf_counter(), time.process_time()
         run()
         seconds.append(time.perf_counter() - start)
@@ -47,8 +44,8 @@ def measure(row: dict[str, Any], run: Callable[[], object], repeats: int) -> dic
     row |= {"median_sec": statistics.median(seconds), "min_sec": min(seconds), "max_sec": max(seconds)}
     row["cpu_sec"] = statistics.median(cpu_seconds)  # of all threads; less than threads × seconds if others compute too
     row["orders_per_sec"] = row["orders"] / row["median_sec"]
-    print(", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items()))
-    sys.stdout.flush()
+    shown = (f"{key} {value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items())
+    print(", ".join(shown), flush=True)
     return row
 
 
@@ -59,7 +56,7 @@ def draw_slowly(sizes: tuple[int, ...], side: int, rho: int, num: int) -> None:
         slow_order(sizes, (side, side), 1.0, rho, first, lambda _: rng.random(side * side).tolist())
 
 
-def benchmark_drawing(img_size: int, steps: int, rho: int, num: int, repeats: int) -> list[dict[str, Any]]:
+def benchmark_drawing(img_size: int, steps: int, rho: int, num: int) -> list[dict[str, Any]]:
     """A row per implementation; those that are slower draw fewer orders."""
     side, sizes = img_size // 16, group_sizes(img_size, steps)
 
@@ -76,16 +73,12 @@ def benchmark_drawing(img_size: int, steps: int, rho: int, num: int, repeats: in
         fast(num, device="cuda")  # starts CUDA and its memory pool
         implementations.append((f"torch, {torch.cuda.get_device_name()}", num, partial(fast, device="cuda")))
     return [
-        measure(
-            {"img_size": img_size, "steps": steps, "implementation": name, "orders": count},
-            partial(run, count),
-            repeats,
-        )
+        measure({"img_size": img_size, "steps": steps, "implementation": name, "orders": count}, partial(run, count))
         for name, count, run in implementations
     ]
 
 
-def benchmark_files(num: int, repeats: int) -> list[dict[str, Any]]:
+def benchmark_files(num: int) -> list[dict[str, Any]]:
     """Rows for writing, and for loading with all checks, 32×32 orders in both forms."""
     rows = []
     orders = generate_orders("random", num, group_sizes(512, 48), 32)
@@ -94,21 +87,18 @@ def benchmark_files(num: int, repeats: int) -> list[dict[str, Any]]:
             path = Path(folder) / f"orders.{form}"
             save_orders(path, orders)
             row = {"form": form, "tokens": 1024, "orders": num, "megabytes": path.stat().st_size / 1e6}
-            rows.append(measure({"operation": "write"} | row, partial(save_orders, path, orders), repeats))
-            rows.append(measure({"operation": "load"} | row, partial(load_orders, path, 32), repeats))
+            rows.append(measure({"operation": "write"} | row, partial(save_orders, path, orders)))
+            rows.append(measure({"operation": "load"} | row, partial(load_orders, path, 32)))
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num", type=int, default=60_000, help="orders per run (default: 60000)")
-    parser.add_argument("--repeats", type=int, default=3, help="runs, of which the median counts (default: 3)")
-    parser.add_argument("--img_size", type=int, nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
-    parser.add_argument("--no_files", action="store_true", help="leave out writing and loading")
+    parser = Parser(description="How long orders and their files take.")
+    parser.add_argument("--num", type=int, default=60_000, help="orders per run")
     parser.add_argument("--output", type=Path, help="JSON file for the results")
     args = parser.parse_args()
-    if args.num < 1 or args.repeats < 1:
-        raise UserError(f"--num {args.num} and --repeats {args.repeats} must be at least 1.")
+    if args.num < 1:
+        raise UserError(f"--num {args.num} must be at least 1.")
     result = {
         "cores": CORES,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -117,11 +107,9 @@ def main() -> None:
         "torch": torch.__version__,
         "load_before": os.getloadavg()[0],
         "drawing": [
-            row
-            for img_size in args.img_size
-            for row in benchmark_drawing(img_size, *SETTINGS[img_size], args.num, args.repeats)
+            row for img_size, (steps, rho) in SIZES.items() for row in benchmark_drawing(img_size, steps, rho, args.num)
         ],
-        "files": [] if args.no_files else benchmark_files(args.num, args.repeats),
+        "files": benchmark_files(args.num),
         "load_after": os.getloadavg()[0],
         "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
     }

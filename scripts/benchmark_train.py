@@ -30,7 +30,6 @@ import torch.nn.functional as F
 from engine.evaluation.outputs import describe_environment
 from engine.training.optim import build_adamw
 from engine.training.step import ATTENTIONS, Part, TrainStep, choose_attention, draw_samples, mirrored_codes
-from engine.training.trainer import load_batches
 from models import MODEL_SIZES, model_config
 from models.flops import training_flops
 from models.lpd import LPD, LPDConfig
@@ -38,6 +37,7 @@ from orders import published_group_sizes
 from scripts.device_limits import Marks, matrix_product_flops
 from util.cli import HelpFormatter, exit_on_user_error
 from util.data.codes import CODES, CODES_FLIP, HEADER, LABELS, CacheHeader, open_codes
+from util.data.loading import load_batches
 from util.data.sampler import GlobalBatchSampler
 from util.dist import Dist, resolve_device
 from util.errors import UserError
@@ -71,7 +71,7 @@ class PlainStep:
 
 
 def write_random_cache(cache: Path, config: LPDConfig, num_images: int) -> None:
-    """A packed cache of random codes."""
+    """A code cache of random codes."""
     rng = np.random.default_rng(0)
     for name in (CODES, CODES_FLIP):
         np.save(cache / name, rng.integers(config.vocab_size, size=(num_images, config.num_tokens), dtype=np.uint16))

@@ -1,40 +1,41 @@
-"""The demo: every stage of the project, on digits small enough for two CPU cores. Run it by `bash scripts/demo.sh`.
+"""The demo: every part of the project on small digits, for two CPU cores. Run it by `bash scripts/demo.sh`.
 
-Each stage is an ordinary command of the project, printed before it runs; the last one scores several generation orders
-with one model and draws the pictures.
+Each stage is an ordinary command of the project, printed before it runs. At the end several generation orders are
+scored with one model and the pictures drawn.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import platform
-import shlex
 import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch
 
-from engine.evaluation.evaluate import EvalConfig, evaluate, prepare
+from engine.evaluation.config import EvalConfig
+from engine.evaluation.evaluate import evaluate
+from engine.evaluation.inputs import open_inputs
+from engine.metrics import extract
+from engine.scoring.config import ScoringConfig
 from engine.scoring.features import load_feature_extractor
 from engine.scoring.metrics import score
-from engine.scoring.statistics import FeatureStatistics, load_reference_statistics
+from engine.scoring.statistics import load_reference_statistics
 from models.lpd import LPD, LPDConfig, load_weights
-from orders import group_sizes
+from models.sampling import Sampling
+from orders.config import OrderConfig
 from scripts.digits import IMG_SIZE
+from scripts.stages import Clock, Stages
 from tokenizers import load_tokenizer
 from util.checkpoint import LAST, load_checkpoint
-from util.cli import exit_on_user_error
+from util.cli import Parser, exit_on_user_error
 from util.data.images import ImageFolder
 from util.dist import Dist, resolve_device
 from util.errors import UserError
 from util.files import check_output_dir
 from util.logger import setup_logging
-from util.pictures import to_float, to_uint8
 from util.plots import plot_loss
 
 STRIDE = 4
@@ -44,7 +45,7 @@ ROWS = (("raster", 64), ("random", 64), ("random", 16), ("random", 8), ("lpd", 6
 ORDER_NAMES = {"raster": "raster, one by one", "random": "random", "lpd": "locality-aware"}
 
 
-# What small pictures and two cores call for; everything else is the project's defaults.
+# Flags for small pictures and two cores; the others keep their defaults.
 TOKENIZER_FLAGS = (
     "--base_width", "8", "--res_blocks", "1", "--z_channels", "32", "--codebook_size", "64", "--code_dim", "3",
     "--steps", "300", "--batch_size", "16", "--lr", "4e-3", "--num_workers", "0",
@@ -62,61 +63,40 @@ QUICK = {
 }
 
 
-class Stages:
-    """The commands that lead up to the table; what an earlier run finished is not done again."""
+def run_stages(stages: Stages, out: Path, device: str, quick: bool) -> None:
+    """The commands that make what the comparison needs."""
+    tokenizer, codes, classifier = out / "tokenizer" / "tokenizer.pt", out / "codes", out / "classifier.pt"
+    train, test = out / "digits" / "train", out / "digits" / "test"
+    common = ("--img_size", str(IMG_SIZE), "--device", device)
 
-    def __init__(self, out: Path, device: str, quick: bool) -> None:
-        self.out, self.device, self.quick = out, device, quick
+    def run(title: str, *words: str | Path) -> None:
+        stages.command(title, *words, *(QUICK.get(title, ()) if quick else ()))
 
-    def run(self, title: str, *command: str | Path) -> None:
-        """Run one command, its output passing through.
-
-        Raises:
-            UserError: if it fails.
-        """
-        words = [str(word) for word in (*command, *(QUICK.get(title, ()) if self.quick else ()))]
-        finished = self.out / "stages" / title.replace(" ", "_")
-        if finished.exists() and finished.read_text() == shlex.join(words):
-            print(f"== {title}: done before", flush=True)
-            return
-        print(f"\n== {title}\n$ python {shlex.join(words)}", flush=True)
-        start = time.perf_counter()
-        status = subprocess.run([sys.executable, *words]).returncode
-        if status:
-            raise UserError(f"the stage '{title}' ended with status {status}; run the demo again to go on from there.")
-        finished.parent.mkdir(exist_ok=True)
-        finished.write_text(shlex.join(words))
-        print(f"== {title}: {time.perf_counter() - start:.0f} s", flush=True)
-
-    def run_all(self) -> None:
-        out, tokenizer = self.out, self.out / "tokenizer" / "tokenizer.pt"
-        train, test = out / "digits" / "train", out / "digits" / "test"
-        common = ("--img_size", str(IMG_SIZE), "--device", self.device)
-        self.run("digits", "-m", "scripts.digits", out / "digits")
-        self.run(
-            "tokenizer", "-m", "tokenizers.train", "--data_path", train, "--output_dir", tokenizer.parent,
-            *common, "--stride", str(STRIDE), *TOKENIZER_FLAGS,
-        )  # fmt: skip
-        self.run(
-            "codes", "main_cache.py", "--data_path", train, "--vqgan_path", tokenizer,
-            "--cached_path", out / "codes", *common, "--num_workers", "0",
-        )  # fmt: skip
-        self.run(
-            "LPD", "main_lpd.py", "--use_cached", "--cached_path", out / "codes", "--vqgan_path", tokenizer,
-            "--output_dir", out / "lpd", *common, *LPD_FLAGS,
-        )  # fmt: skip
-        self.run(
-            "digit classifier", "-m", "engine.classifier", "--data_path", train, "--test_path", test,
-            "--output", out / "classifier.pt", *common,
-        )  # fmt: skip
-        self.run(
-            "reference statistics", "-m", "engine.metrics", "--data_path", train,
-            "--feature_extractor", out / "classifier.pt", "--output", out / "reference.npz", *common,
-        )  # fmt: skip
-        self.run(
-            "picture of the orders", "-m", "orders", "compare", out / "orders.png",
-            "--orders", "raster", "random", "lpd", "--grid", str(IMG_SIZE // STRIDE), "--steps", "16",
-        )  # fmt: skip
+    run("digits", "-m", "scripts.digits", out / "digits")
+    run(
+        "tokenizer", "-m", "tokenizers.train", "--data_path", train, "--output_dir", tokenizer.parent,
+        *common, "--stride", str(STRIDE), *TOKENIZER_FLAGS,
+    )  # fmt: skip
+    run(
+        "codes", "main_cache.py", "--data_path", train, "--vqgan_path", tokenizer, "--cached_path", codes,
+        *common, "--num_workers", "0",
+    )  # fmt: skip
+    run(
+        "LPD", "main_lpd.py", "--use_cached", "--cached_path", codes, "--vqgan_path", tokenizer,
+        "--output_dir", out / "lpd", *common, *LPD_FLAGS,
+    )  # fmt: skip
+    run(
+        "digit classifier", "-m", "engine.classifier", "--data_path", train, "--test_path", test,
+        "--output", classifier, *common,
+    )  # fmt: skip
+    run(
+        "reference statistics", "-m", "engine.metrics", "--data_path", train, "--feature_extractor", classifier,
+        "--output", out / "reference.npz", *common,
+    )  # fmt: skip
+    run(
+        "picture of the orders", "-m", "orders", "compare", out / "orders.png",
+        "--orders", "raster", "random", "lpd", "--grid", str(IMG_SIZE // STRIDE), "--steps", "16",
+    )  # fmt: skip
 
 
 class Comparison:
@@ -137,31 +117,25 @@ class Comparison:
         """Scores of one order and number of steps; results and pictures go to `eval/<order>_<steps>`."""
         config = EvalConfig(
             output_dir=self.out / "eval" / f"{order}_{steps}",
-            group_sizes=group_sizes(IMG_SIZE, steps, STRIDE),
             num_images=self.num_images,
             eval_bsz=self.num_images // 5,
-            cfg=CFG,
-            order=order,
             decode_path="plain",  # so small a model is decoded before anything is compiled
-            feature_extractor=str(self.out / "classifier.pt"),
-            reference_statistics=self.out / "reference.npz",
-            classes=self.classes,
+            orders=OrderConfig(order=order, generation_steps=steps),
+            sampling=Sampling(cfg=CFG),
+            scoring=ScoringConfig(
+                feature_extractor=str(self.out / "classifier.pt"), reference_statistics=self.out / "reference.npz"
+            ),
         )
-        inputs = prepare(config, self.model.config, self.dist, self.extractor)
-        return evaluate(self.model, self.tokenizer, config, self.dist, inputs=inputs)
+        inputs = open_inputs(config, self.model.config, self.dist, self.classes, self.extractor)
+        return evaluate(self.model, self.tokenizer, config, inputs, self.dist)
 
-    @torch.no_grad()
     def real(self, reconstructed: bool) -> dict[str, float]:
         """The floor: scores of the held-out digits themselves, or of what the tokenizer makes of them."""
-        images = torch.stack([self.test_digits.load(i) for i in range(len(self.test_digits))]).to(self.dist.device)
+        tokenizer = self.tokenizer if reconstructed else None
+        statistics, logits = extract(self.test_digits, self.extractor, tokenizer, len(self.test_digits))
         labels = torch.from_numpy(self.test_digits.labels)
-        if reconstructed:
-            images = to_uint8(self.tokenizer.decode(self.tokenizer.encode(to_float(images))))
-        features, logits = self.extractor(images.permute(0, 3, 1, 2))
-        statistics = FeatureStatistics(self.extractor.feature_dim)
-        statistics.update(features.cpu())
         scores = score(statistics, logits, load_reference_statistics(self.out / "reference.npz"), self.extractor.name)
-        accuracy = (logits.cpu().argmax(1) == labels).double().mean().item()
+        accuracy = (logits.argmax(1) == labels).double().mean().item()
         return {"class_accuracy": accuracy, "frechet_distance": scores["frechet_distance"]}
 
     def table(self) -> str:
@@ -189,11 +163,11 @@ def conditions(device: torch.device) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="bash scripts/demo.sh", description="The whole path on handwritten digits.")
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="(default: runs/demo)")
+    parser = Parser(prog="bash scripts/demo.sh", description="The whole path on handwritten digits.")
+    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="folder of everything that is made")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--quick", action="store_true", help="only see that everything runs; the scores mean nothing")
-    parser.add_argument("--fresh", action="store_true", help="start over instead of going on")
+    parser.add_argument("--fresh", action="store_true", help="start over instead of resuming")
     args = parser.parse_args()
     device = resolve_device(args.device)
     out = args.output_dir
@@ -205,7 +179,7 @@ def main() -> None:
     (out / "stages").mkdir(parents=True, exist_ok=True)
     setup_logging()
     start = time.perf_counter()
-    Stages(out, args.device, args.quick).run_all()
+    run_stages(Stages(out, Clock()), out, args.device, args.quick)
     num_images = 20 if args.quick else NUM_IMAGES
     comparison = Comparison(out, Dist(0, 1, device), num_images)
     print(f"\n== generation orders compared: {num_images} digits each, guidance {CFG:g}", flush=True)

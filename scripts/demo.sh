@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The whole path on real data, in a few minutes on two CPU cores: handwritten digits → tokenizer → codes → LPD → parallel
-# decoding → scores and pictures in runs/demo. Makes the environment first where there is none; run again after an
-# interruption it goes on where it stopped, and --fresh starts over:
+# decoding → scores and pictures in runs/demo. Makes the environment first where there is none. Run again after an
+# interruption it resumes where it stopped; --fresh starts over:
 #   bash scripts/demo.sh [--fresh] [--output_dir DIR] [--device auto|cpu|cuda]
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -6,12 +6,13 @@ enlarged to 32×32. `train/` and `test/` hold one folder per digit; every fifth 
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from sklearn.datasets import load_digits
+
+from util.cli import Parser
 
 IMG_SIZE = 32
 
@@ -30,6 +31,6 @@ def write_digits(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("folder", type=Path)
+    parser = Parser(prog="python -m scripts.digits", description=__doc__)
+    parser.add_argument("folder", type=Path, help="where train/ and test/ go")
     write_digits(parser.parse_args().folder)

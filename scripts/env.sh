@@ -1,6 +1,6 @@
-# To be sourced by the other scripts: puts the project's environment first on PATH, so that python, torchrun and pytest
-# are its own. Taken is the active environment if it has everything, else the conda environment "lpd", else .venv, which
-# environment_setup.sh makes, completes or finds up to date.
+# Sourced by the other scripts: puts the project's environment first on PATH, so that python, torchrun and pytest are its
+# own. That is the active environment if it has everything, else the conda environment "lpd", else .venv, which
+# environment_setup.sh makes or completes.
 _complete() {
     "$1" - 2>/dev/null <<'PYTHON'
 import importlib.util, sys
@@ -17,5 +17,5 @@ if ! _complete python; then
     fi
     export PATH=$_prefix/bin:$PATH
 fi
-# On a CPU, threads that wait by spinning take the cores from those that work: three times slower where cores are shared.
+# On a CPU, threads that wait in a loop take the cores from those that work: three times slower where cores are shared.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Runs main_lpd.py with the flags given, under torchrun with one process per GPU of this machine where there are several.
+# Runs main_lpd.py with the given flags; where the machine has several GPUs, under torchrun with one process per GPU.
 # NPROC_PER_NODE overrides the number of processes. For several machines set NNODES, NODE_RANK and MASTER_ADDR (and
 # MASTER_PORT) on each; scripts/cli/run.py does that under Slurm.
-# Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 to this process let the training save and end: exit status 130 after Ctrl-C, else
-# 75 ("start me again").
+# On Ctrl-C, SIGTERM, SIGUSR1 and SIGUSR2 to this process the training saves and exits with status 130 (Ctrl-C) or
+# 75 (start it again).
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source scripts/env.sh

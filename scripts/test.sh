@@ -2,17 +2,17 @@
 # Lint, format, types and tests; makes the environment first where there is none. Arguments go to pytest:
 #   bash scripts/test.sh
 #   bash scripts/test.sh -k cache -x
-#   bash scripts/test.sh --with-slurm    installs Debian's slurm-wlm and munge first, where missing, for tests/test_slurm.py
+#   bash scripts/test.sh --with-slurm    installs Slurm first, where missing, for tests/scripts/test_slurm.py
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 install_slurm() {
     command -v munged >/dev/null && command -v slurmctld >/dev/null && command -v slurmd >/dev/null && return
     if [[ $EUID != 0 ]] || ! command -v apt-get >/dev/null; then
-        echo "Slurm is installed by root with apt-get only: its tests will be skipped" >&2
+        echo "only root can install Slurm, with apt-get: its tests will be skipped" >&2
         return
     fi
-    # The tests start their own daemons: those of the packages must not be started, which fails in containers anyway.
+    # The tests start daemons of their own; the packages must not start theirs, which fails in containers.
     local policy=/usr/sbin/policy-rc.d
     local made=
     if [[ ! -e $policy ]]; then

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,11 +21,12 @@ import main_cache
 import main_lpd
 import tokenizers.train
 from engine.hub.__main__ import main as hub_main
-from engine.options import parse, train_config
+from engine.options import parse
 from engine.recipes import EVAL_RECIPES, EXPECTED, TRAIN_RECIPES
 from models import model_config
 from tests.helpers.commands import ROOT, run
 from util.checkpoint import load_checkpoint, save_checkpoint
+from util.config import record
 
 SIZE = ("--img_size", "16")
 
@@ -177,7 +179,7 @@ def test_dry_run_writes_nothing(workspace: Path) -> None:
         (("--img_size", 24), "16 px"),
         (("--cached_path", "nowhere"), "nowhere"),
         (("--class_num", 1), "--class_num is 1"),
-        (("--resume", "nowhere"), "nowhere"),
+        (("--resume", "nowhere.pth"), "nowhere.pth"),
         (("--pretrained_ckpt", "nowhere.pth"), "nowhere.pth"),
         (("--device", "tpu"), "tpu"),
         (("--recipe", "lpd_m_256"), "lpd_m_256"),
@@ -306,12 +308,13 @@ PUBLISHED_RUNS = {
 @pytest.mark.parametrize("name", EVAL_RECIPES)
 def test_evaluation_recipes_are_the_published_rows(name: str) -> None:
     """A mistyped guidance or step count would cost a night and look like a bad model."""
-    args = parse(["--evaluate", "--recipe", name, "--eval_bsz", "8"])
+    config = parse(["--evaluate", "--recipe", name, "--eval_bsz", "8"])
+    args = SimpleNamespace(**record(config))
     sampling = (args.model, args.img_size, args.generation_steps, args.repulsion_threshold, args.cfg)
     assert sampling + dataclasses.astuple(EXPECTED[name]) == PUBLISHED_ROWS[name]
     assert (args.cfg_schedule, args.temperature, args.top_k, args.top_p) == ("linear", 1.0, 0, 1.0)
     assert (args.num_images, args.bf16, args.eval_bsz) == (50_000, True, 8)
-    assert isinstance(args.pretrained_ckpt, Path)
+    assert isinstance(config.pretrained_ckpt, Path)
     assert model_config(args.model, img_size=args.img_size).num_tokens == (args.img_size // 16) ** 2
     script = (ROOT / "scripts" / "eval" / f"{name}.sh").read_text()
     assert f"--evaluate --recipe {name}" in script
@@ -319,8 +322,9 @@ def test_evaluation_recipes_are_the_published_rows(name: str) -> None:
 
 @pytest.mark.parametrize("name", TRAIN_RECIPES)
 def test_training_recipes_are_the_published_runs(name: str) -> None:
-    args = parse(["--recipe", name])
-    config = train_config(args)
+    parsed = parse(["--recipe", name])
+    args, config = SimpleNamespace(**record(parsed)), parsed.training
+    assert config is not None
     decay = config.lr_decay_start_epoch if config.lr_schedule == "constant+cosine" else None
     run_of = (args.model, args.img_size, config.epochs, config.warmup_epochs, config.lr_schedule, decay)
     assert (*run_of, config.batch_size) == PUBLISHED_RUNS[name]

@@ -16,17 +16,19 @@ import pytest
 import torch
 from PIL import Image
 
+import engine.training.data
+import engine.training.setup
 import main_lpd
-from engine.evaluation.evaluate import EvalConfig
 from engine.training.sample_grid import SampleGrid
 from models import build_model
 from tests.helpers.commands import run
+from tests.helpers.evaluation_case import eval_config
 from tests.helpers.tiny_run import V
 from tests.helpers.training_case import make_cache
 from tokenizers import VQConfig, VQModel, load_tokenizer
 from tokenizers.checkpoint import save_tokenizer
 from util.checkpoint import LAST, load_checkpoint, load_newest
-from util.data.codes import PackedCodes
+from util.data.codes import MappedCodes
 from util.dist import Dist
 from util.files import sha256
 
@@ -129,15 +131,15 @@ def test_sample_grid_is_the_same_from_two_processes_and_every_time(workspace: Pa
     torch.manual_seed(3)
     model = build_model("lpd_debug", img_size=64, class_num=3, vocab_size=V)
     tokenizer = load_tokenizer(workspace / "tokenizer.pt")
-    settings = EvalConfig(workspace, group_sizes=(1, 3, 5, 7), cfg=2.0, classes=("a", "b", "c"))
-    grid = SampleGrid(model.config, tokenizer, settings, Dist(0, 1, CPU))
+    config, names = eval_config(workspace, group_sizes=(1, 3, 5, 7), cfg=2.0, seed=0, classes=("a", "b", "c"))
+    grid = SampleGrid(model.config, tokenizer, config, names, Dist(0, 1, CPU))
     first = grid(model)
     torch.rand(7)
     assert first is not None
     assert first == grid(model)
     assert model.training
-    assert SampleGrid(model.config, tokenizer, settings, RankOfTwo(1, 2, CPU))(model) is None
-    assert first == SampleGrid(model.config, tokenizer, settings, RankOfTwo(0, 2, CPU))(model)
+    assert SampleGrid(model.config, tokenizer, config, names, RankOfTwo(1, 2, CPU))(model) is None
+    assert first == SampleGrid(model.config, tokenizer, config, names, RankOfTwo(0, 2, CPU))(model)
     other = build_model("lpd_debug", img_size=64, class_num=3, vocab_size=V)
     assert first != grid(other)
 
@@ -252,17 +254,17 @@ def test_exit_status_after_a_signal(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, status: int
 ) -> None:
     """What a launcher decides by: 75 is put back into the queue, and everything is saved by then."""
-    fetch: Callable[..., Any] = PackedCodes.get_batch
+    fetch: Callable[..., Any] = MappedCodes.get_batch
     left = 3
 
-    def fetch_and_signal(self: PackedCodes, indices: Any) -> Any:
+    def fetch_and_signal(self: MappedCodes, indices: Any) -> Any:
         nonlocal left
         left -= 1
         if left == 0:
             os.kill(os.getpid(), number)
         return fetch(self, indices)
 
-    monkeypatch.setattr(PackedCodes, "__getitems__", fetch_and_signal)
+    monkeypatch.setattr(MappedCodes, "__getitems__", fetch_and_signal)
     assert training(workspace, tmp_path, *DEBUG) == status
     assert load_checkpoint(tmp_path / LAST)["step"] == 3
 
@@ -297,15 +299,15 @@ def test_the_weights_gone_on_from_do_not_stay_in_memory(
             left.append(weakref.ref(next(iter(found[1]["model"].values()))))
         return found
 
-    fetch: Callable[..., Any] = PackedCodes.get_batch
+    fetch: Callable[..., Any] = MappedCodes.get_batch
 
-    def look(self: PackedCodes, indices: Any) -> Any:
+    def look(self: MappedCodes, indices: Any) -> Any:
         seen.extend(reference() is not None for reference in left)
         return fetch(self, indices)
 
     assert training(workspace, tmp_path, *DEBUG, "--max_steps", 9) == 0
-    monkeypatch.setattr(main_lpd, "load_newest", load)
-    monkeypatch.setattr(PackedCodes, "__getitems__", look)
+    monkeypatch.setattr(engine.training.setup, "load_newest", load)
+    monkeypatch.setattr(MappedCodes, "__getitems__", look)
     assert training(workspace, tmp_path, *DEBUG) == 0
     assert seen == [False]
 
@@ -323,6 +325,6 @@ def test_a_published_recipe_refuses_codes_of_another_tokenizer(
     assert run(main_lpd.main, *flags, "--vqgan_path", workspace / "tokenizer.pt") == 0
     other = tmp_path / "other.pt"
     other.write_bytes(b"the published one")
-    monkeypatch.setattr(main_lpd, "TOKENIZER", str(other))
+    monkeypatch.setattr(engine.training.data, "TOKENIZER", str(other))
     assert run(main_lpd.main, *flags) == 2
     assert "made with another tokenizer (SHA-256" in capsys.readouterr().err

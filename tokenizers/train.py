@@ -27,11 +27,12 @@ from tqdm import tqdm
 
 from tokenizers.checkpoint import save_tokenizer
 from tokenizers.codebook_training import DeadCodeRevival, codebook_use, kmeans_start
-from tokenizers.training_data import Images, everything, flip_half, held_out_count, load_all, read_batches, split
+from tokenizers.training_data import everything, flip_half, held_out_count, read_batches, split
 from tokenizers.vq_model import VQConfig, VQModel
 from util.checkpoint import load_checkpoint
 from util.cli import HelpFormatter, exit_on_user_error
 from util.data.images import open_images
+from util.data.loading import Images, load_all
 from util.dist import resolve_device
 from util.errors import UserError
 from util.files import atomic_write, write_json
@@ -134,7 +135,7 @@ def train_tokenizer(
             (output_dir / name).unlink(missing_ok=True)
 
     torch.manual_seed(config.seed)
-    held_out = load_all(held_out_set, config.num_workers).to(device)
+    held_out = load_all(held_out_set, max(1, config.num_workers))[0].to(device)
     # On a CPU the default layout is the faster one for narrow networks.
     layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
     model = VQModel(model_config).to(device).to(memory_format=layout)  # type: ignore[call-overload]

@@ -4,28 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.data import BatchSampler, DataLoader, RandomSampler, Subset
-from tqdm import tqdm
+from torch.utils.data import BatchSampler, RandomSampler, Subset
 
-from util.data.loading import all_batches
+from util.data.loading import Images, load_all, load_batches
 from util.errors import UserError
-from util.signals import ignore_stop_signals
 
 _IN_MEMORY_BYTES = 2 * 2**30  # a data set up to this size is decoded once and kept on the device
 _HELD_OUT_MAX = 2000  # images
-
-
-class Images(Protocol):
-    """Map-style: item i is (uint8 tensor (H, H, 3), label), all of one size."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> tuple[Tensor, int]: ...
 
 
 def split(dataset: Images, held_out: float, seed: int) -> tuple[Subset, Subset]:
@@ -48,13 +36,6 @@ def everything(dataset: Images) -> Subset:
     return Subset(dataset, range(len(dataset)))  # type: ignore[arg-type]
 
 
-def load_all(subset: Subset, num_workers: int) -> Tensor:
-    """All images of a subset, uint8 (N, H, H, 3). Threads will do: decoding does not hold Python's lock."""
-    with ThreadPoolExecutor(max(1, num_workers)) as pool:
-        items = tqdm(pool.map(subset.__getitem__, range(len(subset))), total=len(subset), desc="reading", unit="image")
-        return torch.stack([image for image, _ in items])
-
-
 def read_batches(
     train_set: Subset, steps: range, batch_size: int, seed: int, num_workers: int, device: torch.device
 ) -> Iterator[Tensor]:
@@ -66,16 +47,9 @@ def read_batches(
     sampler = RandomSampler(train_set, num_samples=steps.stop * batch_size, generator=generator)
     rows = itertools.islice(BatchSampler(sampler, batch_size, drop_last=False), steps.start, None)
     if len(train_set) * train_set[0][0].numel() <= _IN_MEMORY_BYTES:
-        images = load_all(train_set, num_workers).to(device)
+        images = load_all(train_set, max(1, num_workers))[0].to(device)
         return (images[torch.tensor(batch)] for batch in rows)
-    loader = DataLoader(
-        train_set,
-        batch_sampler=rows,
-        num_workers=num_workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=ignore_stop_signals,
-    )
-    return (images.to(device, non_blocking=True) for images, _ in all_batches(loader))
+    return (images for images, _ in load_batches(train_set, rows, num_workers, device))
 
 
 def flip_half(batch: Tensor) -> Tensor:

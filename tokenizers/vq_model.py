@@ -10,7 +10,9 @@ Shapes: ``B`` batch, ``C`` channels, ``H W`` pixels, ``h w`` token grid, ``L = h
 
 from __future__ import annotations
 
+import contextlib
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import cast
 
@@ -305,6 +307,13 @@ class Upsample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
         return x
+
+
+@contextlib.contextmanager
+def exact_precision() -> Iterator[None]:
+    """Float32 without TF32 or autotuning: the nearest of thousands of codes must not depend on a choice of kernels."""
+    with torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False):
+        yield
 
 
 def _middle(width: int) -> nn.ModuleList:

@@ -85,7 +85,7 @@ def _add_flag(group: argparse._ActionsContainer, cls: type, field: Field[Any], d
         options["action"] = argparse.BooleanOptionalAction
     else:
         options["type"] = kind if given["parse"] is None else _flag_type(given["parse"])
-    group.add_argument(f"--{field.name}", **options)
+    group.add_argument(f"--{field.name}", *given["aliases"], dest=field.name, **options)
 
 
 def _flag_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:

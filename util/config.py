@@ -29,6 +29,7 @@ def setting(
     choices: Sequence[str] = (),
     parse: Callable[[str], Any] | None = None,
     note: str = "",
+    aliases: Sequence[str] = (),
 ) -> Any:
     """A field with help text.
 
@@ -38,9 +39,11 @@ def setting(
         choices: the strings it may be.
         parse: what turns the text of a flag into the value, where the type of the field does not do.
         note: what messages about a value out of range add.
+        aliases: other names of the flag, such as "-N".
     """
     limits = {"at least": at_least, "above": above, "at most": at_most, "below": below}
     metadata = {"help": help, "limits": limits, "choices": tuple(choices), "parse": parse, "note": note}
+    metadata["aliases"] = tuple(aliases)
     return dataclasses.field(default=default, metadata=metadata)
 
 

@@ -40,17 +40,17 @@ def load_rgb(source: str | Path | BinaryIO, name: str | None = None) -> Image.Im
     animation the first frame is taken.
 
     Args:
-        name: what messages call a ``source`` that is no path.
+        name: what messages call a ``source`` that is not a path.
 
     Raises:
-        UserError: naming the image, when it is missing, damaged, no image, or has floating-point pixels.
+        UserError: naming the image, when it is missing, damaged, not an image, or has floating-point pixels.
     """
     name = repr(str(source)) if name is None else name
     try:
         with Image.open(source) as image:
             image.load()
     except UnidentifiedImageError:
-        raise UserError(f"Image file {name} can't be read: it is no image, or damaged.") from None
+        raise UserError(f"Image file {name} can't be read: it is damaged or not an image.") from None
     # Decoders fail on damaged bytes in many ways: OSError, SyntaxError, struct.error, DecompressionBombError, ...
     except Exception as error:
         raise UserError(f"Image file {name} can't be read: {error}.") from error

@@ -21,8 +21,8 @@ from util.errors import UserError
 
 T = TypeVar("T")
 
-TIMEOUT = timedelta(minutes=30)  # of a collective; what rank 0 alone does for longer goes through Dist.on_main
-_turns = itertools.count()  # of on_main, the same in all processes
+TIMEOUT = timedelta(minutes=30)  # of a collective; rank 0 does what takes longer in Dist.on_main
+_calls = itertools.count()  # of on_main, the same in all processes
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,11 @@ class Dist:
     def on_main(self, function: Callable[[], T]) -> T:
         """Run ``function`` on rank 0; every process gets its result (a small plain object) or its UserError.
 
-        The others wait outside any collective, so that it may take hours.
+        The others wait outside any collective, which has a time limit, so ``function`` may take hours.
         """
         if self.world_size == 1:
             return function()
-        key = f"on_main: {_restarts()} {next(_turns)}"
+        key = f"on_main: {_restarts()} {next(_calls)}"
         result, message = None, None
         if self.is_main:
             try:
@@ -94,20 +94,19 @@ def resolve_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
+    device: torch.device | None = None
+    with contextlib.suppress(RuntimeError):  # of another name
         device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"--device {name!r} is not a device; use auto, cpu, cuda or cuda:N.") from None
-    if device.type not in ("cpu", "cuda"):
-        raise UserError(f"--device {name!r} is not supported; use auto, cpu, cuda or cuda:N.")
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UserError(f"the device {name!r} can't be used; name auto, cpu, cuda or cuda:N.")
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if device.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
-            raise UserError(f"--device {name!r} names one GPU for several processes; use cuda.")
+            raise UserError(f"the device {name!r} is one GPU for several processes; name cuda.")
         # A launcher may leave a single visible GPU per process while LOCAL_RANK keeps counting.
         index = device.index if device.index is not None else (0 if count == 1 else local_rank)
         if index >= count:
-            raise UserError(f"--device {name!r} asks for GPU {index}, but {count} GPU(s) are visible.")
+            raise UserError(f"the device {name!r} is GPU {index}, but only {count} are visible.")
         device = torch.device("cuda", index)
     return device
 
@@ -119,13 +118,13 @@ def _connect(timeout: timedelta = timedelta(minutes=5)) -> torch_dist.TCPStore:
 
 
 def _restarts() -> str:
-    """How often torchrun has started the processes again, with the same store."""
+    """How often torchrun has restarted the processes, which keep the store."""
     return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
 
 
 def _wait_for(key: str) -> None:
     store = _connect()
-    while True:  # in turns, between which signals are heard
+    while True:  # in short waits, between which Python handles signals
         try:
             return store.wait([key], timedelta(seconds=2))
         except torch_dist.DistStoreError:
@@ -133,12 +132,9 @@ def _wait_for(key: str) -> None:
 
 
 def said_already(line: str) -> bool:
-    """Whether another process of this run asked the same before; False where the processes can't be reached."""
+    """Whether another process of this run has asked about the same line; False where the store can't be reached."""
     try:
-        return (
-            _connect(timedelta(seconds=5)).add(f"said: {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')} {line}", 1)
-            > 1
-        )
+        return _connect(timedelta(seconds=5)).add(f"said: {_restarts()} {line}", 1) > 1
     except (KeyError, ValueError, RuntimeError):
         return False
 
@@ -159,6 +155,6 @@ def distributed(device: str = "auto") -> Iterator[Dist]:
         cuda = resolved.type == "cuda"
         torch_dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT, device_id=resolved if cuda else None)
     yield Dist(rank, world_size, resolved)
-    # After an exception the peers may be waiting in a collective, and so would the leaving: the launcher ends them.
+    # Not after an exception: leaving waits for the other processes, which may be in a collective. torchrun ends them.
     if world_size > 1:
         torch_dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: write beside, flush, replace; and their hashes."""
+"""Writing files so that a reader never sees a part of one; their hashes."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ def atomic_write(path: str | Path) -> Iterator[BinaryIO]:
 
 
 def check_output_dir(path: Path) -> None:
-    """Raise UserError unless `path` is a folder that can be written to, or can be made; nothing is made."""
+    """Raise UserError unless `path` is a folder that can be written to or can be made. Makes nothing."""
     existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
     if not existing.is_dir():
-        raise UserError(f"--output_dir {path} can't be used: {existing} is a file.")
+        raise UserError(f"the output folder {path} can't be used: {existing} is a file.")
     if not os.access(existing, os.W_OK):
-        raise UserError(f"--output_dir {path} can't be used: no permission to write to {existing}.")
+        raise UserError(f"the output folder {path} can't be used: no permission to write to {existing}.")
 
 
 def write_json(path: str | Path, value: Any) -> None:
@@ -51,6 +51,6 @@ def write_json(path: str | Path, value: Any) -> None:
 def sha256(path: str | Path) -> str:
     """Hex SHA-256 of a file's bytes. UserError if there is no such file."""
     if not Path(path).is_file():
-        raise UserError(f"{path} does not exist or is no file.")
+        raise UserError(f"{path} does not exist or is not a file.")
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""One training at a time in an output folder: two would write over each other's checkpoints."""
+"""One process at a time in an output folder: two would write over each other's files."""
 
 from __future__ import annotations
 
@@ -18,17 +18,20 @@ HELD = (errno.EACCES, errno.EAGAIN)
 
 
 class FolderLock:
-    """Holds a folder until the `with` block is left or the process dies, however it does.
+    """Holds a folder until the `with` block is left or the process dies, even by a signal.
 
-    A record lock, which file systems over a network know too and which processes that load data do not inherit.
+    A record lock, because network file systems have it and child processes do not inherit it.
+
+    Args:
+        purpose: what the folder is used for, in one word for messages.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
+    def __init__(self, folder: Path, purpose: str) -> None:
+        self._folder, self._purpose = folder, purpose
         self._file: TextIO | None = None
 
     def acquire(self) -> None:
-        """Take the folder, if it exists; once more changes nothing.
+        """Take the folder, if it exists; a second call changes nothing.
 
         Raises:
             UserError: where another process has it.
@@ -41,9 +44,11 @@ class FolderLock:
         except OSError as error:
             if error.errno in HELD:
                 raise UserError(
-                    f"another training is writing to --output_dir {self._folder}; wait for its end or give another one."
+                    f"another {self._purpose} is writing to {self._folder}; wait for its end or name another folder."
                 ) from None
-            logger.warning("%s can't be locked (%s); start no second training there", self._folder, error)
+            logger.warning(
+                "%s can't be locked (%s); do not start a second %s there", self._folder, error, self._purpose
+            )
 
     def __enter__(self) -> FolderLock:
         return self

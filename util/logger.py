@@ -1,4 +1,4 @@
-"""Logging: rank 0 speaks, the other ranks only warn; metrics go to a JSONL file with units in the names."""
+"""Logging: everything of rank 0, warnings of the others; metrics as JSON lines with units in the names."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def setup_logging(rank: int = 0) -> None:
         stream=sys.stderr,
         force=True,
     )
-    for name in ("httpx", "httpx2"):  # the hub's client tells of every request
+    for name in ("httpx", "httpx2"):  # the hub's client logs every request
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
@@ -37,7 +37,7 @@ class MetricsWriter:
     """Appends one JSON object per line to a file; a no-op when `path` is None (ranks other than 0).
 
     Args:
-        resume_step: drop lines of later steps, which a killed run wrote after its last checkpoint. 0 starts afresh.
+        resume_step: drop the lines of later steps, which a killed run wrote after its last checkpoint. 0 drops all.
     """
 
     def __init__(self, path: Path | None, resume_step: int = 0) -> None:

@@ -33,7 +33,7 @@ def to_float(images: Tensor | Image.Image) -> Tensor:
 
 
 def save_png(image: Tensor | NDArray[np.uint8] | Image.Image, path: str | Path) -> None:
-    """Write one picture (uint8 (H, W, 3) or PIL) as PNG; the file is whole or absent."""
+    """Write one picture (uint8 (H, W, 3) or PIL) as PNG, atomically."""
     if not isinstance(image, Image.Image):
         image = Image.fromarray(np.asarray(image))
     with atomic_write(path) as file:

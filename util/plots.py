@@ -1,4 +1,4 @@
-"""Figures of a run."""
+"""Plots of a run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def plot_loss(lines: Sequence[dict[str, Any]], path: Path, vocab_size: int | Non
 
     Args:
         lines: of `metrics.jsonl`, with `epoch` and `loss`.
-        vocab_size: number of codes; a line then shows ln V, the loss of a guess.
+        vocab_size: number of codes; a line then shows ln V, the loss of guessing.
     """
     import matplotlib
 

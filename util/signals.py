@@ -1,4 +1,4 @@
-"""Stop signals: which ones ask a program to save and leave, how a loop notices them, and the exit statuses."""
+"""Stop signals ask a program to save and exit: which ones they are, how a loop notices them, the exit statuses."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from types import FrameType
 logger = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-REQUEUE_STATUS = os.EX_TEMPFAIL  # 75: everything is saved, the same command goes on
+REQUEUE_STATUS = os.EX_TEMPFAIL  # 75: everything is saved, the same command resumes
 
 
 def exit_status(number: int) -> int:
-    """Exit status of a run that a signal stopped after saving: 130 for Ctrl-C, else the one that asks to requeue."""
+    """Exit status of a run that a signal stopped after saving: 130 for Ctrl-C, else 75, which asks to be restarted."""
     return 128 + signal.SIGINT if number == signal.SIGINT else REQUEUE_STATUS
 
 
 class StopSignal:
-    """The stop signals ask the loop to finish its step and save; a second Ctrl-C interrupts at once."""
+    """In a `with` block: the first stop signal is kept in `signal` for the loop to see; a second Ctrl-C interrupts."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -43,7 +43,7 @@ class StopSignal:
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
-        """Let signals act as before, while something runs that can be interrupted at any time."""
+        """Give signals their earlier handlers, while something runs that can be interrupted at any time."""
         self.__exit__()
         try:
             yield
@@ -52,6 +52,6 @@ class StopSignal:
 
 
 def ignore_stop_signals(worker: int) -> None:
-    """For processes that load data: a launcher signals its whole group; loading goes on until the step is finished."""
+    """For processes that load data: a launcher signals all of them, but the step under way still needs its batches."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -77,7 +77,7 @@ class Decoder:
             raise UserError("the model is in training mode; call model.eval() before generating.")
         if batch_size < 1:
             raise UserError(f"batch size {batch_size} must be at least 1.")
-        sampling.check(model.config.vocab_size)
+        sampling.check_top_k(model.config.vocab_size)
         L = model.config.num_tokens
         self.orders = torch.arange(L, device=self.device).repeat(batch_size, 1)
         self.seeds = torch.zeros(batch_size, dtype=torch.int64, device=self.device)

@@ -6,7 +6,6 @@ Any architecture of timm serves. The whole data set is kept in memory as bytes a
 from __future__ import annotations
 
 import math
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,6 @@ from tqdm import tqdm
 
 from util.checkpoint import load_checkpoint
 from util.config import check, setting
-from util.data.images import ImageDataset
 from util.errors import UserError
 from util.files import atomic_write
 
@@ -84,18 +82,6 @@ class ClassifierTrainConfig:
 
     def __post_init__(self) -> None:
         check(self)
-
-
-def load_images(dataset: ImageDataset) -> tuple[Tensor, Tensor]:
-    """A whole data set: uint8 (N, 3, S, S) and int64 labels (N,)."""
-    side = dataset.img_size
-    images = torch.empty((len(dataset), 3, side, side), dtype=torch.uint8)
-    labels = torch.empty(len(dataset), dtype=torch.int64)
-    with ThreadPoolExecutor() as pool:
-        items = pool.map(dataset.__getitem__, range(len(dataset)))
-        for i, (image, label) in enumerate(tqdm(items, total=len(dataset), desc=dataset.source, leave=False)):
-            images[i], labels[i] = image.permute(2, 0, 1), label
-    return images, labels
 
 
 def augment(images: Tensor, config: ClassifierTrainConfig, generator: torch.Generator) -> Tensor:

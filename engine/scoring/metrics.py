@@ -6,9 +6,6 @@ A new score is a function here, and a key in what :func:`score` or :func:`adm_sc
 from __future__ import annotations
 
 import logging
-from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -18,7 +15,6 @@ from tqdm import tqdm
 
 from engine.scoring.features import INCEPTION, FeatureExtractor
 from engine.scoring.statistics import Array, FeatureStatistics, ReferenceStatistics
-from util.data.images import ImageDataset
 
 logger = logging.getLogger(__name__)
 
@@ -110,19 +106,3 @@ def adm_scores(
     real = torch.cat([extractor(images)[0] for images in tqdm(batches, desc="features of the reference's images")])
     precision, recall = precision_recall(features.to(real.device), real)
     return {"sfid": sfid, "precision": precision, "recall": recall}
-
-
-def load_batches(images: ImageDataset, batch_size: int) -> Iterator[Tensor]:
-    """All crops as uint8 (B, 3, H, W), one batch read ahead; a broken image raises UserError."""
-    ahead: deque[Future[Tensor]] = deque()
-    with ThreadPoolExecutor() as pool:
-        for index in range(len(images)):
-            ahead.append(pool.submit(images.load, index))
-            if len(ahead) == 2 * batch_size:
-                yield _stack(ahead, batch_size)
-        while ahead:
-            yield _stack(ahead, min(batch_size, len(ahead)))
-
-
-def _stack(ahead: deque[Future[Tensor]], count: int) -> Tensor:
-    return torch.stack([ahead.popleft().result() for _ in range(count)]).permute(0, 3, 1, 2)

@@ -17,12 +17,11 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from engine.cache import exact_precision
 from engine.training.optim import EMA, build_adamw, load_optimizer, whole
 from models.block import Block
 from models.loss import linear_cross_entropy
 from models.lpd import LPD, LPDConfig
-from tokenizers import VQModel
+from tokenizers import VQModel, exact_precision
 from util.counter_rng import fold_in, random_bits
 from util.dist import Dist
 from util.errors import UserError

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import uuid
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from PIL import Image
 
+from util.config import setting
 from util.errors import UserError
 from util.files import atomic_write
 
@@ -24,11 +26,30 @@ class Tracker(Protocol):
     def close(self) -> None: ...
 
 
-def check_trackers(tensorboard: bool, wandb: bool) -> None:
-    """Raise UserError where a package is missing."""
-    for flag, package, wanted in (("tensorboard", "tensorboard", tensorboard), ("use_wandb", "wandb", wandb)):
-        if wanted and importlib.util.find_spec(package) is None:
-            raise UserError(f"--{flag} needs the package {package}; install it with: pip install {package}.")
+@dataclass(frozen=True)
+class TrackerConfig:
+    """Which trackers a run has."""
+
+    tensorboard: bool = setting(False, "write event files for TensorBoard into the output folder")
+    use_wandb: bool = setting(False, "log to Weights & Biases as well")
+    wandb_project: str = setting("lpd", "where --use_wandb logs to")
+    wandb_run_name: str | None = setting(None, "(default: the name of the output folder)")
+
+    def require_packages(self) -> None:
+        """Raise UserError where a package is missing."""
+        for flag, package in (("tensorboard", "tensorboard"), ("use_wandb", "wandb")):
+            if getattr(self, flag) and importlib.util.find_spec(package) is None:
+                raise UserError(f"--{flag} needs the package {package}; install it with: pip install {package}.")
+
+    def open(self, folder: Path, start_step: int, record: dict[str, Any]) -> list[Tracker]:
+        """The trackers of a run that writes to `folder`; `record` is what it keeps of its flags."""
+        trackers: list[Tracker] = []
+        if self.tensorboard:
+            trackers.append(TensorBoard(folder, start_step))
+        if self.use_wandb:
+            name = self.wandb_run_name or folder.name
+            trackers.append(WeightsAndBiases(folder, start_step, self.wandb_project, name, record))
+        return trackers
 
 
 class TensorBoard:
@@ -51,17 +72,17 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run at Weights & Biases; a resumed run goes on in the same one, whose id is in `<folder>/wandb_run_id`."""
+    """A run at Weights & Biases; a resumed run stays the same one, whose id is in `<folder>/wandb_run_id`."""
 
-    def __init__(self, folder: Path, start_step: int, project: str, name: str, settings: dict[str, Any]) -> None:
+    def __init__(self, folder: Path, start_step: int, project: str, name: str, record: dict[str, Any]) -> None:
         import wandb
 
         id_file = folder / "wandb_run_id"
-        going_on = start_step > 0 and id_file.is_file()
-        run_id = id_file.read_text().strip() if going_on else uuid.uuid4().hex[:16]
+        resumed = start_step > 0 and id_file.is_file()
+        run_id = id_file.read_text().strip() if resumed else uuid.uuid4().hex[:16]
         self._picture = wandb.Image
         try:
-            self._run = wandb.init(project=project, name=name, id=run_id, resume="allow", config=settings, dir=folder)
+            self._run = wandb.init(project=project, name=name, id=run_id, resume="allow", config=record, dir=folder)
         except Exception as error:  # not logged in, no network: its own kinds of errors
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             raise UserError(

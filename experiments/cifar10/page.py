@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.cifar10.settings import ABLATION_STEPS, IMG_SIZE, PUBLISHED_ABLATION, STRIDE
+from experiments.cifar10.scales import ABLATION_STEPS, IMG_SIZE, PUBLISHED_ABLATION, STRIDE
 from experiments.cifar10.sweep import DEFAULT_PROXIMITY, DEFAULT_REPULSION
 
 PICTURES = "images"  # folder beside the page
@@ -38,9 +38,9 @@ def values(
     ]
 
 
-def spread(numbers: Sequence[float]) -> float | None:
-    """Standard deviation over seeds; None for fewer than two."""
-    return statistics.stdev(numbers) if len(numbers) > 1 else None
+def spread(numbers: Sequence[float]) -> float:
+    """Standard deviation over seeds; 0 for fewer than two."""
+    return statistics.stdev(numbers) if len(numbers) > 1 else 0.0
 
 
 def quality_within_five_percent(results: Results) -> tuple[str, bool | None]:
@@ -62,11 +62,10 @@ def better_than_rivals(results: Results) -> list[tuple[str, bool | None]]:
         for rival in ("random", "halton"):
             theirs = values(results, "frechet_distance", rival, steps)
             question = f"Locality-aware better than {NAMES[rival]} at {steps} steps by more than the spread"
-            spreads = spread(ours), spread(theirs)
-            if spreads[0] is None or spreads[1] is None:
+            if min(len(ours), len(theirs)) < 2:
                 answers.append((f"{question}: not measured with two seeds", None))
                 continue
-            gain, noise = statistics.mean(theirs) - statistics.mean(ours), spreads[0] + spreads[1]
+            gain, noise = statistics.mean(theirs) - statistics.mean(ours), spread(ours) + spread(theirs)
             answers.append((f"{question}: better by {gain:.3f}, spread {noise:.3f}", gain > noise))
     return answers
 
@@ -78,11 +77,7 @@ def ablation(results: Results) -> dict[tuple[int, float], float]:
         for row in results["cells"]
         if row["kind"] == "ablation"
     }
-    default = [
-        row["frechet_distance"]
-        for row in results["cells"]
-        if (row["kind"], row["order"], row["steps"]) == ("table", "lpd", ABLATION_STEPS)
-    ]
+    default = values(results, "frechet_distance", "lpd", ABLATION_STEPS, ("table",))
     return found | {(DEFAULT_REPULSION, DEFAULT_PROXIMITY): default[0]} if default and found else found
 
 
@@ -94,7 +89,7 @@ def published_thresholds_best(results: Results) -> tuple[str, bool | None]:
         return f"{question}: not measured", None
     best = min(distances, key=lambda pair: distances[pair])
     behind = distances[PUBLISHED_ABLATION] - distances[best]
-    noise = spread(values(results, "frechet_distance", "lpd", ABLATION_STEPS)) or 0.0
+    noise = spread(values(results, "frechet_distance", "lpd", ABLATION_STEPS))
     return (
         f"{question}, or behind by no more than the spread of seeds: the best is repulsion {best[0]}, proximity "
         f"{best[1]:g}, the published ones are behind by {behind:.3f}, spread {noise:.3f}",
@@ -102,178 +97,167 @@ def published_thresholds_best(results: Results) -> tuple[str, bool | None]:
     )
 
 
-def answers_table(results: Results) -> list[str]:
-    """Every expectation with what was found, as Markdown."""
+def table(heads: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
+    """As Markdown."""
+    lines = [f"| {' | '.join(map(str, cells))} |" for cells in (heads, *rows)]
+    return "\n".join([lines[0], "|---" * len(list(heads)) + "|", *lines[1:]])
+
+
+def show(number: float | None, form: str) -> str:
+    """A number, or a dash where there is none."""
+    return "–" if number is None else format(number, form)
+
+
+def answers_table(results: Results) -> str:
+    """Every expectation with what was found."""
     answers = [quality_within_five_percent(results), *better_than_rivals(results), published_thresholds_best(results)]
     words = {True: "**holds**", False: "**does not hold**", None: "–"}
-    return ["| expected | found | |", "|---|---|---|"] + [
-        f"| {' | '.join(text.split(': ', 1))} | {words[holds]} |" for text, holds in answers
-    ]
+    return table(("expected", "found", ""), ((*text.split(": ", 1), words[holds]) for text, holds in answers))
 
 
-def _show(numbers: Sequence[float], form: str) -> str:
-    if not numbers:
-        return "–"
-    deviation = spread(numbers)
-    return format(statistics.mean(numbers), form) + ("" if deviation is None else f" ± {format(deviation, form)}")
+def quality_table(results: Results, figure: str, form: str, kinds: Sequence[str] = ("table", "repeat")) -> str:
+    """Orders × steps of one figure, mean ± standard deviation where there are several seeds."""
+
+    def cell(order: str, steps: int) -> str:
+        numbers = values(results, figure, order, steps, kinds)
+        deviation = f" ± {format(spread(numbers), form)}" if len(numbers) > 1 else ""
+        return show(statistics.mean(numbers) if numbers else None, form) + deviation
+
+    steps, orders = results["settings"]["steps"], results["settings"]["orders"]
+    return table(("order", *steps), ((NAMES[order], *(cell(order, count) for count in steps)) for order in orders))
 
 
-def quality_table(results: Results, figure: str, form: str, kinds: Sequence[str] = ("table", "repeat")) -> list[str]:
-    """Orders × steps of one figure, mean ± standard deviation where there are several seeds, as Markdown."""
-    steps = results["settings"]["steps"]
-    lines = [f"| order | {' | '.join(map(str, steps))} |", "|---" * (len(steps) + 1) + "|"]
-    for order in results["settings"]["orders"]:
-        cells = " | ".join(_show(values(results, figure, order, count, kinds), form) for count in steps)
-        lines.append(f"| {NAMES[order]} | {cells} |")
-    return lines
+def own_steps_table(results: Results) -> str:
+    heads = ("order", "own steps", "Fréchet distance", "class accuracy", "seconds per image")
+    rows = (
+        (
+            NAMES[row["order"]],
+            row["steps"],
+            show(row["frechet_distance"], ".3f"),
+            show(row["class_accuracy"], ".1%"),
+            show(row["sec_per_image"] or None, ".5f"),
+        )
+        for row in results["cells"]
+        if row["kind"] == "own"
+    )
+    return table(heads, rows)
 
 
-def own_steps_table(results: Results) -> list[str]:
-    rows = [row for row in results["cells"] if row["kind"] == "own"]
-    return [
-        "| order | own steps | Fréchet distance | class accuracy | seconds per image |",
-        "|---|---|---|---|---|",
-    ] + [
-        f"| {NAMES[row['order']]} | {row['steps']} | {row['frechet_distance']:.3f} | {row['class_accuracy']:.1%} | "
-        f"{_show([row['sec_per_image']] if row['sec_per_image'] else [], '.5f')} |"
-        for row in rows
-    ]
-
-
-def ablation_table(results: Results) -> list[str]:
+def ablation_table(results: Results) -> str:
     distances = ablation(results)
-    proximities = sorted({proximity for _, proximity in distances})
-    lines = ["| repulsion | " + " | ".join(f"proximity {proximity:g}" for proximity in proximities) + " |"]
-    lines.append("|---" * (len(proximities) + 1) + "|")
-    for repulsion in sorted({repulsion for repulsion, _ in distances}):
-        cells = [distances.get((repulsion, proximity)) for proximity in proximities]
-        lines.append(f"| {repulsion} | " + " | ".join("–" if d is None else f"{d:.3f}" for d in cells) + " |")
-    return lines
+    repulsions, proximities = (sorted(set(thresholds)) for thresholds in zip(*distances, strict=True))
+    return table(
+        ("repulsion", *(f"proximity {proximity:g}" for proximity in proximities)),
+        (
+            (repulsion, *(show(distances.get((repulsion, proximity)), ".3f") for proximity in proximities))
+            for repulsion in repulsions
+        ),
+    )
 
 
-def guidance_table(results: Results) -> list[str]:
-    settings = results["settings"]
-    rows = [row for row in results["cells"] if row["kind"] == "tuning"]
-    lines = [f"| order | {' | '.join(f'{cfg:g}' for cfg in settings['cfgs'])} | chosen |"]
-    lines.append("|---" * (len(settings["cfgs"]) + 2) + "|")
-    for order in settings["orders"]:
-        distances = {row["cfg"]: row["frechet_distance"] for row in rows if row["order"] == order}
-        shown = " | ".join(f"{distances[cfg]:.2f}" if cfg in distances else "–" for cfg in settings["cfgs"])
-        whole = len(distances) == len(settings["cfgs"])
-        best = f"{min(distances, key=lambda cfg: distances[cfg]):g}" if whole else "–"
-        lines.append(f"| {NAMES[order]} | {shown} | {best} |")
-    return lines
+def guidance_table(results: Results) -> str:
+    cfgs, rows = results["settings"]["cfgs"], []
+    for order in results["settings"]["orders"]:
+        distances = {
+            row["cfg"]: row["frechet_distance"]
+            for row in results["cells"]
+            if (row["kind"], row["order"]) == ("tuning", order)
+        }
+        best = min(distances, key=lambda cfg: distances[cfg]) if len(distances) == len(cfgs) else None
+        rows.append((NAMES[order], *(show(distances.get(cfg), ".2f") for cfg in cfgs), show(best, "g")))
+    return table(("order", *(f"{cfg:g}" for cfg in cfgs), "chosen"), rows)
 
 
-def floors_table(results: Results) -> list[str]:
-    lines = [
-        "| scored against the test photos | features | Fréchet distance | read as their class |",
-        "|---|---|---|---|",
-    ]
+def floors_table(results: Results) -> str:
     names = {"train": "training photos", "reconstructed": "test photos through the tokenizer"}
-    for key, floor in results["floors"].items():
-        accuracy = f"{floor['class_accuracy']:.1%}" if "class_accuracy" in floor else "–"
-        name = names[key.partition("_")[2]]
-        lines.append(f"| {name} | {floor['extractor']} | {floor['frechet_distance']:.3f} | {accuracy} |")
-    return lines
+    return table(
+        ("scored against the test photos", "features", "Fréchet distance", "read as their class"),
+        (
+            (
+                names[key.partition("_")[2]],
+                floor["extractor"],
+                show(floor["frechet_distance"], ".3f"),
+                show(floor.get("class_accuracy"), ".1%"),
+            )
+            for key, floor in results["floors"].items()
+        ),
+    )
 
 
 def page(results: Results) -> str:
     """The whole page as Markdown, in figures taken from ``results`` alone."""
-    settings, tokenizer, data = results["settings"], results["tokenizer"], results["data"]
-    classifier, training, environment = results["classifier"], results["training"], results["environment"]
-    seconds = results["stage_sec"]
+    return "\n\n".join([*_introduction(results), *_measurements(results), *_training(results)]) + "\n"
+
+
+def _introduction(results: Results) -> list[str]:
+    """Paragraphs: what was expected, what was found, under which conditions."""
+    scale, data, environment = results["settings"], results["data"], results["environment"]
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
-    model = results["model"]
-    text = ["# Quality against steps, on photographs", ""]
-    if settings["subset"] is not None:
-        text += [f"**A test run with {settings['subset']} photos and tiny models: no figure here means anything.**", ""]
-    text += [
+    warning = f"**A test run with {scale['subset']} photos and tiny models: no figure here means anything.**"
+    return [
+        "# Quality against steps, on photographs",
+        *([] if scale["subset"] is None else [warning]),
         "Written by [`experiments/cifar10`](../experiments/cifar10/README.md) from the measurements; the questions and "
         "what counts as an answer were fixed before them.",
-        "",
-        *answers_table(results),
-        "",
+        answers_table(results),
         f"{data['train']['images']:,} training and {data['test']['images']:,} test photos of {IMG_SIZE}×{IMG_SIZE} "
-        f"pixels ({data['train']['source']}). {settings['num_images']:,} images per cell; ± is the standard deviation "
-        f"over {len(settings['seeds'])} seeds of generation, where there are several, with one trained model. "
+        f"pixels ({data['train']['source']}). {scale['num_images']:,} images per cell; ± is the standard deviation "
+        f"over {len(scale['seeds'])} seeds of generation, where there are several, with one trained model. "
         f"{environment['device']}, Python {environment['python']}, {packages}; {results['date'][:10]}.",
-        "",
-        "## Fréchet distance",
-        "",
-        "Between generated images and the test photos, in the features of the classifier below; lower is better.",
-        "",
-        *quality_table(results, "frechet_distance", ".3f"),
-        "",
-        f"![Quality against steps]({PICTURES}/cifar10_quality.png)",
-        "",
-        "## Read as the class asked for",
-        "",
-        *quality_table(results, "class_accuracy", ".1%"),
-        "",
-        "## Seconds per image",
-        "",
-        f"Generating and decoding, batches of {settings['eval_bsz']:,}, decode path `{results['decode_path']}`.",
-        "",
-        *quality_table(results, "sec_per_image", ".5f", ("table",)),
-        "",
     ]
-    if any(row["kind"] == "own" for row in results["cells"]):
-        text += [
-            "All orders are cut into the same group sizes above. These take the groups of their own papers:",
-            "",
-            *own_steps_table(results),
-            "",
-        ]
-    if any(row["kind"] == "fid" for row in results["cells"]):
-        text += [
-            "## FID",
-            "",
-            "Inception's features, one seed.",
-            "",
-            *quality_table(results, "fid", ".2f", ("fid",)),
-            "",
-        ]
-    if any(row["kind"] == "ablation" for row in results["cells"]):
-        text += [
-            "## Repulsion and proximity",
-            "",
-            f"Fréchet distance of the locality-aware order at {ABLATION_STEPS} steps, one seed.",
-            "",
-            *ablation_table(results),
-            "",
-        ]
-    text += [
+
+
+def _measurements(results: Results) -> list[str]:
+    scale, kinds = results["settings"], {row["kind"] for row in results["cells"]}
+    paragraphs = [
+        "## Fréchet distance",
+        "Between generated images and the test photos, in the features of the classifier below; lower is better.",
+        quality_table(results, "frechet_distance", ".3f"),
+        f"![Quality against steps]({PICTURES}/cifar10_quality.png)",
+        "## Read as the class asked for",
+        quality_table(results, "class_accuracy", ".1%"),
+        "## Seconds per image",
+        f"Generating and decoding, batches of {scale['eval_bsz']:,}, decode path `{results['decode_path']}`.",
+        quality_table(results, "sec_per_image", ".5f", ("table",)),
+    ]
+    if "own" in kinds:
+        text = "All orders are cut into the same group sizes above. These take the groups of their own papers:"
+        paragraphs += [text, own_steps_table(results)]
+    if "fid" in kinds:
+        paragraphs += ["## FID", "Inception's features, one seed.", quality_table(results, "fid", ".2f", ("fid",))]
+    if "ablation" in kinds:
+        text = f"Fréchet distance of the locality-aware order at {ABLATION_STEPS} steps, one seed."
+        paragraphs += ["## Repulsion and proximity", text, ablation_table(results)]
+    return [
+        *paragraphs,
         "## What is possible",
-        "",
-        *floors_table(results),
-        "",
+        floors_table(results),
         "## Guidance",
-        "",
-        f"Tuned once per order: the scale of least Fréchet distance over {settings['tuning_images']:,} images at "
-        f"{settings['tuning_steps']} steps, with seed {settings['tuning_seed']}, which no other cell has.",
-        "",
-        *guidance_table(results),
-        "",
+        f"Tuned once per order: the scale of least Fréchet distance over {scale['tuning_images']:,} images at "
+        f"{scale['tuning_steps']} steps, with seed {scale['tuning_seed']}, which no other cell has.",
+        guidance_table(results),
+    ]
+
+
+def _training(results: Results) -> list[str]:
+    tokenizer, training, model, seconds = (results[key] for key in ("tokenizer", "training", "model", "stage_sec"))
+    stages = ", ".join(f"{name.replace('_', ' ')} {sec:.0f}" for name, sec in seconds.items())
+    return [
         "## Training",
-        "",
         f"- Tokenizer, stride {STRIDE}: PSNR {tokenizer['psnr_db']:.2f} dB on "
         f"the test photos, {tokenizer['codebook_share']:.1%} of {tokenizer['tokenizer']['codebook_size']} codes in use "
-        f"(perplexity {tokenizer['codebook_perplexity']:.0f}).",
-        f"- Classifier: reads {classifier['test_accuracy']:.2%} of the test photos right.",
+        f"(perplexity {tokenizer['codebook_perplexity']:.0f}).\n"
+        f"- Classifier: reads {results['classifier']['test_accuracy']:.2%} of the test photos right.\n"
         f"- LPD: width {model['embed_dim']}, depth {model['depth']}; final loss {training['final_loss']:.3f}, "
-        f"{training['images_per_sec']:,.0f} images per second in training (median).",
-        "- Seconds of the stages: " + ", ".join(f"{name.replace('_', ' ')} {sec:.0f}" for name, sec in seconds.items())
-        + f"; {sum(seconds.values()):.0f} in all.",
-        "",
+        f"{training['images_per_sec']:,.0f} images per second in training (median).\n"
+        f"- Seconds of the stages: {stages}; {sum(seconds.values()):.0f} in all.",
         f"![Training loss]({PICTURES}/cifar10_loss.png)",
-        "",
         "## Samples",
-        "",
-    ]  # fmt: skip
-    for steps in (256, 20):
-        text += [f"Locality-aware, {steps} steps:", "", f"![{steps} steps]({PICTURES}/cifar10_samples_{steps}.png)", ""]
-    return "\n".join(text)
+        "Locality-aware, 256 steps:",
+        f"![256 steps]({PICTURES}/cifar10_samples_256.png)",
+        "Locality-aware, 20 steps:",
+        f"![20 steps]({PICTURES}/cifar10_samples_20.png)",
+    ]
 
 
 def plot_quality(results: Results, path: Path) -> None:
@@ -292,7 +276,7 @@ def plot_quality(results: Results, path: Path) -> None:
             found = {steps: values(results, name, order, steps) for steps in results["settings"]["steps"]}
             found = {steps: numbers for steps, numbers in found.items() if numbers}
             means = [statistics.mean(numbers) for numbers in found.values()]
-            bars = [spread(numbers) or 0.0 for numbers in found.values()]
+            bars = [spread(numbers) for numbers in found.values()]
             width = 2.5 if order == "lpd" else 1.2
             axis.errorbar(list(found), means, bars, marker="o", markersize=3, linewidth=width, label=NAMES[order])
         axis.set_xscale("log", base=2)

@@ -2,12 +2,11 @@
 
     python -m experiments.cifar10.report RUN/report [--publish NAME]
 
-writes page and plots of a report folder anew; --publish also puts them where the repository keeps them.
+makes page and plots of a report folder again; --publish also puts them where the repository keeps them.
 """
 
 from __future__ import annotations
 
-import argparse
 import datetime
 import json
 import shutil
@@ -16,10 +15,10 @@ from dataclasses import asdict
 from pathlib import Path
 
 from experiments.cifar10.page import PICTURES, Results, page, plot_quality
-from experiments.cifar10.settings import IMG_SIZE, Settings
+from experiments.cifar10.scales import IMG_SIZE, Scale
 from experiments.cifar10.sweep import cell_of, finished_rows
 from util.checkpoint import load_checkpoint
-from util.cli import exit_on_user_error
+from util.cli import Parser, exit_on_user_error
 from util.data.images import open_images
 from util.errors import UserError
 from util.files import sha256, write_json
@@ -30,9 +29,9 @@ RESULTS, PAGE = "cifar10.json", "cifar10.md"
 CURVE_POINTS = 400
 
 
-def collect(out: Path, settings: Settings, seconds: dict[str, float], data: tuple[str, str]) -> Results:
+def collect(out: Path, scale: Scale, seconds: dict[str, float], data: tuple[str, str]) -> Results:
     """Everything measured in an output folder, as plain data. UserError if the sweep has no results yet."""
-    cells = list(finished_rows(out, settings))
+    cells = list(finished_rows(out, scale))
     if not cells:
         raise UserError(f"{out} has no evaluated cells yet; run the stage sweep before the report.")
     lines = [json.loads(line) for line in (out / "lpd" / "metrics.jsonl").read_text().splitlines()]
@@ -45,7 +44,7 @@ def collect(out: Path, settings: Settings, seconds: dict[str, float], data: tupl
             name: {"source": Path(images.source).name, "images": len(images), "sha256": images.fingerprint()}
             for name, images in (("train", train), ("test", test))
         },
-        "settings": asdict(settings),
+        "settings": asdict(scale),
         "environment": cells[0][1]["environment"],
         "decode_path": cells[0][1]["settings"]["decode_path"],
         "model": cells[0][1]["model"],
@@ -63,10 +62,10 @@ def collect(out: Path, settings: Settings, seconds: dict[str, float], data: tupl
     }
 
 
-def write_report(out: Path, settings: Settings, seconds: dict[str, float], data: tuple[str, str]) -> None:
+def write_report(out: Path, scale: Scale, seconds: dict[str, float], data: tuple[str, str]) -> None:
     """Collect the results of an output folder into its subfolder ``report``, with page and plots."""
     folder = out / "report"
-    results = collect(out, settings, seconds, data)
+    results = collect(out, scale, seconds, data)
     (folder / PICTURES).mkdir(parents=True, exist_ok=True)
     write_json(folder / RESULTS, results)
     for cell in map(cell_of, results["cells"]):
@@ -101,7 +100,7 @@ def publish(folder: Path, name: str, root: Path = ROOT) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m experiments.cifar10.report", description=__doc__)
+    parser = Parser(prog="python -m experiments.cifar10.report", description=__doc__)
     parser.add_argument("folder", type=Path, help="report folder of a run")
     parser.add_argument("--publish", metavar="NAME", help="copy to docs/ and benchmarks/results/cifar10_NAME.json")
     args = parser.parse_args()

@@ -3,7 +3,7 @@
     python -m experiments.cifar10.run --data photos.npz --output_dir runs/cifar10
 
 Every stage is an ordinary command of the project, printed before it runs. What is finished is not done again: after an
-interruption, or when --time_limit has ended a call, the same command goes on.
+interruption, or when --time_limit has ended a call, the same command resumes.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ import numpy as np
 
 from engine.scoring.features import INCEPTION
 from experiments.cifar10.report import write_report
-from experiments.cifar10.settings import FULL, IMG_SIZE, STRIDE, TINY, Settings
-from experiments.cifar10.stages import Clock, OutOfTime, Stages
+from experiments.cifar10.scales import FULL, IMG_SIZE, STRIDE, TINY, Scale
 from experiments.cifar10.sweep import Sweep, plan
 from models import model_config
 from models.flops import training_flops
-from util.cli import HelpFormatter, exit_on_user_error
-from util.data.images import CIFAR10_FOLDER, open_images, write_packed
+from scripts.stages import Clock, OutOfTime, Stages
+from util.cli import Parser, exit_on_user_error
+from util.data.images import CIFAR10_FOLDER, open_images, write_image_archive
 from util.dist import Dist, resolve_device
 from util.errors import UserError
 from util.files import check_output_dir
@@ -50,7 +50,7 @@ def download_cifar10(folder: Path) -> None:
 
 
 def write_subset(train: str, test: str, count: int, path: Path) -> None:
-    """``count`` photos of each split, evenly spread over the split, as a packed file."""
+    """``count`` photos of each split, evenly spread over the split, as an image archive."""
     files, labels, numbers = [], [], []
     classes: list[str] = []
     for number, source in enumerate((train, test)):
@@ -62,131 +62,123 @@ def write_subset(train: str, test: str, count: int, path: Path) -> None:
             files.append(file.getvalue())
             labels.append(int(images.labels[index]))
             numbers.append(number)
-    write_packed(path, files, labels, classes, numbers)
+    write_image_archive(path, files, labels, classes, numbers)
 
 
 class Experiment:
-    """The stages in order; each method is one."""
+    """The stages, a method each, in the order of STAGES."""
 
-    def __init__(
-        self, out: Path, data: Path, settings: Settings, device: str, inception: Path | None, clock: Clock
-    ) -> None:
-        self.out, self.settings, self.inception, self.clock = out, settings, inception, clock
+    def __init__(self, out: Path, data: Path, scale: Scale, device: str, inception: Path | None, clock: Clock) -> None:
+        self.out, self.scale, self.inception, self.clock = out, scale, inception, clock
         self.stages = Stages(out, clock)
         self.dist = Dist(0, 1, resolve_device(device))
         self.train, self.test = split_paths(data)
-        self.bf16 = ("--bf16",) if self.dist.device.type == "cuda" else ()
         self.common = ("--img_size", str(IMG_SIZE), "--device", device)
-        self.tokenizer_file = out / "tokenizer" / "tokenizer.pt"
+        self.bf16 = ("--bf16",) if self.dist.device.type == "cuda" else ()
+        self.tokenizer_path, self.classifier_path = out / "tokenizer" / "tokenizer.pt", out / "classifier.pt"
 
     def check_epochs(self) -> None:
         """Raise UserError if the folder's LPD was trained for another number of epochs than the report would say."""
         path = self.out / "lpd" / "checkpoint-last.json"
         if not path.exists():
             return
-        trained, wanted = json.loads(path.read_text())["args"]["epochs"], lpd_flags(self.settings)["--epochs"]
+        trained, wanted = json.loads(path.read_text())["args"]["epochs"], lpd_flags(self.scale)["--epochs"]
         if trained != int(wanted):
             raise UserError(
-                f"{self.out} holds an LPD trained with --epochs {trained}, not {wanted}; go on with {trained} or give "
+                f"{self.out} holds an LPD trained with --epochs {trained}, not {wanted}; resume with {trained} or give "
                 "another --output_dir."
             )
 
-    def subset(self) -> None:
-        """Replace the photos by a few of them, where the setting says so."""
-        if self.settings.subset is None:
+    def use_subset(self) -> None:
+        """Replace the photos by a few of them, where the scale says so."""
+        if self.scale.subset is None:
             return
-        path = self.out / f"subset{self.settings.subset}.npz"
+        path = self.out / f"subset{self.scale.subset}.npz"
         if not path.exists():
-            write_subset(self.train, self.test, self.settings.subset, path)
+            write_subset(self.train, self.test, self.scale.subset, path)
         self.train, self.test = split_paths(path)
 
     def tokenizer(self) -> None:
         self.stages.command(
             "tokenizer", "-m", "tokenizers.train", "--data_path", self.train, "--test_path", self.test,
-            "--output_dir", self.tokenizer_file.parent, "--stride", str(STRIDE), *self.common, *self.bf16,
-            *self.settings.tokenizer, stoppable=True,
+            "--output_dir", self.tokenizer_path.parent, "--stride", str(STRIDE), *self.common, *self.bf16,
+            *self.scale.tokenizer, stoppable=True,
         )  # fmt: skip
 
     def codes(self) -> None:
         self.stages.command(
-            "codes", "main_cache.py", "--data_path", self.train, "--vqgan_path", self.tokenizer_file,
-            "--cached_path", self.out / "codes", *self.common, *self.settings.codes,
-            stoppable=True,
+            "codes", "main_cache.py", "--data_path", self.train, "--vqgan_path", self.tokenizer_path,
+            "--cached_path", self.out / "codes", *self.common, *self.scale.codes, stoppable=True,
         )  # fmt: skip
 
     def classifier(self) -> None:
         self.stages.command(
             "classifier", "-m", "engine.classifier", "--data_path", self.train, "--test_path", self.test,
-            "--output", self.out / "classifier.pt", *self.common, *self.settings.classifier,
+            "--output", self.classifier_path, *self.common, *self.scale.classifier,
         )  # fmt: skip
 
-    def _metrics(self, name: str, inception: bool, *words: str | Path, output: Path | None = None) -> None:
-        extractor: tuple[str | Path, ...] = ("--feature_extractor", self.out / "classifier.pt")
-        if inception and self.inception is not None:
-            extractor = ("--feature_extractor", INCEPTION, "--inception_path", self.inception)
-        self.stages.command(
-            name, "-m", "engine.metrics", *words, *extractor, "--batch_size", "250", *self.common, output=output
-        )  # fmt: skip
+    def _extractors(self) -> dict[str, tuple[str | Path, ...]]:
+        """By the name of their statistics: the flags of the classifier and, with its weights, of Inception."""
+        extractors: dict[str, tuple[str | Path, ...]] = {"reference": ("--feature_extractor", self.classifier_path)}
+        if self.inception is not None:
+            extractors["inception"] = ("--feature_extractor", INCEPTION, "--inception_path", self.inception)
+        return extractors
 
-    def _extractors(self) -> list[bool]:
-        return [False] if self.inception is None else [False, True]
+    def _metrics(self, name: str, *words: str | Path, output: Path | None = None) -> None:
+        self.stages.command(name, "-m", "engine.metrics", *words, "--batch_size", "250", *self.common, output=output)
 
     def reference(self) -> None:
-        for inception in self._extractors():
-            name = "inception" if inception else "reference"
-            self._metrics(
-                f"{name} statistics", inception, "--data_path", self.test, "--output", self.out / f"{name}.npz"
-            )
+        for name, flags in self._extractors().items():
+            output = ("--output", self.out / f"{name}.npz")
+            self._metrics(f"{name} statistics", "--data_path", self.test, *output, *flags)
 
     def floors(self) -> None:
         """What is possible: other real photos, and the same photos through the tokenizer."""
-        for inception in self._extractors():
-            name = "inception" if inception else "reference"
+        floors: dict[str, tuple[str | Path, ...]] = {
+            "train": ("--data_path", self.train),
+            "reconstructed": ("--data_path", self.test, "--vqgan_path", self.tokenizer_path),
+        }
+        for name, flags in self._extractors().items():
             scored = ("--reference_statistics", self.out / f"{name}.npz")
-            for floor, words in (
-                ("train", ("--data_path", self.train)),
-                ("reconstructed", ("--data_path", self.test, "--vqgan_path", self.tokenizer_file)),
-            ):
+            for floor, photos in floors.items():
                 output = self.out / "floors" / f"{name}_{floor}.json"
-                self._metrics(f"floor {name} {floor}", inception, *words, *scored, output=output)
+                self._metrics(f"floor {name} {floor}", *photos, *scored, *flags, output=output)
 
     def lpd(self) -> None:
         self.stages.command(
             "lpd", "main_lpd.py", "--use_cached", "--cached_path", self.out / "codes", "--vqgan_path",
-            self.tokenizer_file, "--output_dir", self.out / "lpd", *self.common, *self.bf16, *self.settings.lpd,
+            self.tokenizer_path, "--output_dir", self.out / "lpd", *self.common, *self.bf16, *self.scale.lpd,
             stoppable=True,
         )  # fmt: skip
 
     def sweep(self) -> None:
         def action() -> None:
-            Sweep(self.out, self.settings, self.dist, self.inception).run(self.clock)
+            Sweep(self.out, self.scale, self.dist, self.inception).run(self.clock)
 
-        self.stages.run("sweep", action, "the cells of experiments/cifar10/sweep.py", redo=True)
+        self.stages.run("sweep", action, "the cells of experiments/cifar10/sweep.py", always=True)
 
     def report(self) -> None:
-        write_report(self.out, self.settings, self.stages.seconds(), (self.train, self.test))
+        write_report(self.out, self.scale, self.stages.seconds(), (self.train, self.test))
 
 
-def lpd_flags(settings: Settings) -> dict[str, str]:
+def lpd_flags(scale: Scale) -> dict[str, str]:
     """The flags of the LPD training, all of which take a value; the last one counts."""
-    return dict(zip(settings.lpd[::2], settings.lpd[1::2], strict=True))
+    return dict(zip(scale.lpd[::2], scale.lpd[1::2], strict=True))
 
 
-def print_plan(settings: Settings, fid: bool) -> None:
+def print_plan(scale: Scale, fid: bool) -> None:
     """The work to come, in cells and in floating point operations."""
-    flags = lpd_flags(settings)
+    flags = lpd_flags(scale)
     name, epochs = flags["--model"], int(flags["--epochs"])
     model = model_config(name, img_size=IMG_SIZE, stride=STRIDE, class_num=10, vocab_size=1024)
     pflop = epochs * 50_000 * training_flops(model) / 1e15
     print(f"training: {name}, {epochs} epochs of 50,000 photos, {pflop:.0f} PFLOP")
-    for kind, entry in plan(settings, model, fid).items():
-        print(f"{kind}: {entry['cells']:.0f} cells, {entry['images']:,.0f} images, {entry['pflop']:.0f} PFLOP")
+    for kind, cells, images, pflop in plan(scale, model, fid):
+        print(f"{kind}: {cells} cells, {images:,} images, {pflop:.0f} PFLOP")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m experiments.cifar10.run", description=__doc__, formatter_class=HelpFormatter
-    )
+def parse() -> argparse.Namespace:
+    parser = Parser(prog="python -m experiments.cifar10.run", description=__doc__)
     add = parser.add_argument
     add("--data", type=Path, required=True, help="photos.npz with both splits, a folder with train/ and test/, or "
         f"torchvision's {CIFAR10_FOLDER}")  # fmt: skip
@@ -195,17 +187,16 @@ def main() -> None:
     add("--stage", nargs="+", choices=STAGES, default=list(STAGES), help="only these stages")
     add("--time_limit", type=float, help="seconds after which no stage or cell is begun, and training saves and stops")
     add("--tiny", action="store_true", help="a few photos and tiny models: only see that everything runs")
-    add("--epochs", type=int, help="of the LPD training, for a faster or slower machine (default: the setting's)")
+    add("--epochs", type=int, help="of the LPD training, for a faster or slower machine (default: "
+        f"{lpd_flags(FULL)['--epochs']}, with --tiny {lpd_flags(TINY)['--epochs']})")  # fmt: skip
     add("--inception_path", type=Path, help="Inception weights: FID as well, for one seed (doubles the table's time)")
     add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add("--plan", action="store_true", help="print how much work it is and stop")
-    args = parser.parse_args()
-    settings = TINY if args.tiny else FULL
-    if args.epochs is not None:
-        settings = dataclasses.replace(settings, lpd=(*settings.lpd, "--epochs", str(args.epochs)))
-    if args.plan:
-        print_plan(settings, args.inception_path is not None)
-        return
+    return parser.parse_args()
+
+
+def prepare(args: argparse.Namespace, scale: Scale) -> Experiment:
+    """Check everything that the flags name, then make the output folder."""
     if args.time_limit is not None and args.time_limit <= 0:
         raise UserError(f"--time_limit {args.time_limit} must be positive.")
     if args.inception_path is not None and not args.inception_path.is_file():
@@ -215,21 +206,31 @@ def main() -> None:
             raise UserError(f"--download needs --data to end in {CIFAR10_FOLDER}, not {args.data}.")
         download_cifar10(args.data)
     check_output_dir(args.output_dir)
-    experiment = Experiment(
-        args.output_dir, args.data, settings, args.device, args.inception_path, Clock(args.time_limit)
-    )
+    clock = Clock(args.time_limit)
+    experiment = Experiment(args.output_dir, args.data, scale, args.device, args.inception_path, clock)
     experiment.check_epochs()
     for path in split_paths(args.data):
-        open_images(path, IMG_SIZE)  # a wrong path is named before anything is made
+        open_images(path, IMG_SIZE)
     args.output_dir.mkdir(parents=True, exist_ok=True)
+    experiment.use_subset()
+    return experiment
+
+
+def main() -> None:
+    args = parse()
+    scale = TINY if args.tiny else FULL
+    if args.epochs is not None:
+        scale = dataclasses.replace(scale, lpd=(*scale.lpd, "--epochs", str(args.epochs)))
+    if args.plan:
+        return print_plan(scale, args.inception_path is not None)
     setup_logging()
-    experiment.subset()
+    experiment = prepare(args, scale)
     try:
         for stage in STAGES:
             if stage in args.stage:
                 getattr(experiment, stage)()
     except OutOfTime as reason:
-        print(f"\n{reason}; run the same command again to go on.", flush=True)
+        print(f"\n{reason}; run the same command again to resume.", flush=True)
         raise SystemExit(OUT_OF_TIME) from None
 
 

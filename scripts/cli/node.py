@@ -1,4 +1,4 @@
-"""What a Slurm job runs, once per node: the command with launch.sh's variables, signals passed on, the job requeued."""
+"""What a Slurm job runs once per node: the command. Passes signals on to it and asks Slurm to requeue the job."""
 
 from __future__ import annotations
 
@@ -31,38 +31,38 @@ def path_with_this_python() -> str:
 
 
 def launch_variables(job: JobEnvironment) -> dict[str, str]:
-    """What launch.sh wants to know about the nodes."""
+    """What launch.sh must know about the nodes."""
     return {
         "NNODES": str(job.num_nodes),
         "NODE_RANK": str(job.node),
         "MASTER_ADDR": job.hostnames[0],
-        # Jobs that share a node get different ports, below the range from which systems give ports out.
+        # Jobs that share a node get different ports, below the range from which systems choose free ones.
         "MASTER_PORT": str(12000 + int(job.raw_job_id) % 16000),
     }
 
 
 class Child:
-    """A command in a process group of its own, to which the signals that this process gets are passed on."""
+    """A command in a process group of its own; signals to this process are passed on to that group."""
 
     def __init__(self, command: Sequence[str], environment: dict[str, str]) -> None:
-        self.told: list[int] = []
-        self.told_at: float | None = None  # when the time limit was announced
+        self.signals: list[int] = []
+        self._told_at: float | None = None  # when the signal of the time limit came
         self._process: subprocess.Popen[bytes] | None = None
         for number in SIGNALS:
             signal.signal(number, self._pass_on)
         self._process = subprocess.Popen(command, env=environment, process_group=0)
-        for earlier in self.told:  # came before there was anybody to pass it on to
+        for earlier in self.signals:  # before there was a process to pass them on to
             self._send(earlier)
 
     def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        self.told.append(number)
-        if number == TIME_LIMIT_SIGNAL and self.told_at is None:
-            self.told_at = time.monotonic()
+        self.signals.append(number)
+        if number == TIME_LIMIT_SIGNAL and self._told_at is None:
+            self._told_at = time.monotonic()
         logger.info("passing %s on", signal.Signals(number).name)
         self._send(number)
 
     def _send(self, number: int) -> bool:
-        """Whether there is anybody left to get the signal."""
+        """Whether a process of the group is left to get the signal (0 only asks)."""
         if self._process is not None:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self._process.pid, number)
@@ -70,12 +70,12 @@ class Child:
         return False
 
     def wait(self, patience: float) -> int | None:
-        """Exit status as a shell's, or None when it has not ended `patience` seconds after the time limit's signal."""
+        """Exit status as a shell gives it; None if it still runs `patience` seconds after the time limit's signal."""
         assert self._process is not None
         status = None
-        # A shell that a signal has ended may leave a training behind that is still saving.
-        while status is None or (status < 0 and self.told and self._send(0)):
-            if self.told_at is not None and time.monotonic() - self.told_at > patience:
+        # A signal may end the shell before the training that it started, which is still saving.
+        while status is None or (status < 0 and self.signals and self._send(0)):
+            if self._told_at is not None and time.monotonic() - self._told_at > patience:
                 return None
             with contextlib.suppress(subprocess.TimeoutExpired):
                 status = self._process.wait(0.5)
@@ -89,13 +89,13 @@ class NodeTask:
     Args:
         nproc_per_node: processes on each node, or None to leave it to launch.sh.
         signal_delay: seconds from the time limit's signal to the limit.
-        max_requeues: how often the job may have been requeued already when it asks for it again.
+        max_requeues: how often the job is requeued; None for no limit.
     """
 
     command: tuple[str, ...]
     nproc_per_node: int | None
     signal_delay: int
-    max_requeues: int
+    max_requeues: int | None
 
     def __call__(self) -> None:
         handler = logging.StreamHandler()
@@ -110,19 +110,19 @@ class NodeTask:
         child = Child(self.command, os.environ | variables)
         status = child.wait(patience=0.75 * self.signal_delay)
         if status is None:
-            logger.warning("the training has not left in time; it will go on from its last checkpoint")
+            logger.warning("the training did not exit in time; it will resume from its last checkpoint")
             status = REQUEUE
-        elif status in {128 + number for number in child.told}:
-            status = REQUEUE  # told to leave before it had a handler
+        elif status in {128 + number for number in child.signals}:
+            status = REQUEUE  # the signal came before the training had a handler for it
         logger.info("exit status %d", status)
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
-        # A node that fails leaves a note: srun ends the others by SIGTERM then, as if the job were preempted.
+        # A node that fails writes a file: srun then ends the others by SIGTERM, as if the job were preempted.
         failure = job.paths.folder / f"{job.raw_job_id}_{restarts}_failed"
         if status not in (0, REQUEUE):
             failure.write_text(f"node {job.node}: exit status {status}\n")
             sys.exit(status)
         if status == 0 or job.node != 0:
-            sys.exit(0)  # the first node speaks for the job
+            sys.exit(0)  # the first node decides for the job
         if failure.exists():
             logger.error("not requeued: %s", failure.read_text().strip())
             sys.exit(0)  # the job's status is the highest of its nodes
@@ -130,19 +130,19 @@ class NodeTask:
         sys.exit(REQUEUE)
 
     def requeue(self, job_id: str, restarts: int) -> None:
-        """Ask Slurm to run the job again, unless it has decided otherwise or that was often enough."""
+        """Ask Slurm to run the job again, unless it was cancelled or has been requeued too often."""
         state = job_state(job_id)
         if state != "RUNNING":
-            logger.info("the job is %s: Slurm has decided already what becomes of it", state)
-        elif restarts >= self.max_requeues:
+            logger.info("the job is %s: Slurm has decided already what happens to it", state)
+        elif self.max_requeues is not None and restarts >= self.max_requeues:
             logger.error("the job has been requeued %d times, --max_requeues is %d", restarts, self.max_requeues)
         else:
-            logger.info("requeueing job %s (%d of at most %d times)", job_id, restarts + 1, self.max_requeues)
+            logger.info("requeueing job %s, time %d (limit: %s)", job_id, restarts + 1, self.max_requeues)
             subprocess.run(["scontrol", "requeue", job_id], check=True, timeout=60)
 
 
 def job_state(job_id: str) -> str:
-    """Slurm's name for the state of a job: RUNNING, COMPLETING (cancelled or requeued by somebody else) …"""
+    """Slurm's name for the state of a job: RUNNING, COMPLETING (cancelled, or requeued by another command) …"""
     command = ["scontrol", "--oneliner", "show", "job", job_id]
     text = subprocess.run(command, check=True, timeout=60, capture_output=True, text=True).stdout
     state = re.search(r"\bJobState=(\w+)", text)

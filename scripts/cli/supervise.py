@@ -1,16 +1,17 @@
-"""torchrun with a gentle end: stop signals go to the workers, which save and leave; nobody is killed meanwhile.
+"""torchrun whose workers get the time to save: stop signals go to the workers, and torchrun does not kill them.
 
-torchrun by itself answers SIGTERM or Ctrl-C by passing it on and killing after 30 seconds what still runs, dies of
-SIGUSR1 and SIGUSR2, ends all workers as soon as one has left with a status, and then exits with 1 whatever that was.
-Here it ignores these signals; each worker (:mod:`scripts.cli.worker`) leaves its process id, so that it can be
-signalled directly, and its status, and looks successful to torchrun when it left because it was told to.
+torchrun by itself passes SIGTERM or Ctrl-C on and kills after 30 seconds what still runs, dies of SIGUSR1 and SIGUSR2,
+ends all workers as soon as one has exited with another status than 0, and then exits with 1 whatever that status was.
+Here it ignores these signals. Each worker (:mod:`scripts.cli.worker`) writes its process id to a file, so that it gets
+signals from here, and its exit status to another; to torchrun it ends with 0 if a signal told it to exit.
 
-Started by launch.sh, with torchrun's arguments, the training script and its flags behind it:
+Started by launch.sh, with torchrun's arguments, then the training script and its flags:
     python -m scripts.cli.supervise --standalone --nproc_per_node 8 main_lpd.py --recipe lpd_l_256
 """
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import subprocess
@@ -20,7 +21,7 @@ import time
 from pathlib import Path
 from types import FrameType
 
-# Signals that ask the workers to save and leave, and what is sent to them. USR2 is Slurm's through submitit.
+# Signals that ask the workers to save and exit, and what is sent to them. Slurm sends SIGUSR2 (set by submitit).
 STOP_SIGNALS = {
     signal.SIGINT: signal.SIGINT,
     signal.SIGTERM: signal.SIGTERM,
@@ -28,32 +29,32 @@ STOP_SIGNALS = {
     signal.SIGUSR1: signal.SIGUSR1,
     signal.SIGUSR2: signal.SIGUSR2,
 }
-REQUEUE, INTERRUPTED = 75, 130  # EX_TEMPFAIL: saved, start me again; Ctrl-C
-TOLD_TO_LEAVE = (REQUEUE, INTERRUPTED)
+REQUEUE, INTERRUPTED = 75, 130  # saved, to be started again; Ctrl-C
+TOLD_TO_EXIT = (REQUEUE, INTERRUPTED)
 STATUS_FOLDER = "LPD_STATUS_FOLDER"  # environment variable for the workers
 POLL_SECONDS = 0.2
-# After one worker has left, how long the others may take (the writer of a large checkpoint is the last).
-LEAVE_SECONDS = 300.0
+# How long the others may take after the first worker has exited (rank 0, which writes the checkpoint, is the last).
+EXIT_SECONDS = 300.0
 
 
 class Workers:
-    """The local workers as their files in `folder` tell: `RANK.pid`, and `RANK.status` once one has left."""
+    """The workers of this machine, known by their files in `folder`: `RANK.pid`, and `RANK.status` after the exit."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.signals: list[int] = []
-        self._delivered: dict[str, int] = {}  # signals that a worker has got so far
+        self._delivered: dict[str, int] = {}  # how many signals a worker has got so far
 
     def on_signal(self, number: int, frame: FrameType | None) -> None:
         self.signals.append(STOP_SIGNALS[signal.Signals(number)])
 
     def statuses(self) -> list[int]:
-        """Exit statuses so far, in the order in which the workers left."""
+        """Exit statuses so far, in the order of the exits."""
         files = sorted(self.folder.glob("*.status"), key=lambda file: file.stat().st_mtime_ns)
         return [int(file.read_text()) for file in files]
 
     def send(self, number: int | None = None) -> None:
-        """Send every worker what it has not got yet, or the signal `number`."""
+        """Send every worker the signals that it has not got yet, or the signal `number`."""
         for file in self.folder.glob("*.pid"):
             if file.with_suffix(".status").exists():
                 continue
@@ -63,7 +64,7 @@ class Workers:
                 try:
                     os.kill(pid, one)
                 except ProcessLookupError:
-                    break  # ended since
+                    break  # it has ended
 
 
 def ignore_stop_signals() -> None:
@@ -72,7 +73,7 @@ def ignore_stop_signals() -> None:
 
 
 def supervise(arguments: list[str]) -> int:
-    """Run torchrun with `arguments`; exit status 0, 75 (told to leave), 130 (Ctrl-C) or that of the first failure."""
+    """Run torchrun with `arguments`; exit status 0, 75 (saved), 130 (Ctrl-C) or that of the first failure."""
     with tempfile.TemporaryDirectory(prefix="lpd_workers_") as folder:
         workers = Workers(Path(folder))
         for number in STOP_SIGNALS:
@@ -81,29 +82,30 @@ def supervise(arguments: list[str]) -> int:
         torchrun = subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", "--signals-to-handle=SIGQUIT", *arguments],
             env=os.environ | {STATUS_FOLDER: folder},
-            start_new_session=True,  # out of the reach of the terminal's Ctrl-C
+            start_new_session=True,  # so that the terminal's Ctrl-C does not reach it
             preexec_fn=ignore_stop_signals,
         )
-        left_since, killed = None, False
-        while True:
-            try:
-                status = torchrun.wait(POLL_SECONDS)
-                break
-            except subprocess.TimeoutExpired:
-                workers.send()
-            if left_since is None and any(code in TOLD_TO_LEAVE for code in workers.statuses()):
-                left_since = time.monotonic()
-            if not killed and left_since is not None and time.monotonic() - left_since > LEAVE_SECONDS:
-                killed = True
-                print(f"a worker has not left {LEAVE_SECONDS:.0f} s after the first: killing it", file=sys.stderr)
-                workers.send(signal.SIGKILL)
+        status = _wait(torchrun, workers)
         statuses = workers.statuses()
-        failures = [code for code in statuses if code not in (0, *TOLD_TO_LEAVE)]
-        if failures:
-            return failures[0]
-        if status == 0 or left_since is not None:
-            return max((code for code in statuses if code in TOLD_TO_LEAVE), default=0)
-        return status
+    failures = [code for code in statuses if code not in (0, *TOLD_TO_EXIT)]
+    told = [code for code in statuses if code in TOLD_TO_EXIT]
+    return failures[0] if failures else max(told, default=status)
+
+
+def _wait(torchrun: subprocess.Popen[bytes], workers: Workers) -> int:
+    """Pass signals on until torchrun ends; kill the workers that still run EXIT_SECONDS after the first has exited."""
+    deadline = None
+    while True:
+        try:
+            return torchrun.wait(POLL_SECONDS)
+        except subprocess.TimeoutExpired:
+            workers.send()
+        if deadline is None and any(code in TOLD_TO_EXIT for code in workers.statuses()):
+            deadline = time.monotonic() + EXIT_SECONDS
+        if deadline is not None and time.monotonic() > deadline:
+            deadline = math.inf
+            print(f"a worker still runs {EXIT_SECONDS:.0f} s after the first exited: killing it", file=sys.stderr)
+            workers.send(signal.SIGKILL)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One worker under torchrun: runs a script (main_lpd.py) in this process and tells the supervisor about it."""
+"""One worker under torchrun: runs a script (main_lpd.py) here; writes its process id and exit status to files."""
 
 from __future__ import annotations
 
@@ -9,24 +9,17 @@ import sys
 from pathlib import Path
 from types import FrameType
 
-from scripts.cli.supervise import (
-    INTERRUPTED,
-    REQUEUE,
-    STATUS_FOLDER,
-    STOP_SIGNALS,
-    TOLD_TO_LEAVE,
-    ignore_stop_signals,
-)
+from scripts.cli import supervise
 
 
-def _leave(number: int, frame: FrameType | None) -> None:
-    """Until the script has handlers of its own there is nothing to save."""
-    ignore_stop_signals()
-    sys.exit(INTERRUPTED if number == signal.SIGINT else REQUEUE)
+def _exit(number: int, frame: FrameType | None) -> None:
+    """For signals that come before the script has handlers of its own: there is nothing to save yet."""
+    supervise.ignore_stop_signals()
+    sys.exit(supervise.INTERRUPTED if number == signal.SIGINT else supervise.REQUEUE)
 
 
 def main() -> None:
-    report = Path(os.environ[STATUS_FOLDER], os.environ["LOCAL_RANK"])
+    report = Path(os.environ[supervise.STATUS_FOLDER], os.environ["LOCAL_RANK"])
     partial = report.with_suffix(".partial")
 
     def write(suffix: str, number: int) -> None:
@@ -36,19 +29,19 @@ def main() -> None:
     sys.argv = sys.argv[1:]
     status = 1
     try:
-        for number in STOP_SIGNALS:
-            signal.signal(number, _leave)
+        for number in supervise.STOP_SIGNALS:
+            signal.signal(number, _exit)
         write(".pid", os.getpid())
         runpy.run_path(sys.argv[0], run_name="__main__")
         status = 0
     except SystemExit as stop:
         status = stop.code if isinstance(stop.code, int) else int(stop.code is not None)
-        if status not in TOLD_TO_LEAVE:
+        if status not in supervise.TOLD_TO_EXIT:
             raise
     finally:
-        ignore_stop_signals()
+        supervise.ignore_stop_signals()
         write(".status", status)
-    # The script's status is told; to torchrun any other than 0 were a failure that ends the other workers.
+    # To torchrun the status is 0 here: any other would make it end the other workers.
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +18,8 @@ from PIL import Image
 
 import main_cache
 from engine import cache as cache_module
-from engine.cache import cache_codes, convert_npz, verify_cache
-from tests.helpers.commands import ROOT
+from engine.cache import CacheConfig, build_cache, verify_cache
+from tests.helpers.commands import ROOT, run
 from tokenizers import VQConfig, VQModel, load_tokenizer, save_tokenizer
 from util.cli import exit_on_user_error
 from util.data.codes import PARTS, CacheHeader, open_codes
@@ -67,8 +68,13 @@ def _contents(cache: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in cache.iterdir() if file.suffix == ".npy"}
 
 
-def _cache(images: Path, to: Path, vqgan: Path, **options: bool | int) -> CacheHeader:
-    return cache_codes(images, to, vqgan, SIZE, ONE, **{"batch_size": 3, "num_workers": 0} | options)  # type: ignore[arg-type]
+def _cache(images: Path, to: Path, vqgan: Path, **options: Any) -> CacheHeader:
+    settings: dict[str, Any] = {"data_path": str(images), "img_size": SIZE, "batch_size": 3, "num_workers": 0} | options
+    return build_cache(CacheConfig(vqgan, to, **settings), ONE)
+
+
+def _convert(npz: Path, to: Path, vqgan: Path, img_size: int = SIZE) -> CacheHeader:
+    return build_cache(CacheConfig(vqgan, to, convert_from=str(npz), img_size=img_size, num_workers=0), ONE)
 
 
 def _npz_layout(images: Path, vqgan: Path, to: Path) -> Path:
@@ -86,7 +92,7 @@ def test_rows_are_the_codes_of_each_crop_and_its_mirror_image(images: Path, vqga
     """Guards against rows out of order, labels of other images, a flip along the wrong axis, or part borders lost."""
     header = _cache(images, tmp_path / "cache", vqgan)
     reference = open_codes(_npz_layout(images, vqgan, tmp_path / "npz"))
-    cached = open_codes(tmp_path / "cache", img_size=SIZE, num_tokens=16, vocab_size=32, class_num=2)
+    cached = open_codes(tmp_path / "cache", img_size=SIZE, vocab_size=32)
     for got, wanted in zip(cached.get_batch(range(11)), reference.get_batch(range(11)), strict=True):
         torch.testing.assert_close(got, wanted, rtol=0, atol=0)
     assert cached.labels.tolist() == [0] * 6 + [1] * 5
@@ -244,7 +250,7 @@ def test_other_work_does_not_continue_or_replace_a_cache(images: Path, vqgan: Pa
     other_images = _write_images(tmp_path / "images", {"cat": 3})
     for cache in (finished, unfinished):
         with pytest.raises(UserError, match="--img_size 8, this call has --img_size 6"):
-            cache_codes(images, cache, vqgan, 6, ONE, num_workers=0)
+            _cache(images, cache, vqgan, img_size=6)
         with pytest.raises(UserError, match="tokenizer file"):
             _cache(images, cache, other_tokenizer)
         with pytest.raises(UserError, match="list of files"):
@@ -256,10 +262,10 @@ def test_other_work_does_not_continue_or_replace_a_cache(images: Path, vqgan: Pa
 def test_bad_sizes_are_refused(images: Path, vqgan: Path, tmp_path: Path) -> None:
     """Guards against starting with values that cannot work."""
     with pytest.raises(UserError, match="multiple of the tokenizer's stride, 2"):
-        cache_codes(images, tmp_path / "cache", vqgan, 7, ONE)
-    with pytest.raises(UserError, match="--batch_size 0"):
+        _cache(images, tmp_path / "cache", vqgan, img_size=7)
+    with pytest.raises(UserError, match="--batch_size is 0"):
         _cache(images, tmp_path / "cache", vqgan, batch_size=0)
-    with pytest.raises(UserError, match="--num_workers -1"):
+    with pytest.raises(UserError, match="--num_workers is -1"):
         _cache(images, tmp_path / "cache", vqgan, num_workers=-1)
     large = VQConfig(base_width=4, multipliers=(1,), res_blocks=1, z_channels=4, codebook_size=2**16 + 1, code_dim=1)
     save_tokenizer(VQModel(large), tmp_path / "large.pt")
@@ -268,18 +274,18 @@ def test_bad_sizes_are_refused(images: Path, vqgan: Path, tmp_path: Path) -> Non
     assert not (tmp_path / "cache").exists()
 
 
-def test_published_layout_is_packed(images: Path, vqgan: Path, tmp_path: Path) -> None:
+def test_published_layout_is_converted(images: Path, vqgan: Path, tmp_path: Path) -> None:
     """Guards against a conversion that loses the order, the labels or the mirrored codes."""
     _cache(images, tmp_path / "direct", vqgan)
     npz = _npz_layout(images, vqgan, tmp_path / "npz")
-    header = convert_npz(npz, tmp_path / "converted", vqgan, SIZE, ONE, num_workers=0)
+    header = _convert(npz, tmp_path / "converted", vqgan)
     assert _contents(tmp_path / "converted") == _contents(tmp_path / "direct")
     assert header.classes == ["cat", "dog"]
     with pytest.raises(UserError, match="8 px images; --img_size is 16"):
-        convert_npz(npz, tmp_path / "other", vqgan, 16, ONE)
+        _convert(npz, tmp_path / "other", vqgan, img_size=16)
     np.savez(npz / "dog" / "0004.npz", indices=np.full(16, 32), indices_flip=np.zeros(16, dtype=int))
     with pytest.raises(UserError, match="code 32"):
-        convert_npz(npz, tmp_path / "bad", vqgan, SIZE, ONE, num_workers=0)
+        _convert(npz, tmp_path / "bad", vqgan)
 
 
 def test_command_line(
@@ -304,3 +310,20 @@ def test_command_line(
     monkeypatch.setattr(sys, "argv", [*flags, f"--convert_from={npz}", f"--img_size={SIZE}"])
     with pytest.raises(UserError, match="list of files"):  # --cached_path holds the cache made from images
         main_cache.main()
+
+
+def test_a_published_command_line_runs_as_it_is(
+    images: Path, vqgan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against refusing a flag that published scripts pass, and against dropping one in silence."""
+    published = (
+        f"--batch_size 2 --img_size {SIZE} --vqgan_path {vqgan} --vqgan_stride 16 --vqgan_vocab_size 16384 "
+        f"--data_path {images} --device cpu --seed 0 --num_workers 0 --pin_mem --no_pin_mem --world_size 1 "
+        f"--local_rank -1 --dist_on_itp --dist_url env:// --cached_path {tmp_path / 'cache'}"
+    )
+    assert run(main_cache.main, *published.split()) == 0
+    _cache(images, tmp_path / "ours", vqgan)
+    assert _contents(tmp_path / "cache") == _contents(tmp_path / "ours")
+    said = capsys.readouterr().err
+    for flag in ("vqgan_stride", "vqgan_vocab_size", "seed", "pin_mem", "world_size", "local_rank", "dist_url"):
+        assert f"note: --{flag} of the published code is not used here" in said

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import engine.generate
+import engine.decoding.loop
 from engine.generate import generate
 from models import build_model
 from models.lpd import LPD
@@ -55,7 +55,7 @@ def test_cached_decode_is_the_masked_training_pass(trial: int, monkeypatch: pyte
         recorded.append(logits)
         return sample(logits, *args)
 
-    monkeypatch.setattr(engine.generate, "sample", recording_sample)
+    monkeypatch.setattr(engine.decoding.loop, "sample", recording_sample)
     tokens = generate(model, labels, orders, sizes, cfg, cfg_schedule)
     assert [logits.shape[1] for logits in recorded] == sizes
 
@@ -76,7 +76,7 @@ def test_every_position_is_decoded_exactly_once(monkeypatch: pytest.MonkeyPatch)
     def next_indices(logits: torch.Tensor, *args: object) -> torch.Tensor:
         return torch.tensor([next(counter) for _ in range(logits.shape[1])]).expand(len(logits), -1)
 
-    monkeypatch.setattr(engine.generate, "sample", next_indices)
+    monkeypatch.setattr(engine.decoding.loop, "sample", next_indices)
     tokens = generate(model, torch.tensor([0, 1, 2]), orders, [1, 4, 5, 6], cfg=2.0)
     assert torch.equal(tokens.gather(1, orders), torch.arange(L).expand(3, -1))
 

@@ -8,20 +8,23 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import main_lpd
+from engine.config import Config
 from engine.decoding.latency import PUBLISHED_RUNS
 from engine.hub.published import DOWNLOADS, ORDERS_DIR
-from engine.options import parse, recipe_changes, resolve_model, settings
+from engine.options import parse, recipe_changes
 from engine.recipes import EVAL_RECIPES, RELEASED, TOKENIZER, TRAIN_RECIPES, checkpoint_path
 from models import MODEL_SIZES
 from models.lpd import LPD
 from orders import group_sizes
 from tests.helpers.commands import ROOT
 from util.cli import exit_on_user_error
+from util.config import record
 
 RELEASED_L_256 = json.loads((ROOT / "tests" / "data" / "lpd_l_256.keys.json").read_text())
 WIDTH, DEPTH, GRID = 1024, 24, 16
@@ -50,8 +53,9 @@ def test_scaled_shapes_of_the_released_model_are_its_own() -> None:
 def test_recipe_builds_the_released_network(name: str) -> None:
     """Weights that do not load would show after the download of gigabytes, or after a training of weeks."""
     evaluate = ["--evaluate"] if name in EVAL_RECIPES else []
-    args = parse([*evaluate, "--recipe", name])
-    config = resolve_model(args, None, stride=16, vocab_size=16384, class_num=None)
+    parsed = parse([*evaluate, "--recipe", name])
+    args = flags_of(parsed)
+    config = parsed.model.resolve(None, stride=16, vocab_size=16384)
     with torch.device("meta"):
         state = LPD(config).state_dict()
     embed_dim, depth, heads = MODEL_SIZES[args.model]
@@ -60,6 +64,11 @@ def test_recipe_builds_the_released_network(name: str) -> None:
     assert config.num_heads == heads == embed_dim // 64
     assert sum(group_sizes(config.img_size, args.generation_steps)) == config.num_tokens
     assert args.speed_runs == (PUBLISHED_RUNS if evaluate else 0)
+
+
+def flags_of(config: Config) -> SimpleNamespace:
+    """The settings of all parts, flat, as a command line has them."""
+    return SimpleNamespace(**record(config))
 
 
 def test_every_file_that_recipes_need_can_be_downloaded() -> None:
@@ -75,7 +84,7 @@ def test_changes_of_a_recipe_are_recorded() -> None:
     assert recipe_changes(parse([*recipe, "--output_dir", "x", "--eval_bsz", "7", "--vqgan_path", "y.pt"])) == {}
     changed = recipe_changes(parse([*recipe, "--cfg", "3", "--num_images", "100", "--no-bf16"]))
     assert changed == {"cfg": 3.0, "num_images": 100, "bf16": False}
-    json.dumps(settings(parse(recipe)))
+    json.dumps(record(parse(recipe)))
 
 
 def arguments_of(script: Path, tmp_path: Path) -> list[str]:
@@ -174,20 +183,20 @@ def test_published_orders_are_used_where_they_are(tmp_path: Path, monkeypatch: p
     """The published figures are of these orders; flags that ask for others win."""
     monkeypatch.chdir(tmp_path)
     recipe = ["--evaluate", "--recipe", "lpd_xxl_res256_steps20"]
-    assert parse(recipe).lpd_order_file is None
+    assert flags_of(parse(recipe)).lpd_order_file is None
     path = ORDERS_DIR / "res256_steps20_repulsion3.json"
     path.parent.mkdir(parents=True)
     path.touch()
-    assert (parse(recipe).lpd_order_file, parse(recipe).order) == (path, "lpd")
-    assert parse([*recipe, "--num_images", "10", "--cfg", "3"]).lpd_order_file == path
+    assert (flags_of(parse(recipe)).lpd_order_file, flags_of(parse(recipe)).order) == (str(path), "lpd")
+    assert flags_of(parse([*recipe, "--num_images", "10", "--cfg", "3"])).lpd_order_file == str(path)
     for flags in (
         ("--order", "lpd"), ("--order", "raster"), ("--generation_steps", "32"), ("--group_sizes", "1,255"),
         ("--repulsion_threshold", "2"), ("--proximity_threshold", "2"), ("--num_images", "60000"),
     ):  # fmt: skip
-        args = parse([*recipe, *flags])
+        args = flags_of(parse([*recipe, *flags]))
         assert args.lpd_order_file is None
         assert args.order == ("raster" if "raster" in flags else "lpd")
-    assert parse([*recipe, "--lpd_order_file", "mine.json"]).lpd_order_file == Path("mine.json")
+    assert flags_of(parse([*recipe, "--lpd_order_file", "mine.json"])).lpd_order_file == "mine.json"
 
 
 def test_released_weights_in_the_other_form_are_found_without_a_recipe(

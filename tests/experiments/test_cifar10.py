@@ -23,22 +23,22 @@ from PIL import Image, ImageFilter
 
 from engine.scoring import features
 from experiments.cifar10 import page, report, run, sweep
-from experiments.cifar10.settings import FULL, TINY
-from experiments.cifar10.stages import Clock, OutOfTime, Stages
+from experiments.cifar10.scales import FULL, TINY
+from scripts.stages import Clock, OutOfTime, Stages
 from tests.helpers.commands import ROOT
 from tests.helpers.evaluation_case import toy_extractor
 from tests.helpers.slurm_cluster import wait_until
 from util.cli import exit_on_user_error
-from util.data.images import open_images, write_packed
+from util.data.images import open_images, write_image_archive
 from util.errors import UserError
-from util.files import sha256, write_json
+from util.files import write_json
 
 LOAD_FEATURE_EXTRACTOR = features.load_feature_extractor
 GUIDANCE = dict.fromkeys(FULL.orders, 2.0)
 
 
 def write_photos(path: Path, train: int, test: int) -> None:
-    """Smooth colourful 40×36 pictures of two classes, as JPEG files in a packed file."""
+    """Smooth colourful 40×36 pictures of two classes, as JPEG files in an image archive."""
     rng = np.random.default_rng(0)
     files, labels = [], []
     for i in range(train + test):
@@ -47,7 +47,7 @@ def write_photos(path: Path, train: int, test: int) -> None:
         noise.filter(ImageFilter.GaussianBlur(2 + 4 * (i % 2))).save(file, "JPEG")
         files.append(file.getvalue())
         labels.append(i % 2)
-    write_packed(path, files, labels, ["fine", "coarse"], [0] * train + [1] * test)
+    write_image_archive(path, files, labels, ["fine", "coarse"], [0] * train + [1] * test)
 
 
 def test_every_cell_of_the_table_is_there_once() -> None:
@@ -185,7 +185,7 @@ def test_page_and_plots_are_made_from_the_json_alone(tmp_path: Path) -> None:
 
 def write_cells(out: Path, cells: list[sweep.Cell], distance: float, lpd_distance: dict[float, float]) -> None:
     """Results as the sweep leaves them, of the folder's present files."""
-    hashes = sweep.model_hashes(out) | {"extractor_sha256": sha256(out / "classifier.pt")}
+    hashes = sweep.file_hashes(out)["own"]
     for cell in cells:
         figure = lpd_distance.get(cell.cfg, distance) if (cell.kind, cell.order) == ("tuning", "lpd") else distance
         written = {"frechet_distance": figure, "record": dataclasses.asdict(cell) | hashes}
@@ -238,7 +238,7 @@ class ClockUntil(Clock):
         return float(self.calls >= 0)
 
 
-def test_a_stage_that_can_save_is_stopped_by_the_time_limit_and_goes_on(tmp_path: Path) -> None:
+def test_a_stage_that_can_save_is_stopped_by_the_time_limit_and_resumes(tmp_path: Path) -> None:
     """Guards against lost work at the limit, and a stage that counts as finished because it was stopped."""
     script = tmp_path / "work.py"
     script.write_text(
@@ -259,7 +259,7 @@ def test_a_stage_that_can_save_is_stopped_by_the_time_limit_and_goes_on(tmp_path
     def stages(limit: float | None) -> Stages:
         return Stages(tmp_path, Clock(limit))
 
-    for status, error, message in (("1", UserError, "'work' ended with status 1"), ("75", OutOfTime, "can go on")):
+    for status, error, message in (("1", UserError, "'work' ended with status 1"), ("75", OutOfTime, "can be resumed")):
         state.unlink(missing_ok=True)
         (tmp_path / "ready").unlink(missing_ok=True)
         with pytest.raises(error, match=message):

@@ -5,6 +5,7 @@ python tests/helpers/evaluation_case.py OUTPUT_DIR EVAL_BSZ [BATCHES_BEFORE_KILL
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import os
 import signal
@@ -21,11 +22,14 @@ if __name__ == "__main__":
 
 from engine.decoding.decoder import Decoded, Decoder
 from engine.evaluation import partial_results
-from engine.evaluation.evaluate import EvalConfig, evaluate, prepare
+from engine.evaluation.config import EvalConfig
+from engine.evaluation.evaluate import evaluate
+from engine.evaluation.inputs import open_inputs
 from engine.scoring.features import FeatureExtractor
 from engine.scoring.statistics import FeatureStatistics, save_reference_statistics
 from models.lpd import LPD, LPDConfig
 from tokenizers import VQConfig, VQModel
+from util.cli import from_args
 from util.dist import Dist, distributed
 
 NUM_IMAGES, CLASSES, SIZE, DIM = 23, 5, 16, 6
@@ -70,20 +74,22 @@ def run(
     **fields: Any,
 ) -> dict[str, Any]:
     reference = output_dir.parent / "reference.npz"
-    values: dict[str, Any] = {
-        "num_images": NUM_IMAGES,
-        "cfg": 2.0,
-        "save_images": True,
-        "reference_statistics": reference,
-    }
-    values |= {"output_dir": output_dir, "group_sizes": GROUP_SIZES, "eval_bsz": eval_bsz, "seed": 3} | fields
+    values: dict[str, Any] = {"cfg": 2.0, "save_images": True, "reference_statistics": reference}
+    config, classes = eval_config(output_dir, **values | {"eval_bsz": eval_bsz} | fields)
     model, tokenizer = networks()
     if "feature_extractor" not in fields:
         extractor = extractor or toy_extractor()
-    config = EvalConfig(**values)
-    inputs = prepare(config, model.config, dist, extractor)
+    inputs = open_inputs(config, model.config, dist, classes, extractor)
     with hooked(before_batch):
-        return evaluate(model, tokenizer, config, dist, inputs=inputs)
+        return evaluate(model, tokenizer, config, inputs, dist)
+
+
+def eval_config(output_dir: Path, **fields: Any) -> tuple[EvalConfig, tuple[str, ...] | None]:
+    """The configuration with these settings, of whichever part, and the class names among them."""
+    values: dict[str, Any] = {"output_dir": output_dir, "num_images": NUM_IMAGES, "group_sizes": GROUP_SIZES, "seed": 3}
+    values |= fields
+    classes = values.pop("classes", None)
+    return from_args(EvalConfig, argparse.Namespace(**values)), classes
 
 
 @contextlib.contextmanager

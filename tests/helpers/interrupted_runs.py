@@ -33,7 +33,7 @@ from models.lpd import LPD, load_weights
 from tests.helpers.tiny_run import V
 from tests.helpers.training_case import SCHEDULES, free_port, make_cache
 from util.checkpoint import LAST, load_checkpoint, load_newest
-from util.data.codes import PackedCodes
+from util.data.codes import MappedCodes
 from util.dist import distributed
 
 EPOCHS, GLOBAL_BATCH = 5, 8  # 25 steps
@@ -60,7 +60,7 @@ def run_training(cache: Path, folder: Path, rank: int, world_size: int, port: in
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     vars(util.checkpoint.torch)["save"] = save_slowly
 
-    class Codes(PackedCodes):
+    class Codes(MappedCodes):
         def get_batch(self, indices: Any) -> Any:
             if self.batches == 1:
                 os.write(started, b".")
@@ -78,7 +78,7 @@ def run_training(cache: Path, folder: Path, rank: int, world_size: int, port: in
         if newest is not None:
             load_weights(model, newest[1]["model"], str(newest[0]))
         config = TrainConfig(
-            folder, epochs=EPOCHS, batch_size=GLOBAL_BATCH // world_size, lr=1e-2, warmup_epochs=1,
+            output_dir=folder, epochs=EPOCHS, batch_size=GLOBAL_BATCH // world_size, lr=1e-2, warmup_epochs=1,
             lr_schedule="cosine", num_workers=0, save_last_steps=2, keep_last=3,
         )  # fmt: skip
         train(model, Codes(cache), SCHEDULES, config, dist, resume=newest[1] if newest else None)

@@ -1,4 +1,4 @@
-"""The rival schedules against their definitions, worked out by brute force."""
+"""The orders of other papers against their definitions, worked out by brute force."""
 
 from __future__ import annotations
 

@@ -13,8 +13,8 @@ from PIL import Image, ImageSequence
 
 from orders import generate_orders, group_sizes, load_orders
 from orders.__main__ import main
-from orders.draw import OrderSettings
-from orders.figures import TITLES, Schedule
+from orders.draw import OrderSpec
+from orders.figures import TITLES, SteppedOrder
 from orders.statistics import order_statistics
 from tests.helpers.commands import ROOT
 from util.cli import exit_on_user_error
@@ -77,12 +77,14 @@ def test_stats_prints_a_row_per_step(
 
 def test_snapshot_marks_context_and_pairs() -> None:
     """The picture's colours and lines against the grid they show."""
-    schedule = Schedule("lpd", np.array([4, 5, 8, 0, 1, 2, 3, 6, 7]), (1, 2, 6), (3, 3), 1)
-    assert schedule.steps().tolist() == [[3, 3, 3], [3, 1, 2], [3, 3, 2]]
-    states, pairs = schedule.snapshot(2)
+    spec = OrderSpec("lpd", (3, 3), (1, 2, 6), 1.0, 1, 0)
+    order = SteppedOrder(spec, np.array([4, 5, 8, 0, 1, 2, 3, 6, 7]))
+    assert order.steps().tolist() == [[3, 3, 3], [3, 1, 2], [3, 3, 2]]
+    states, pairs = order.snapshot(2)
     assert states.tolist() == [[0, 0, 0], [0, 1, 2], [0, 0, 2]]
     assert pairs.tolist() == [[[2, 1], [2, 2]]]  # (x, y)
-    states, pairs = Schedule("lpd", np.array([0, 8, 1, 2, 3, 4, 5, 6, 7]), (1, 1, 7), (3, 3), 1).snapshot(2)
+    spec = OrderSpec("lpd", (3, 3), (1, 1, 7), 1.0, 1, 0)
+    states, pairs = SteppedOrder(spec, np.array([0, 8, 1, 2, 3, 4, 5, 6, 7])).snapshot(2)
     assert states.tolist() == [[1, 0, 0], [0, 0, 0], [0, 0, 3]]
     assert len(pairs) == 0
 
@@ -163,6 +165,6 @@ def test_published_files_have_their_published_names() -> None:
     assert "orders/lpd_orders_generated/res${img_size}_steps${steps}_repulsion${repulsion}" in script
 
 
-def test_settings_are_checked_where_they_are_made() -> None:
+def test_specs_are_checked_where_they_are_made() -> None:
     with pytest.raises(UserError, match="sum to 4"):
-        OrderSettings("lpd", (4, 4), (1, 3), 1.0, 1, 0)
+        OrderSpec("lpd", (4, 4), (1, 3), 1.0, 1, 0)

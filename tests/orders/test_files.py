@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +11,12 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from orders import generate_orders, load_orders, save_orders
-from orders.draw import OrderSettings
-from orders.files import read_settings, write_orders
+from orders.draw import OrderSpec
+from orders.files import read_spec
 from util.errors import UserError
 
 SIZES = (1, 3, 5, 7)
-SETTINGS = OrderSettings("lpd", (4, 4), SIZES, 1.0, 1, 0)
+SPEC = OrderSpec("lpd", (4, 4), SIZES, 1.0, 1, 0)
 FORMS = ["json", "safetensors"]
 
 
@@ -28,12 +28,12 @@ def orders() -> np.ndarray:
 @pytest.mark.parametrize("form", FORMS)
 def test_round_trip(form: str, orders: np.ndarray, tmp_path: Path) -> None:
     path = tmp_path / f"orders.{form}"
-    save_orders(path, orders, SETTINGS)
+    save_orders(path, orders, SPEC)
     loaded = load_orders(path, 4, SIZES)
     assert loaded.dtype == np.int16
     assert (loaded == orders).all()
-    assert read_settings(path) == SETTINGS
-    save_orders(path, orders.astype(np.int64))  # without settings, another dtype, over the old file
+    assert read_spec(path) == SPEC
+    save_orders(path, orders.astype(np.int64))  # without a spec, another dtype, over the old file
     assert (load_orders(path, (4, 4)) == orders).all()
 
 
@@ -47,22 +47,39 @@ def test_json_is_the_published_form(orders: np.ndarray, tmp_path: Path) -> None:
 def test_binary_form_is_compact_and_readable_by_the_library(orders: np.ndarray, tmp_path: Path) -> None:
     """Two bytes a token, so 60,000 × 1024 take 123 MB."""
     path = tmp_path / "orders.safetensors"
-    write_orders(path, iter(np.array_split(orders, 4)), orders.shape, SETTINGS)
+    save_orders(path, np.asfortranarray(orders), SPEC)
     assert path.stat().st_size < 2 * orders.size + 500
     assert (load_file(path)["orders"] == orders).all()
 
 
+def test_a_binary_file_of_an_earlier_version_still_loads(tmp_path: Path) -> None:
+    """Its header was written by hand: another length and another order of keys than the library's."""
+    path = tmp_path / "earlier.safetensors"
+    path.write_bytes(
+        b'\xf0\x00\x00\x00\x00\x00\x00\x00{"__metadata__": {"settings": "{\\"kind\\": \\"lpd\\", \\"grid\\": [2, 2], '
+        b'\\"group_sizes\\": [1, 3], \\"proximity_threshold\\": 1.0, \\"repulsion_threshold\\": 1, \\"seed\\": 0}"}, '
+        b'"orders": {"dtype": "I16", "shape": [3, 4], "data_offsets": [0, 24]}}   '
+        b"\x00\x00\x01\x00\x02\x00\x03\x00\x00\x00\x01\x00\x02\x00\x03\x00\x00\x00\x02\x00\x01\x00\x03\x00"
+    )
+    assert load_orders(path, 2, (1, 3)).tolist() == [[0, 1, 2, 3], [0, 1, 2, 3], [0, 2, 1, 3]]
+    assert read_spec(path) == OrderSpec("lpd", (2, 2), (1, 3), 1.0, 1, 0)
+    with pytest.raises(UserError, match="group_sizes"):
+        load_orders(path, 2, (1, 1, 2))
+
+
 @pytest.mark.parametrize("form", FORMS)
-def test_interrupted_writing_leaves_the_old_file(form: str, orders: np.ndarray, tmp_path: Path) -> None:
+def test_interrupted_writing_leaves_the_old_file(
+    form: str, orders: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / f"orders.{form}"
     save_orders(path, orders[:3])
 
-    def breaks() -> Iterator[np.ndarray]:
-        yield orders[:10]
+    def interrupt(_: int) -> None:
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(os, "fsync", interrupt)
     with pytest.raises(KeyboardInterrupt):
-        write_orders(path, breaks(), orders.shape)
+        save_orders(path, orders)
     assert len(load_orders(path, 4)) == 3
     assert list(tmp_path.iterdir()) == [path]
 
@@ -71,7 +88,7 @@ def test_interrupted_writing_leaves_the_old_file(form: str, orders: np.ndarray, 
 def test_cut_short_anywhere(form: str, orders: np.ndarray, tmp_path: Path) -> None:
     """Guards against a half-copied file that is taken for a smaller one."""
     path = tmp_path / f"orders.{form}"
-    save_orders(path, orders, SETTINGS)
+    save_orders(path, orders, SPEC)
     whole = path.read_bytes()
     for length in [*range(0, len(whole), 37), len(whole) - 1]:
         path.write_bytes(whole[:length])
@@ -83,22 +100,32 @@ def test_cut_short_anywhere(form: str, orders: np.ndarray, tmp_path: Path) -> No
     ("text", "message"),
     [
         ("[]", "no orders"),
-        ("{}", "cut short, or no JSON"),
-        ("[[0, 1, 2, 3]]x", "no JSON list of lists, after 1 rows"),
+        ("{}", "cut short, or not a JSON"),
+        ("", "cut short"),
+        ("]", "after 0 rows"),
+        ("[[0, 1, 2, 3], ]", "after 1 rows"),
+        ("[[0, 1, 2, 3]]x", "not a JSON list of lists, after 1 rows"),
         ("[[0, 1, 2, 3] [0, 1, 2, 3]]", "after 1 rows"),
         ("[[0, 1, 2, 3], [0, 1, 2]]", "row 1: expected 4 integers"),
         ("[[0, 1, 2, 3.0]]", "row 0: expected 4 integers"),
         ('[[0, 1, 2, "3"]]', "row 0"),
         ("[[0, 1, 2, 3], [0, 1, 2, 99999999999999999999]]", "row 1"),
-        ("[[0, 1, 2, 65539]]", "row 0: no permutation"),  # 3 in 16 bits
-        ("[[0, 1, 2, 4]]", "row 0: no permutation"),
-        ("[[0, 1, 2, -1]]", "row 0: no permutation"),
-        ("[[0, 1, 2, 3], [3, 2, 1, 0], [0, 1, 2, 2]]", "row 2: no permutation of the cells 0 … 3"),
+        ("[[0, 1, 2, 65539]]", "row 0: not a permutation"),  # 3 in 16 bits
+        ("[[0, 1, 2, 4]]", "row 0: not a permutation"),
+        ("[[0, 1, 2, -1]]", "row 0: not a permutation"),
+        ("[[0, 1, 2, 3], [3, 2, 1, 0], [0, 1, 2, 2]]", "row 2: not a permutation of the cells 0 … 3"),
         ("[[0, 1, 2 3, 3]]", "row 0: expected"),
         ("[[0, 1,, 3]]", "row 0: expected"),
         ("[[0, 1, - 2, 3]]", "row 0"),
-        ("[0, 1, 2, 3]", "no JSON list of lists"),
+        ("[0, 1, 2, 3]", "not a JSON list of lists"),
         ("[[true, false, true, true]]", "row 0"),
+        ("[[0, true, 2, 3]]", "row 0: expected"),
+        ("[[0, 1, 2, 3e0]]", "row 0: expected"),
+        ("[[0, 1, 2, [3]]]", "row 0: expected"),
+        ("[[0, 1, 2, 3], {}]", "after 1 rows"),
+        pytest.param("[[0, 1, 2, " + "9" * 5000 + "]]", "row 0: expected", id="5000 digits"),
+        pytest.param("[" * 100_000, "row 0: expected", id="nested deep"),
+        pytest.param(" " * 1_000_000, "cut short", id="blanks"),
     ],
 )
 def test_wrong_json_is_refused_by_name_and_row(text: str, message: str, tmp_path: Path) -> None:
@@ -114,7 +141,7 @@ def test_wrong_binary_is_refused(orders: np.ndarray, tmp_path: Path) -> None:
     wrong = orders.copy()
     wrong[17, 3] = wrong[17, 4]
     save_orders(path, wrong)
-    with pytest.raises(UserError, match="row 17: no permutation"):
+    with pytest.raises(UserError, match="row 17: not a permutation"):
         load_orders(path, 4)
     for tensors in ({"orders": orders.astype(np.int64)}, {"orders": orders[0]}, {"weights": orders}):
         save_file(tensors, path)
@@ -125,7 +152,7 @@ def test_wrong_binary_is_refused(orders: np.ndarray, tmp_path: Path) -> None:
 @pytest.mark.parametrize("form", FORMS)
 def test_another_grid_or_schedule_is_refused(form: str, orders: np.ndarray, tmp_path: Path) -> None:
     path = tmp_path / f"orders.{form}"
-    save_orders(path, orders, SETTINGS)
+    save_orders(path, orders, SPEC)
     with pytest.raises(UserError, match="orders"):
         load_orders(path, 5)
     with pytest.raises(UserError, match="grid"):
@@ -139,13 +166,13 @@ def test_another_grid_or_schedule_is_refused(form: str, orders: np.ndarray, tmp_
         load_orders(published, 4, (1, 15))
 
 
-def test_settings_beside_a_json_file_are_of_that_file_alone(orders: np.ndarray, tmp_path: Path) -> None:
+def test_record_beside_a_json_file_is_of_that_file_alone(orders: np.ndarray, tmp_path: Path) -> None:
     """A file that came later under the same name must not be refused for what an earlier one was made for."""
     path = tmp_path / "orders.json"
-    save_orders(path, orders, SETTINGS)
+    save_orders(path, orders, SPEC)
     path.write_text(json.dumps(orders[:9].tolist()))
     assert len(load_orders(path, 4, (1, 15))) == 9
-    assert read_settings(path) is None
+    assert read_spec(path) is None
 
 
 @pytest.mark.parametrize("name", ["missing.json", "missing.safetensors", "orders.txt", "."])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from orders import generate_orders, group_sizes
+from orders import draw, generate_orders, group_sizes
 from orders.lpd_order import closeness, lpd_orders
 from orders.order_states import TieKeys, order_states, sub_states, uniform_cells
 from orders.schedule import cosine_group_sizes
@@ -124,12 +124,13 @@ def test_equal_proximities_are_exact_ties() -> None:
     assert [closeness(t) for t in (-1, 0, 0.5, 1, math.sqrt(2), 6.9)] == [0, 0, 5, 7, 10, 49]
 
 
-def test_order_follows_from_seed_and_number_alone() -> None:
+def test_order_follows_from_seed_and_number_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks, threads and neighbours must not matter; another seed or number must."""
     sizes = cosine_group_sizes(48, 8)
     all_at_once = generate_orders("lpd", 300, sizes, (6, 8), seed=9)
-    chunked = generate_orders("lpd", 300, sizes, (6, 8), seed=9, chunk_size=7, workers=3)
     picked = generate_orders("lpd", 3, sizes, (6, 8), seed=9, indices=[299, 4, 4])
+    monkeypatch.setitem(draw._CHUNK_CELLS, "cpu", 7 * 48)
+    chunked = generate_orders("lpd", 300, sizes, (6, 8), seed=9, workers=3)
     assert (all_at_once == chunked).all()
     assert (all_at_once[[299, 4, 4]] == picked).all()
     assert len(np.unique(all_at_once, axis=0)) == 300
@@ -159,10 +160,11 @@ def test_torch_draws_what_numpy_draws(kind: str) -> None:
 
 
 @pytest.mark.gpu
-def test_gpu_draws_what_the_cpu_draws() -> None:
+def test_gpu_draws_what_the_cpu_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(draw._CHUNK_CELLS, "cuda", 1999 * 256)
     sizes = group_sizes(256, 20)
     for kind in ("lpd", "lpd_far_only"):
-        on_gpu = generate_orders(kind, 3000, sizes, 16, seed=1, device="cuda", chunk_size=1999)
+        on_gpu = generate_orders(kind, 3000, sizes, 16, seed=1, device="cuda")
         assert (on_gpu == generate_orders(kind, 3000, sizes, 16, seed=1)).all()
 
 
@@ -193,7 +195,6 @@ def test_near_only_takes_the_closest_cells_and_far_only_ignores_them() -> None:
         ({"indices": [1]}, "indices"),
         ({"indices": [1, -2]}, "start at 0"),
         ({"workers": 0}, "workers"),
-        ({"chunk_size": 0}, "chunk size"),
         ({"device": "tpu"}, "tpu"),
     ],
 )

@@ -5,13 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import time
 from pathlib import Path
 
 import pytest
 
-from orders import group_sizes, natural_group_sizes, parse_group_sizes, published_group_sizes
+from orders import group_sizes, natural_group_sizes, parse_group_sizes, published_group_sizes, read_schedules
 from orders.schedule import cosine_group_sizes, grid_shape, uniform_group_sizes
-from tests.helpers.commands import DATA
+from tests.helpers.commands import DATA, ROOT
 from util.errors import UserError
 
 PUBLISHED = json.loads((DATA / "orders_group_sizes.json").read_text())
@@ -101,7 +102,6 @@ def test_own_group_sizes(text: str, tmp_path: Path) -> None:
         "1.5,14.5",
         "[1,15",
         "[[1],15]",
-        "16*[1]",
         "__import__('os')",
         "no.json",
     ],
@@ -110,6 +110,102 @@ def test_bad_group_sizes_are_named_and_never_run(text: str) -> None:
     """Guards against the published ``eval`` on this flag."""
     with pytest.raises(UserError):
         parse_group_sizes(text, 16)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("[1]*16", (1,) * 16),
+        ("16*[1]", (1,) * 16),
+        ("[1]*2+[2]*3+[8]", (1, 1, 2, 2, 2, 8)),
+        (" [1, 3] * 3 +\t[ 4 ]\n", (1, 3, 1, 3, 1, 3, 4)),
+        ("2 * [ 1,7 ]", (1, 7, 1, 7)),
+        ("[1]+[15]", (1, 15)),
+    ],
+)
+def test_published_expressions(text: str, expected: tuple[int, ...], tmp_path: Path) -> None:
+    assert parse_group_sizes(text, 16) == expected
+    (tmp_path / "sizes.txt").write_text(text)
+    assert parse_group_sizes(str(tmp_path / "sizes.txt"), 16) == expected
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "__import__('os').system('x')",
+        "[1]*(2**40)",
+        "[1]*10**9",
+        "[1]*99999999999999999999",
+        "[[1]]*2",
+        "[1]*-1",
+        "[1]*0",
+        "[0]*1000000000000",
+        "[1]*16+[]",
+        "[1]*8*2",
+        "[1]*16+",
+        "([1]*16)",
+        "[True]*256",
+        "[1.0]*16",
+        "[1]*1 6",
+        "[1 3]*4",
+        "[١]*16",
+        pytest.param("[" * 50_000 + "]" * 50_000, id="nested deep"),
+        pytest.param(" " * 50_000 + "1" + " " * 50_000 + "x", id="blanks"),
+        pytest.param("[" + "1," * 50_000, id="long list"),
+        pytest.param("9" * 100_000, id="long number"),
+        pytest.param("+".join(["[1]*2"] * 20_000) + "*", id="long sum"),
+    ],
+)
+def test_other_expressions_are_refused_in_one_short_sentence(text: str) -> None:
+    start = time.perf_counter()
+    with pytest.raises(UserError, match=r"^group sizes ['\"].* must be positive integers") as error:
+        parse_group_sizes(text, 16)
+    assert len(str(error.value)) < 250
+    assert time.perf_counter() - start < 1
+
+
+@pytest.mark.parametrize(("text", "total"), [("[1]*99999999999", "99999999999"), ("[1]*15", "15"), ("[5]*4", "20")])
+def test_expressions_must_sum_to_the_tokens(text: str, total: str) -> None:
+    """Guards against a list that fills the memory before anyone looks at its length."""
+    with pytest.raises(UserError, match=f"sum to {total}, but the grid has 16 tokens"):
+        parse_group_sizes(text, 16)
+
+
+def test_schedules_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_text("[[1, 15],\n [1, 3, 5, 7]]")
+    assert read_schedules(path, 16) == [(1, 15), (1, 3, 5, 7)]
+    for img_size, tokens in ((256, 256), (512, 1024)):
+        published = ROOT / "orders" / "group_sizes_training" / f"group_sizes_{img_size}.json"
+        assert read_schedules(published, tokens) == published_group_sizes(img_size)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[[1, 15], [1, 3, 5]]", "row 1: expected positive integers that sum to 16"),
+        ("[[0, 16]]", "row 0"),
+        ("[[-1, 17]]", "row 0"),
+        ("[[1, 15], []]", "row 1"),
+        ("[[true, 15]]", "row 0"),
+        ("[[1.0, 15]]", "row 0"),
+        ("[1, 15]", "after 0 rows"),
+        ("[]", "no schedules"),
+        ("[[1, 15]", "cut short"),
+        ("[[1, 15], [1, 3,", "row 1"),
+        ("\xff", "cut short"),
+        ('{"sizes": [[1, 15]]}', "not a JSON list of lists"),
+        pytest.param(f"[[{'9' * 4000}, {'9' * 5000}]]", "row 0", id="many digits"),
+    ],
+)
+def test_wrong_schedules_are_refused_by_name_and_row(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "mine.json"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(UserError, match=message) as error:
+        read_schedules(path, 16)
+    assert str(path) in str(error.value)
+    with pytest.raises(UserError, match="does not exist"):
+        read_schedules(tmp_path / "none.json", 16)
 
 
 def test_natural_group_sizes() -> None:

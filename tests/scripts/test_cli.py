@@ -63,6 +63,30 @@ def test_dry_run_of_the_published_command() -> None:
     assert lines[-1].endswith("bash scripts/train/lpd_l_256.sh --epochs 3 -p x")
 
 
+def test_dry_run_of_the_published_launcher_flags() -> None:
+    """Guards against published command lines that the parser refuses or whose values get lost."""
+    published = "-J lpd_l_256 -p PARTITION -A ACCOUNT -N 4 --mode train --gpus-per-node 4 --timedelta 10 --max-retry -1"
+    command = ("bash", "scripts/train/lpd_l_256.sh")
+    result = run_py(*published.split(), "--output-dir", "runs/train/x", "--dry_run", *command, path="/bin")
+    assert result.returncode == 0, result.stderr
+    assert result.stderr.count("\n") == 1
+    assert "--mode of the published code is not used here" in result.stderr
+    lines = result.stdout.splitlines()
+    for option in ("job-name=lpd_l_256", "gpus-per-node=4", "signal=USR2@600"):
+        assert f"#SBATCH --{option}" in lines
+    assert f"#SBATCH --output={Path.cwd()}/runs/train/x/%j_0_log.out" in lines
+    job, _ = parse(["--job-name", "x", *published.split()[2:], *command])
+    assert (job.job_name, job.max_requeues, job.command) == ("x", None, command)
+
+
+def test_no_value_adds_lines_to_the_batch_script() -> None:
+    for flag in ("-A", "-p", "--mem", "--qos", "--constraint", "--exclude", "--dependency", "--log_dir", "-J", "-t"):
+        with pytest.raises(UserError, match="printable"):
+            parse([flag, "x\n#SBATCH --uid=0", "true"])
+    lines = run_py("--dry_run", "echo", "a\nrm b").stdout.splitlines()
+    assert lines[-2:] == ["# the task of each node runs: echo 'a", "# rm b'"]
+
+
 def test_dry_run_on_one_node_without_gpus() -> None:
     """Guards against srun on one node, which would kill the task at once when the job is requeued."""
     result = run_py("-N", 1, "--gpus_per_node", 0, "--signal_delay", 30, "--dry_run", "true")
@@ -123,7 +147,7 @@ def start_workers(folder: Path, mode: str, leave_seconds: float) -> subprocess.P
     script = folder / "trainer.py"
     script.write_text(TRAINER)
     program = "import sys; from scripts.cli import supervise; "
-    program += f"supervise.LEAVE_SECONDS = {leave_seconds}; sys.exit(supervise.supervise(sys.argv[1:]))"
+    program += f"supervise.EXIT_SECONDS = {leave_seconds}; sys.exit(supervise.supervise(sys.argv[1:]))"
     workers = ["--standalone", "--nproc_per_node", "2", "-m", "scripts.cli.worker", str(script), str(folder), mode]
     return subprocess.Popen([sys.executable, "-c", program, *workers], cwd=ROOT, stderr=subprocess.PIPE, text=True)
 

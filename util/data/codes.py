@@ -1,10 +1,10 @@
-"""What training reads: images (:mod:`util.data.images`), caches of their codes, and the order in which they are drawn.
+"""The code cache: the tokenizer's codes of images, as training reads them.
 
-A *packed* cache of codes, written by :mod:`engine.cache`, is a directory of
+A code cache, written by :mod:`engine.cache`, is a folder of
     ``codes.npy``, ``codes_flip.npy``   (N, L) uint16: raster codes of each cropped image and of its mirror image
     ``labels.npy``                      (N,) int64
     ``header.json``                     see :class:`CacheHeader`; written last, so a cache without it is unfinished
-The published layout, one ``<class>/<image>.npz`` with ``indices`` and ``indices_flip`` per image, is read as well.
+The published layout, one ``<class>/<image>.npz`` per image with ``indices`` and ``indices_flip``, is read as well.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CodeBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 @dataclasses.dataclass(frozen=True)
 class CacheHeader:
-    """What a packed cache was made of; ``header.json`` holds these fields."""
+    """What a code cache was made of; ``header.json`` holds these fields."""
 
     img_size: int  # side of the crop, pixels
     grid_size: int  # side of the code grid; L = grid_size²
@@ -49,7 +49,7 @@ class CacheHeader:
     vocab_size: int  # the tokenizer's codebook size
     max_code: int
     crop: str
-    source: str  # the images, or the cache converted from
+    source: str  # path of the images, or of the cache that was converted
     source_sha256: str  # of the list of images: ImageDataset.fingerprint, or the relative paths of that cache
     skipped: list[str]  # broken images that were left out, with the reason
     files: dict[str, str]  # name → SHA-256
@@ -58,7 +58,7 @@ class CacheHeader:
 
     @staticmethod
     def read(cache: Path) -> CacheHeader:
-        """Read ``cache/header.json``; raises UserError if the cache is unfinished or the header not one of ours."""
+        """Read ``cache/header.json``; UserError if the cache is unfinished or the header another file."""
         path = cache / HEADER
         if not path.is_file():
             raise UserError(f"{cache} is an unfinished cache; run main_cache.py again to finish it.")
@@ -76,7 +76,7 @@ class CacheHeader:
 
 
 class CodeDataset(Dataset[CodeBatch], abc.ABC):
-    """Cached codes; :func:`open_codes` makes one from either format.
+    """Codes of images; :func:`open_codes` makes one from either format.
 
     ``get_batch(indices)`` returns ``(codes (B, L), codes_flip (B, L), labels (B,))``, int64 tensors in raster order. A
     ``DataLoader`` with a batch sampler gets the same tuple by ``collate_fn=whole_batch``.
@@ -123,15 +123,14 @@ class CodeDataset(Dataset[CodeBatch], abc.ABC):
         return codes[0], codes_flip[0], labels[0]
 
 
-class PackedCodes(CodeDataset):
-    """The packed format: rows of memory-mapped files, so opening reads nothing but the header and the labels."""
+class MappedCodes(CodeDataset):
+    """A code cache: rows of memory-mapped files, so that opening it reads only the header and the labels."""
 
     def __init__(self, path: Path) -> None:
-        header = CacheHeader.read(path)
-        labels = _load_array(path / LABELS, (header.num_images,), np.int64, mmap=False)
-        super().__init__(path, header.classes, labels, header.grid_size**2)
-        self.header = header
-        self.vocab_size = header.vocab_size
+        self.header: CacheHeader = CacheHeader.read(path)
+        labels = _load_array(path / LABELS, (self.header.num_images,), np.int64, mmap=False)
+        super().__init__(path, self.header.classes, labels, self.header.grid_size**2)
+        self.vocab_size = self.header.vocab_size
         self._open()
 
     def _open(self) -> None:
@@ -142,7 +141,7 @@ class PackedCodes(CodeDataset):
     def _read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self._codes[indices], self._codes_flip[indices]
 
-    # A pickled memory map is a copy of the whole file: workers that are not forked open it anew instead.
+    # A pickled memory map is a copy of the whole file: workers that are not forked open the file again.
     def __getstate__(self) -> dict[str, Any]:
         return {key: value for key, value in self.__dict__.items() if key not in ("_codes", "_codes_flip")}
 
@@ -196,34 +195,27 @@ def _load_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 
 def open_codes(
-    path: str | Path,
-    *,
-    img_size: int | None = None,
-    tokenizer_hash: str | None = None,
-    num_tokens: int | None = None,
-    vocab_size: int | None = None,
-    class_num: int | None = None,
+    path: str | Path, *, img_size: int | None = None, tokenizer_hash: str | None = None, vocab_size: int | None = None
 ) -> CodeDataset:
-    """Open a cache of codes of either format; what is given must agree with what the cache was made of.
+    """Open a cache of either format and compare what is given with what it was made of.
 
     Args:
         img_size: crop side in pixels.
         tokenizer_hash: SHA-256 of the tokenizer's file (:func:`util.files.sha256`).
-        num_tokens: L. ``vocab_size``: V, all codes are below it. ``class_num``: all labels are below it.
+        vocab_size: V; all codes are below it. Those of single images are compared as they are read.
 
     Raises:
-        UserError: if there is no cache, it is unfinished or damaged, or it disagrees. The codes of single images are
-            checked against ``vocab_size`` as they are read.
+        UserError: if there is no cache, it is unfinished or damaged, or something differs.
     """
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path} is not a folder; expected a cache of codes made by main_cache.py.")
-    packed = (path / HEADER).exists() or (path / PARTS).exists()
-    dataset: CodeDataset = PackedCodes(path) if packed else NpzCodes(path)
-    header = dataset.header
-    if header is None:
-        logger.warning("%s is of the layout without a header: its tokenizer and image size cannot be checked", path)
+    if not (path / HEADER).exists() and not (path / PARTS).exists():
+        dataset: CodeDataset = NpzCodes(path)
+        logger.warning("%s has no header: its tokenizer and image size cannot be checked", path)
     else:
+        dataset = MappedCodes(path)
+        header = dataset.header
         if img_size is not None and header.img_size != img_size:
             raise UserError(f"cache {path} was made at {header.img_size} px, not {img_size} px; make one of this size.")
         if tokenizer_hash is not None and header.tokenizer_sha256 != tokenizer_hash:
@@ -233,18 +225,6 @@ def open_codes(
             )
         if vocab_size is not None and header.max_code >= vocab_size:
             raise UserError(f"cache {path} holds codes up to {header.max_code}; expected codes below {vocab_size}.")
-    if num_tokens is not None and dataset.num_tokens != num_tokens:
-        raise UserError(f"cache {path} holds {dataset.num_tokens} codes per image; expected {num_tokens}.")
     if vocab_size is not None:
         dataset.vocab_size = vocab_size
-    if class_num is not None:
-        check_labels(dataset.labels, class_num, path)
     return dataset
-
-
-def check_labels(labels: np.ndarray, class_num: int, source: str | Path) -> None:
-    """Raise UserError unless all ``labels`` are in 0 … class_num − 1."""
-    low, high = int(labels.min()), int(labels.max())
-    if low < 0 or high >= class_num:
-        bad = low if low < 0 else high
-        raise UserError(f"{source} has label {bad}; --class_num {class_num} allows 0 to {class_num - 1}.")

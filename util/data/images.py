@@ -1,10 +1,10 @@
-"""Images as training, caching and scoring read them: from a folder, a packed file, or torchvision's CIFAR-10.
+"""Images as training, caching and scoring read them: from a folder, an image archive, or torchvision's CIFAR-10.
 
 :func:`open_images` is the one way in; what the path points at decides.
 
 An *image folder* is ``root/<class>/…/<image>``; class folders in sorted order are labels 0, 1, 2, …
 
-A *packed file* is an ``.npz`` that holds the image files themselves, for sets of many small pictures:
+An *image archive* is an ``.npz`` that holds the image files themselves, for sets of many small pictures:
     ``data``      (bytes,) uint8: all JPEG or PNG files, one after the other
     ``offsets``   (N + 1,) integers: image ``i`` is ``data[offsets[i]:offsets[i + 1]]``
     ``labels``    (N,) integers
@@ -36,7 +36,7 @@ from util.files import atomic_write
 logger = logging.getLogger(__name__)
 
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"})
-SPLITS = ("train", "test")  # by the number that stands for them in a packed file
+SPLITS = ("train", "test")  # by the number that stands for them in an image archive
 CIFAR10_FOLDER = "cifar-10-batches-py"  # as torchvision unpacks it
 
 
@@ -49,7 +49,7 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int]], abc.ABC):
         source: the path it was opened by, for messages and records.
         classes: names, by label. ``labels``: int64 (N,).
         skip_broken: an image that cannot be decoded is replaced by the next one that can, with a warning, so that
-            batches keep their size and item ``i`` depends on the files alone. Without it such an image raises.
+            batches keep their size and item ``i`` depends on the files alone. Otherwise such an image is an error.
 
     Raises:
         UserError: from ``dataset[i]``, naming the image, for a broken one.
@@ -82,16 +82,13 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int]], abc.ABC):
         return torch.from_numpy(np.array(center_crop_arr(self.read(index), self.img_size), dtype=np.uint8))
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
-        if not self.skip_broken:
-            try:
-                return self.load(index), int(self.labels[index])
-            except UserError as error:
-                raise UserError(f"{error} Mend or remove it; --skip_broken goes on without broken images.") from None
         for candidate in range(index, index + len(self)):
             candidate %= len(self)
             try:
                 return self.load(candidate), int(self.labels[candidate])
             except UserError as error:
+                if not self.skip_broken:
+                    raise UserError(f"{error} Repair or remove it; skip_broken leaves broken images out.") from None
                 logger.warning("skipped: %s", error)
         raise UserError(f"none of the {len(self)} images of {self.source} can be read.")
 
@@ -100,8 +97,8 @@ class ImageFolder(ImageDataset):
     """A folder of image files, one subfolder per class.
 
     Args:
-        labelled: if not, images may lie anywhere in ``root``; the class is the first folder where all are in one, else
-            they are all of one class without a name.
+        labelled: if false, images may lie anywhere in ``root``. Where all of them are in subfolders, the first one of
+            a path is the class; otherwise all images are of one class without a name.
 
     Raises:
         UserError: if ``root`` has no class folders or a class folder no images; unlabelled, if it has no images.
@@ -126,15 +123,15 @@ class ImageFolder(ImageDataset):
         return hash_names(self.paths)
 
 
-class PackedImages(ImageDataset):
-    """The images of a packed file, or those of one split of it.
+class ImageArchive(ImageDataset):
+    """The images of an image archive, or those of one split of it.
 
     Raises:
         UserError: if the file is missing, damaged or incomplete, or has no images of this split.
     """
 
     def __init__(self, path: str | Path, img_size: int, skip_broken: bool = False, split: str | None = None) -> None:
-        arrays = _read_packed(Path(path))
+        arrays = _read_archive(Path(path))
         numbers = np.arange(len(arrays["labels"]))
         if split is not None:
             if "split" not in arrays:
@@ -172,7 +169,7 @@ class Cifar10(ImageDataset):
         try:
             data = CIFAR10(Path(folder).parent, train=split == "train")
         except RuntimeError as error:
-            raise UserError(f"{folder} is not torchvision's CIFAR-10, or not whole ({error}).") from None
+            raise UserError(f"{folder} is not torchvision's CIFAR-10, or not complete ({error}).") from None
         self._pixels: NDArray[np.uint8] = data.data
         super().__init__(f"{folder}:{split}", data.classes, np.array(data.targets, np.int64), img_size, skip_broken)
 
@@ -187,10 +184,10 @@ def open_images(path: str | Path, img_size: int, skip_broken: bool = False, *, l
     """The images that ``path`` points at, as ``img_size`` crops.
 
     Args:
-        path: an image folder; a packed file, ``photos.npz``, or a split of it, ``photos.npz:train`` or ``:test``; or
+        path: an image folder; an image archive, ``photos.npz``, or a split of it, ``photos.npz:train`` or ``:test``; or
             torchvision's ``cifar-10-batches-py``, likewise with a split (the training images without one).
         skip_broken: see :class:`ImageDataset`.
-        labelled: False for uses that can do without classes: see :class:`ImageFolder`.
+        labelled: false where classes are not needed: see :class:`ImageFolder`.
 
     Raises:
         UserError: if there is no such thing, or it is damaged or incomplete.
@@ -205,16 +202,18 @@ def open_images(path: str | Path, img_size: int, skip_broken: bool = False, *, l
     if name.name == CIFAR10_FOLDER and name.is_dir():
         return Cifar10(name, img_size, skip_broken, split or "train")
     if name.suffix == ".npz":
-        return PackedImages(name, img_size, skip_broken, split)
+        return ImageArchive(name, img_size, skip_broken, split)
     if split is not None:
-        raise UserError(f"{path} asks for a split of {name}, which is no packed file (.npz); name a folder for each.")
+        raise UserError(
+            f"{path} asks for a split of {name}, which is not an image archive (.npz); name a folder for each."
+        )
     return ImageFolder(name, img_size, skip_broken, labelled)
 
 
-def write_packed(
+def write_image_archive(
     path: str | Path, files: Iterable[bytes], labels: Iterable[int], classes: Iterable[str], split: Iterable[int]
 ) -> None:
-    """Write image files (JPEG, PNG …), one label and one split number (0 train, 1 test) each, as a packed file."""
+    """Write image files (JPEG, PNG …), one label and one split number (0 train, 1 test) each, as an image archive."""
     contents = list(files)
     with atomic_write(path) as file:
         np.savez(
@@ -227,29 +226,31 @@ def write_packed(
         )
 
 
-def _read_packed(path: Path) -> dict[str, np.ndarray]:
-    """The arrays of a packed file, of one length and in range."""
+def _read_archive(path: Path) -> dict[str, np.ndarray]:
+    """The arrays of an image archive, checked."""
     if not path.is_file():
-        raise UserError(f"packed file {path} does not exist.")
+        raise UserError(f"image archive {path} does not exist.")
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in ("data", "offsets", "labels", "classes", "split") if name in file}
     except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged or no packed file of images ({error}).") from None
+        raise UserError(f"{path} is damaged or not an image archive ({error}).") from None
     missing = [name for name in ("data", "offsets", "labels", "classes") if name not in arrays]
     if missing:
-        raise UserError(f"{path} has no array {missing[0]!r}; a packed file has data, offsets, labels and classes.")
+        raise UserError(f"{path} has no array {missing[0]!r}; an image archive has data, offsets, labels and classes.")
     kinds = {"data": "u", "offsets": "iu", "labels": "iu", "classes": "U", "split": "iu"}
     wrong = [name for name, array in arrays.items() if array.ndim != 1 or array.dtype.kind not in kinds[name]]
     if wrong or arrays["data"].dtype != np.uint8:
-        raise UserError(f"array {(wrong or ['data'])[0]!r} of packed file {path} is not of the type it should be.")
+        raise UserError(f"array {(wrong or ['data'])[0]!r} of image archive {path} is not of the type it should be.")
     count, offsets = len(arrays["labels"]), arrays["offsets"].astype(np.int64)
     if count == 0 or len(offsets) != count + 1 or len(arrays.get("split", arrays["labels"])) != count:
-        raise UserError(f"packed file {path} has {count} labels and {len(offsets)} offsets; N images have N and N + 1.")
+        raise UserError(
+            f"image archive {path} has {count} labels and {len(offsets)} offsets; N images have N and N + 1."
+        )
     if offsets[0] != 0 or (np.diff(offsets) < 0).any() or offsets[-1] != len(arrays["data"]):
-        raise UserError(f"the offsets of packed file {path} do not cut its {len(arrays['data'])} bytes into images.")
+        raise UserError(f"the offsets of image archive {path} do not cut its {len(arrays['data'])} bytes into images.")
     if arrays["labels"].min() < 0 or arrays["labels"].max() >= len(arrays["classes"]):
-        raise UserError(f"packed file {path} has labels outside its {len(arrays['classes'])} classes.")
+        raise UserError(f"image archive {path} has labels outside its {len(arrays['classes'])} classes.")
     return arrays
 
 

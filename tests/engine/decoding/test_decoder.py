@@ -167,7 +167,6 @@ def test_a_failure_in_the_middle_leaves_nothing_switched_on(monkeypatch: pytest.
         ({"path": "packed", "bf16": True}, "packed"),
         ({"batch_size": 0}, "batch size 0"),
         ({"group_sizes": [1, 14]}, "sum to 15"),
-        ({"sampling": Sampling(cfg=0.5)}, "cfg is 0.5"),
         ({"sampling": Sampling(cfg=2.0), "with_class": False}, "no labels"),
     ],
 )

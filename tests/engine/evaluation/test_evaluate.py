@@ -20,10 +20,11 @@ from PIL import Image
 
 from engine.evaluation import evaluate as evaluate_module
 from engine.evaluation import partial_results
-from engine.evaluation.evaluate import EvalConfig, evaluate, image_labels, image_seeds, prepare
+from engine.evaluation.evaluate import evaluate, image_labels, image_seeds
+from engine.evaluation.inputs import open_inputs
 from engine.evaluation.outputs import append_results
 from engine.scoring import statistics
-from engine.scoring.metrics import load_batches, score
+from engine.scoring.metrics import score
 from engine.scoring.statistics import FeatureStatistics, load_reference_statistics
 from orders import generate_orders, save_orders
 from tests.helpers.commands import ROOT
@@ -34,6 +35,7 @@ from tests.helpers.evaluation_case import (
     NUM_IMAGES,
     SIZE,
     Batch,
+    eval_config,
     hooked,
     networks,
     run,
@@ -41,6 +43,7 @@ from tests.helpers.evaluation_case import (
     write_reference,
 )
 from util.data.images import ImageFolder
+from util.data.loading import image_batches
 from util.errors import UserError
 from util.files import sha256
 
@@ -152,10 +155,10 @@ def test_other_settings_or_weights_do_not_go_on(output_dir: Path, monkeypatch: p
     model, tokenizer = networks()
     with torch.no_grad():
         model.head.weight[0, 0] += 1e-3
-    config = EvalConfig(output_dir, GROUP_SIZES, NUM_IMAGES, 4, cfg=2.0, seed=3, save_images=True)
-    inputs = prepare(config, model.config, ALONE, toy_extractor())
+    config, _ = eval_config(output_dir, eval_bsz=4, cfg=2.0, save_images=True)
+    inputs = open_inputs(config, model.config, ALONE, extractor=toy_extractor())
     with pytest.raises(RuntimeError, match="stopped"), hooked(stopping_after(2)):
-        evaluate(model, tokenizer, config, ALONE, inputs=inputs)
+        evaluate(model, tokenizer, config, inputs, ALONE)
     assert len(list(output_dir.glob("partial-*"))) == 5
 
 
@@ -164,8 +167,8 @@ def test_scores_equal_those_of_the_png_folder(whole: tuple[Path, dict[str, Any]]
     folder, results = whole
     extractor, reference = toy_extractor(), load_reference_statistics(folder.parent / "reference.npz")
     statistics, all_logits = FeatureStatistics(extractor.feature_dim), []
-    for images in load_batches(ImageFolder(folder / "images", SIZE, labelled=False), batch_size=5):
-        features, logits = extractor(images)
+    for images in image_batches(ImageFolder(folder / "images", SIZE, labelled=False), batch_size=5):
+        features, logits = extractor(images.permute(0, 3, 1, 2))
         statistics.update(features)
         all_logits.append(logits)
     logits = torch.cat(all_logits)
@@ -265,8 +268,8 @@ def test_the_model_keeps_its_mode_and_the_random_state(output_dir: Path) -> None
     model, tokenizer = networks()
     model.train()
     before = torch.get_rng_state()
-    config = EvalConfig(output_dir, GROUP_SIZES, num_images=3, feature_extractor=None).for_epoch(7)
-    evaluate(model, tokenizer, config, ALONE, record={"epoch": 7})
+    config = eval_config(output_dir, num_images=3, feature_extractor=None)[0].for_epoch(7)
+    evaluate(model, tokenizer, config, open_inputs(config, model.config, ALONE), ALONE, record={"epoch": 7})
     assert model.training
     assert torch.equal(torch.get_rng_state(), before)
     assert json.loads((output_dir / "eval_epoch0007" / "results.json").read_text())["record"] == {"epoch": 7}

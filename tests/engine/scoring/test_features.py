@@ -17,9 +17,9 @@ from torch_fidelity.utils import create_feature_extractor, extract_featuresdict_
 
 from engine.scoring import features, metrics
 from engine.scoring.features import INCEPTION, INCEPTION_FILE, INCEPTION_URL, SPATIAL_DIM, load_feature_extractor
-from engine.scoring.metrics import load_batches
 from engine.scoring.statistics import FeatureStatistics
 from util.data.images import ImageFolder
+from util.data.loading import image_batches
 from util.errors import UserError
 from util.files import sha256
 
@@ -64,8 +64,8 @@ def test_streamed_scores_equal_torch_fidelity_on_the_folder(trusted: Path, pictu
     """Guards against another layer, another resizing or normalisation, an image lost between batches."""
     extractor = load_feature_extractor(INCEPTION, weights_path=trusted)
     statistics, all_logits = FeatureStatistics(extractor.feature_dim), []
-    for images in load_batches(ImageFolder(pictures, SIZE, labelled=False), batch_size=4):
-        feature, logits = extractor(images)
+    for images in image_batches(ImageFolder(pictures, SIZE, labelled=False), batch_size=4):
+        feature, logits = extractor(images.permute(0, 3, 1, 2))
         statistics.update(feature)
         all_logits.append(logits)
     mean, deviation = metrics.inception_score(torch.cat(all_logits))

@@ -15,7 +15,7 @@ from PIL import Image
 from engine import metrics
 from tests.helpers.evaluation_case import toy_extractor
 from tokenizers import VQConfig, VQModel, save_tokenizer
-from util.data.images import write_packed
+from util.data.images import write_image_archive
 from util.errors import UserError
 from util.files import sha256
 
@@ -76,7 +76,7 @@ def test_image_archives_are_scored_with_their_classes_and_through_a_tokenizer(
     for image in pixels:
         files.append(io.BytesIO())
         Image.fromarray(image).save(files[-1], "PNG")
-    write_packed(tmp_path / "photos.npz", [file.getvalue() for file in files], labels, "abcde", [1] * NUM_IMAGES)
+    write_image_archive(tmp_path / "photos.npz", [file.getvalue() for file in files], labels, "abcde", [1] * NUM_IMAGES)
     config = VQConfig(base_width=8, multipliers=(1, 1), res_blocks=1, z_channels=8, codebook_size=16, code_dim=4)
     tokenizer = VQModel(config).eval()
     save_tokenizer(tokenizer, tmp_path / "vq.pt")

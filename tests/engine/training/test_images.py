@@ -33,5 +33,5 @@ def test_a_broken_image_ends_the_training_at_once(tmp_path: Path) -> None:
     )
     assert run.returncode == 2
     assert "broken.jpg" in run.stderr
-    assert "--skip_broken" in run.stderr
+    assert "skip_broken" in run.stderr
     assert "Traceback" not in run.stderr

@@ -23,7 +23,7 @@ from engine.training.trainer import train
 from tests.helpers.commands import ROOT
 from tests.helpers.training_case import CPU, SCHEDULES, build, config, make_cache
 from util.checkpoint import LAST, find_checkpoints, load_checkpoint, load_newest, save_checkpoint
-from util.data.codes import CodeBatch, PackedCodes
+from util.data.codes import CodeBatch, MappedCodes
 from util.errors import UserError
 from util.signals import REQUEUE_STATUS, exit_status
 
@@ -71,7 +71,7 @@ def test_full_disk_keeps_the_old_checkpoint_and_training_goes_on(
 ) -> None:
     disk = FullDisk(monkeypatch, steps=[10])
     folder = tmp_path / "run"
-    assert train(build(), PackedCodes(cache), SCHEDULES, config(folder), CPU) is None
+    assert train(build(), MappedCodes(cache), SCHEDULES, config(folder), CPU) is None
     assert disk.saved == [5, 10, 15]
     assert "NOT SAVED: step 10" in caplog.text
     assert "No space left" in caplog.text
@@ -87,13 +87,13 @@ def test_a_run_that_cannot_save_its_end_says_so(
     """Exit status 0, or the one that requeues, would claim that everything is on disk."""
     FullDisk(monkeypatch, steps=[12] if stopped else [15])
     folder = tmp_path / "run"
-    data = HookedCodes(cache, 12, lambda: os.kill(os.getpid(), signal.SIGTERM)) if stopped else PackedCodes(cache)
+    data = HookedCodes(cache, 12, lambda: os.kill(os.getpid(), signal.SIGTERM)) if stopped else MappedCodes(cache)
     with pytest.raises(UserError, match=r"ends without its last state.*No space left"):
         train(build(), data, SCHEDULES, config(folder), CPU)
     assert load_checkpoint(folder / LAST)["step"] == 10
 
 
-class HookedCodes(PackedCodes):
+class HookedCodes(MappedCodes):
     """Calls something while a given batch is fetched."""
 
     def __init__(self, path: Path, batch: int, hook: Any) -> None:
@@ -127,7 +127,7 @@ def test_nothing_is_saved_of_a_model_that_is_no_longer_finite(cache: Path, tmp_p
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(cache: Path, tmp_path: Path) -> None:
     """And goes on from there to the same end; the damaged file doesn't push the good one out."""
     whole, folder = tmp_path / "whole", tmp_path / "run"
-    train(build(), PackedCodes(cache), SCHEDULES, config(whole, save_last_steps=2, keep_last=3), CPU)
+    train(build(), MappedCodes(cache), SCHEDULES, config(whole, save_last_steps=2, keep_last=3), CPU)
     assert [load_checkpoint(path)["step"] for path in find_checkpoints(whole)] == [15, 14, 12]
 
     data = HookedCodes(cache, 9, lambda: os.kill(os.getpid(), signal.SIGTERM))
@@ -145,7 +145,7 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(cache: Path, t
 
     model = build()
     model.load_state_dict(newest[1]["model"])
-    assert train(model, PackedCodes(cache), SCHEDULES, settings, CPU, resume=newest[1]) is None
+    assert train(model, MappedCodes(cache), SCHEDULES, settings, CPU, resume=newest[1]) is None
     expected = load_checkpoint(whole / LAST)["model"]
     assert all(torch.equal(value, expected[name]) for name, value in load_checkpoint(folder / LAST)["model"].items())
 
@@ -204,7 +204,7 @@ def test_a_file_system_without_links_keeps_the_same_files(tmp_path: Path, monkey
 def test_max_steps_saves_and_goes_on_later(cache: Path, tmp_path: Path) -> None:
     """A one-step test run evaluates nothing, and what it did counts: learning rates and data are those of the run."""
     whole, folder = tmp_path / "whole", tmp_path / "run"
-    train(build(), PackedCodes(cache), SCHEDULES, config(whole), CPU)
+    train(build(), MappedCodes(cache), SCHEDULES, config(whole), CPU)
 
     def never(*arguments: Any) -> None:
         raise AssertionError
@@ -216,13 +216,13 @@ def test_max_steps_saves_and_goes_on_later(cache: Path, tmp_path: Path) -> None:
         settings = config(folder, max_steps=steps, sample_freq=1, eval_freq=1)
         resume = newest and newest[1]
         assert (
-            train(model, PackedCodes(cache), SCHEDULES, settings, CPU, resume=resume, evaluate=never, draw_grid=never)
+            train(model, MappedCodes(cache), SCHEDULES, settings, CPU, resume=resume, evaluate=never, draw_grid=never)
             is None
         )
         assert load_checkpoint(folder / LAST)["step"] == steps
     model.load_state_dict(load_checkpoint(folder / LAST)["model"])
     resume = load_checkpoint(folder / LAST)
-    train(model, PackedCodes(cache), SCHEDULES, config(folder), CPU, resume=resume)
+    train(model, MappedCodes(cache), SCHEDULES, config(folder), CPU, resume=resume)
     expected = load_checkpoint(whole / LAST)["model"]
     assert all(torch.equal(value, expected[name]) for name, value in load_checkpoint(folder / LAST)["model"].items())
 
@@ -230,7 +230,7 @@ def test_max_steps_saves_and_goes_on_later(cache: Path, tmp_path: Path) -> None:
 def test_a_peak_below_min_lr_is_kept(cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The published recipes on few GPUs: a cosine must not rise from the peak to min_lr."""
     settings = config(tmp_path / "run", lr=1e-3, min_lr=1e-2, log_freq=1)
-    train(build(), PackedCodes(cache), SCHEDULES, settings, CPU)
+    train(build(), MappedCodes(cache), SCHEDULES, settings, CPU)
     rates = [json.loads(line)["lr"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rates[5:] == [1e-3] * 10
     assert "below --min_lr 0.01" in caplog.text
@@ -298,7 +298,7 @@ def test_a_signal_after_the_last_agreement_ends_the_run_before_evaluating(
 
 
 def test_a_checkpoint_does_not_stay_in_memory(cache: Path, tmp_path: Path) -> None:
-    train(build(), PackedCodes(cache), SCHEDULES, config(tmp_path / "run", max_steps=2), CPU)
+    train(build(), MappedCodes(cache), SCHEDULES, config(tmp_path / "run", max_steps=2), CPU)
     resume = load_checkpoint(tmp_path / "run" / LAST)
     left = weakref.ref(next(iter(resume["model"].values())))
     alive: list[bool] = []
@@ -307,9 +307,9 @@ def test_a_checkpoint_does_not_stay_in_memory(cache: Path, tmp_path: Path) -> No
     assert alive == [False]
 
 
-def test_fewer_epochs_than_are_behind_it(cache: Path, tmp_path: Path) -> None:
+def test_fewer_epochs_than_the_checkpoint_has(cache: Path, tmp_path: Path) -> None:
     """It would be reported as finished, with the learning rates of another schedule."""
-    train(build(), PackedCodes(cache), SCHEDULES, config(tmp_path / "run"), CPU)
+    train(build(), MappedCodes(cache), SCHEDULES, config(tmp_path / "run"), CPU)
     resume = load_checkpoint(tmp_path / "run" / LAST)
-    with pytest.raises(UserError, match="--epochs is 2, but the checkpoint has 3 epochs behind it"):
-        train(build(), PackedCodes(cache), SCHEDULES, config(tmp_path / "run", epochs=2), CPU, resume=resume)
+    with pytest.raises(UserError, match="--epochs is 2, but the checkpoint was saved after 3 epochs"):
+        train(build(), MappedCodes(cache), SCHEDULES, config(tmp_path / "run", epochs=2), CPU, resume=resume)

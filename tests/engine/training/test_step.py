@@ -28,7 +28,7 @@ from tests.helpers.training_case import CPU, SCHEDULES, build, config, free_port
 from tokenizers import VQConfig, VQModel
 from tokenizers.checkpoint import save_tokenizer
 from util.checkpoint import LAST, load_checkpoint, save_checkpoint
-from util.data.codes import PackedCodes
+from util.data.codes import MappedCodes
 from util.dist import Dist, distributed
 from util.errors import UserError
 
@@ -60,7 +60,7 @@ def run(
     checkpoint = None if resume is None else load_checkpoint(resume / LAST)
     if checkpoint is not None:
         model.load_state_dict(checkpoint["model"])
-    train(model, PackedCodes(cache), SCHEDULES, settings, dist, resume=checkpoint, evaluate=evaluate)
+    train(model, MappedCodes(cache), SCHEDULES, settings, dist, resume=checkpoint, evaluate=evaluate)
 
 
 @pytest.fixture(scope="module")

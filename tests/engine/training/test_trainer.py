@@ -15,14 +15,15 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-import engine.training.trainer
+import util.data.loading
 from engine.training.stop import StopRequest
-from engine.training.trainer import TrainConfig, draw_samples, load_batches, train
+from engine.training.trainer import TrainConfig, draw_samples, train
 from models.lpd import LPD
 from tests.helpers.tiny_run import L
 from tests.helpers.training_case import CPU, SCHEDULES, build, config, free_port, make_cache
 from util.checkpoint import LAST, load_checkpoint
-from util.data.codes import CodeBatch, PackedCodes, open_codes
+from util.data.codes import CodeBatch, MappedCodes, open_codes
+from util.data.loading import load_batches
 from util.data.sampler import GlobalBatchSampler
 from util.dist import distributed
 from util.errors import UserError
@@ -33,7 +34,7 @@ def cache(tmp_path: Path) -> Path:
     return make_cache(tmp_path / "codes")
 
 
-class SignalAt(PackedCodes):
+class SignalAt(MappedCodes):
     """Sends this process a signal while a given batch is fetched."""
 
     def __init__(self, path: Path, batch: int, number: int = signal.SIGTERM) -> None:
@@ -53,7 +54,7 @@ class SignalAt(PackedCodes):
 def test_resumed_run_equals_an_uninterrupted_one(cache: Path, tmp_path: Path, stop_at: int) -> None:
     """Bit for bit, also in mid-epoch: weights, optimizer state and the data of every step."""
     whole = build()
-    assert train(whole, PackedCodes(cache), SCHEDULES, config(tmp_path / "whole"), CPU) is None
+    assert train(whole, MappedCodes(cache), SCHEDULES, config(tmp_path / "whole"), CPU) is None
 
     folder = tmp_path / "parts"
     assert train(build(), SignalAt(cache, stop_at), SCHEDULES, config(folder), CPU) == signal.SIGTERM
@@ -61,7 +62,7 @@ def test_resumed_run_equals_an_uninterrupted_one(cache: Path, tmp_path: Path, st
     assert 0 < checkpoint["step"] < 15
     resumed = build()
     resumed.load_state_dict(checkpoint["model"])
-    assert train(resumed, PackedCodes(cache), SCHEDULES, config(folder), CPU, resume=checkpoint) is None
+    assert train(resumed, MappedCodes(cache), SCHEDULES, config(folder), CPU, resume=checkpoint) is None
 
     first, second = load_checkpoint(tmp_path / "whole" / LAST), load_checkpoint(folder / LAST)
     for name, value in first["model"].items():
@@ -79,12 +80,12 @@ def train_worker(rank: int, world_size: int, cache: Path, folder: Path, port: in
     torch.set_num_threads(1)
     with distributed("cpu") as dist:
         settings = config(folder, batch_size=8 // world_size, bf16=False)
-        train(build(dropout=0.0), PackedCodes(cache), SCHEDULES, settings, dist)
+        train(build(dropout=0.0), MappedCodes(cache), SCHEDULES, settings, dist)
 
 
 def test_two_processes_equal_one(cache: Path, tmp_path: Path) -> None:
     """Same global batches, orders, flips, label drops and learning rates, hence the same weights to rounding."""
-    train(build(dropout=0.0), PackedCodes(cache), SCHEDULES, config(tmp_path / "one"), CPU)
+    train(build(dropout=0.0), MappedCodes(cache), SCHEDULES, config(tmp_path / "one"), CPU)
     mp.spawn(train_worker, (2, cache, tmp_path / "two", free_port()), nprocs=2)
     first, second = load_checkpoint(tmp_path / "one" / LAST), load_checkpoint(tmp_path / "two" / LAST)
     torch.testing.assert_close(first["model"], second["model"], rtol=1e-9, atol=1e-9)
@@ -108,7 +109,7 @@ def stopped_worker(rank: int, world_size: int, cache: Path, folder: Path, port: 
     )
     torch.set_num_threads(1)
     with distributed("cpu") as dist:
-        data = SignalAt(cache, batch=3) if rank == 1 else PackedCodes(cache)
+        data = SignalAt(cache, batch=3) if rank == 1 else MappedCodes(cache)
         settings = config(folder, batch_size=4, log_freq=1000)
         assert train(build(), data, SCHEDULES, settings, dist) == signal.SIGTERM
 
@@ -120,11 +121,11 @@ def test_a_signal_to_one_of_two_processes_stops_both(cache: Path, tmp_path: Path
 
 def test_resuming_in_other_units_is_refused(cache: Path, tmp_path: Path) -> None:
     """Another batch size or seed would silently repeat and skip samples."""
-    train(build(), PackedCodes(cache), SCHEDULES, config(tmp_path, epochs=1), CPU)
+    train(build(), MappedCodes(cache), SCHEDULES, config(tmp_path, epochs=1), CPU)
     resume = load_checkpoint(tmp_path / LAST)
     for changes, named in (({"batch_size": 4}, "global_batch 8"), ({"seed": 1}, "seed 0")):
         with pytest.raises(UserError, match=named):
-            train(build(), PackedCodes(cache), SCHEDULES, config(tmp_path, **changes), CPU, resume=resume)
+            train(build(), MappedCodes(cache), SCHEDULES, config(tmp_path, **changes), CPU, resume=resume)
 
 
 def test_sample_draws_are_permutations_and_do_not_depend_on_the_process() -> None:
@@ -170,13 +171,13 @@ def test_images_are_encoded_and_mirrored_like_cached_codes(tmp_path: Path) -> No
 
 def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(cache: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    train(build(), PackedCodes(cache), SCHEDULES, config(folder, epochs=2), CPU)
+    train(build(), MappedCodes(cache), SCHEDULES, config(folder, epochs=2), CPU)
     good = (folder / LAST).read_bytes()
     checkpoint = load_checkpoint(folder / LAST)
     model = build()
     torch.nn.init.constant_(model.head.weight, float("nan"))
     with pytest.raises(FloatingPointError, match="not finite in step 11"):
-        train(model, PackedCodes(cache), SCHEDULES, config(folder), CPU, resume=checkpoint)
+        train(model, MappedCodes(cache), SCHEDULES, config(folder), CPU, resume=checkpoint)
     assert (folder / LAST).read_bytes() == good
     report = json.loads((folder / "nonfinite-rank0.json").read_text())
     assert (report["step"], report["loss"], len(report["samples"])) == (11, "nan", 8)
@@ -191,10 +192,10 @@ def test_frequencies_of_saving_and_evaluating(cache: Path, tmp_path: Path) -> No
         epochs.append(epoch)
 
     settings = config(tmp_path, epochs=5, save_intermediate_freq=2, eval_freq=2, save_last_freq=10)
-    train(build(), PackedCodes(cache), SCHEDULES, settings, CPU, evaluate=evaluate)
+    train(build(), MappedCodes(cache), SCHEDULES, settings, CPU, evaluate=evaluate)
     assert epochs == [2, 4, 5]
     resume = load_checkpoint(tmp_path / LAST)
-    train(build(), PackedCodes(cache), SCHEDULES, settings, CPU, evaluate=evaluate, resume=resume)
+    train(build(), MappedCodes(cache), SCHEDULES, settings, CPU, evaluate=evaluate, resume=resume)
     assert epochs == [2, 4, 5, 5]  # it may have been killed in the middle of the last
     assert sorted(path.name for path in tmp_path.glob("*.pth")) == [
         "checkpoint-2.pth",
@@ -245,7 +246,7 @@ def test_bad_settings_are_named(changes: dict, named: str) -> None:
 
 def test_data_set_smaller_than_a_batch_is_refused(cache: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="40"):
-        train(build(), PackedCodes(cache), SCHEDULES, config(tmp_path, batch_size=64), CPU)
+        train(build(), MappedCodes(cache), SCHEDULES, config(tmp_path, batch_size=64), CPU)
 
 
 @pytest.mark.parametrize(("packed", "workers"), [(True, 0), (False, 2)])
@@ -258,13 +259,13 @@ def test_only_packed_codes_are_read_in_process(
     for i in range(8):
         np.savez(tmp_path / "npz" / "a" / f"{i}.npz", indices=codes, indices_flip=codes)
     asked: list[int] = []
-    loader = engine.training.trainer.DataLoader
+    loader = util.data.loading.DataLoader
 
     def noted(*arguments: Any, **options: Any) -> Any:
         asked.append(options["num_workers"])
         return loader(*arguments, **options)
 
-    monkeypatch.setattr(engine.training.trainer, "DataLoader", noted)
+    monkeypatch.setattr(util.data.loading, "DataLoader", noted)
     dataset = open_codes(cache if packed else tmp_path / "npz")
     sampler = GlobalBatchSampler(8, 4, 0, 1, seed=0, num_steps=1)
     (batch,) = load_batches(dataset, sampler, 2, CPU.device)

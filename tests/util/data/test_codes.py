@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from util.data.codes import CacheHeader, CodeDataset, check_labels, open_codes
+from util.data.codes import CacheHeader, CodeDataset, open_codes
 from util.data.images import ImageFolder
 from util.data.loading import whole_batch
 from util.data.sampler import GlobalBatchSampler
@@ -46,14 +46,14 @@ def _image(path: Path, color: tuple[int, int, int] = (10, 20, 30), size: tuple[i
 
 
 @pytest.fixture
-def packed(tmp_path: Path) -> Path:
-    cache = tmp_path / "packed"
-    cache.mkdir()
-    np.save(cache / "codes.npy", PLAIN)
-    np.save(cache / "codes_flip.npy", FLIP)
-    np.save(cache / "labels.npy", LABELS)
-    _write_header(cache)
-    return cache
+def cache(tmp_path: Path) -> Path:
+    path = tmp_path / "cache"
+    path.mkdir()
+    np.save(path / "codes.npy", PLAIN)
+    np.save(path / "codes_flip.npy", FLIP)
+    np.save(path / "labels.npy", LABELS)
+    _write_header(path)
+    return path
 
 
 def _write_header(cache: Path, **changes: object) -> None:
@@ -133,10 +133,10 @@ class TestImageFolder:
 
 
 class TestCodes:
-    @pytest.mark.parametrize("layout", ["packed", "npz"])
+    @pytest.mark.parametrize("layout", ["cache", "npz"])
     def test_both_layouts_give_the_same_batches(self, layout: str, request: pytest.FixtureRequest) -> None:
         """Guards against rows, mirrored codes or labels mixed up, and against types or shapes that differ by layout."""
-        dataset = open_codes(request.getfixturevalue(layout), num_tokens=L, vocab_size=V, class_num=2)
+        dataset = open_codes(request.getfixturevalue(layout), vocab_size=V)
         assert (len(dataset), dataset.num_tokens, dataset.grid_size) == (N, L, 4)
         assert dataset.classes == ["cat", "dog"]
         rows = [7, 0, 7, 3]
@@ -147,9 +147,9 @@ class TestCodes:
         assert (codes.tolist(), int(label)) == (PLAIN[9].tolist(), 1)
 
     @pytest.mark.parametrize("context", ["fork", "spawn"])
-    def test_loader_with_workers(self, packed: Path, context: str) -> None:
+    def test_loader_with_workers(self, cache: Path, context: str) -> None:
         """Guards against pickling a memory map (a copy of the whole cache) and against a batch collated twice."""
-        dataset = open_codes(packed)
+        dataset = open_codes(cache)
         sampler = GlobalBatchSampler(N, 4, rank=0, world_size=1, seed=1, num_steps=4)
         loader = DataLoader(
             dataset, batch_sampler=sampler, num_workers=1, collate_fn=whole_batch, multiprocessing_context=context
@@ -159,34 +159,29 @@ class TestCodes:
             assert codes_flip.tolist() == FLIP[rows].tolist()
             assert labels.tolist() == LABELS[rows].tolist()
 
-    def test_pickle_holds_no_codes(self, packed: Path) -> None:
+    def test_pickle_holds_no_codes(self, cache: Path) -> None:
         """Guards against a worker process receiving the codes instead of the path."""
-        pickled = pickle.dumps(open_codes(packed))
+        pickled = pickle.dumps(open_codes(cache))
         assert PLAIN[0].tobytes() not in pickled
         assert pickle.loads(pickled).get_batch([2])[0].tolist() == PLAIN[[2]].tolist()  # noqa: S301 - made above
 
-    def test_disagreement_is_refused(self, packed: Path, npz: Path) -> None:
-        """Guards against training on codes of another tokenizer, size, grid, codebook or class count."""
+    def test_disagreement_is_refused(self, cache: Path) -> None:
+        """Guards against training on codes of another tokenizer, size or codebook."""
         with pytest.raises(UserError, match="64 px, not 256 px"):
-            open_codes(packed, img_size=256)
+            open_codes(cache, img_size=256)
         with pytest.raises(UserError, match="another tokenizer"):
-            open_codes(packed, tokenizer_hash="ef" * 32)
-        for cache in (packed, npz):
-            with pytest.raises(UserError, match="16 codes per image; expected 256"):
-                open_codes(cache, num_tokens=256)
-            with pytest.raises(UserError, match="label 1; --class_num 1 allows 0 to 0"):
-                open_codes(cache, class_num=1)
+            open_codes(cache, tokenizer_hash="ef" * 32)
         with pytest.raises(UserError, match=f"codes up to {HEADER.max_code}"):
-            open_codes(packed, vocab_size=8)
-        assert open_codes(packed, img_size=64, tokenizer_hash="ab" * 32, num_tokens=L, vocab_size=V, class_num=2)
+            open_codes(cache, vocab_size=8)
+        assert open_codes(cache, img_size=64, tokenizer_hash="ab" * 32, vocab_size=V)
 
-    @pytest.mark.parametrize("layout", ["packed", "npz"])
+    @pytest.mark.parametrize("layout", ["cache", "npz"])
     def test_code_outside_the_codebook_is_refused_when_read(self, layout: str, request: pytest.FixtureRequest) -> None:
         """Guards against an index error, or silence, deep in the embedding."""
         cache = request.getfixturevalue(layout)
         codes = PLAIN.copy()
         codes[5, 3] = V
-        if layout == "packed":
+        if layout == "cache":
             np.save(cache / "codes.npy", codes)
         else:
             np.savez(cache / "dog/5.npz", indices=codes[5], indices_flip=FLIP[5])
@@ -201,24 +196,24 @@ class TestCodes:
         with pytest.raises(UserError, match="code -1"):
             open_codes(npz, vocab_size=V).get_batch([5])
 
-    def test_damaged_packed_caches_are_refused(self, packed: Path, tmp_path: Path) -> None:
+    def test_damaged_caches_are_refused(self, cache: Path, tmp_path: Path) -> None:
         """Guards against reading a truncated, foreign, newer or unfinished cache."""
-        whole = (packed / "codes.npy").read_bytes()
-        (packed / "codes.npy").write_bytes(whole[:-1])
+        whole = (cache / "codes.npy").read_bytes()
+        (cache / "codes.npy").write_bytes(whole[:-1])
         with pytest.raises(UserError, match=r"codes\.npy is missing or damaged"):
-            open_codes(packed)
-        np.save(packed / "codes.npy", PLAIN[1:])
+            open_codes(cache)
+        np.save(cache / "codes.npy", PLAIN[1:])
         with pytest.raises(UserError, match=r"codes\.npy holds uint16 \(9, 16\)"):
-            open_codes(packed)
-        (packed / "codes.npy").write_bytes(whole)
+            open_codes(cache)
+        (cache / "codes.npy").write_bytes(whole)
         for changes in ({"version": 2}, {"format": "other"}, {"surprise": 1}):
-            _write_header(packed, **changes)
+            _write_header(cache, **changes)
             with pytest.raises(UserError, match=r"header\.json is"):
-                open_codes(packed)
-        (packed / "header.json").unlink()
-        (packed / ".parts").mkdir()
+                open_codes(cache)
+        (cache / "header.json").unlink()
+        (cache / ".parts").mkdir()
         with pytest.raises(UserError, match="unfinished"):
-            open_codes(packed)
+            open_codes(cache)
         with pytest.raises(UserError, match="nowhere is not a folder"):
             open_codes(tmp_path / "nowhere")
 
@@ -235,11 +230,6 @@ class TestCodes:
             damage()
             with pytest.raises(UserError, match=sentence):
                 dataset.get_batch([3])
-
-    def test_labels_out_of_range(self) -> None:
-        """Guards against negative labels passing a check of the maximum."""
-        with pytest.raises(UserError, match="label -1"):
-            check_labels(np.array([0, -1]), 5, "cache")
 
 
 def _steps(world_size: int, start: int, count: int, size: int = 23, batch: int = 8) -> list[list[int]]:

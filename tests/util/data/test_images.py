@@ -1,7 +1,8 @@
-"""Images from packed files and torchvision's CIFAR-10: the same as from a folder, damage named in one sentence."""
+"""Images from image archives and torchvision's CIFAR-10: the same as from a folder, damage named in one sentence."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import pickle
 from collections.abc import Callable
@@ -12,10 +13,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine.cache import cache_codes
+from engine.cache import CacheConfig, build_cache
 from tokenizers import VQConfig, VQModel, save_tokenizer
 from util.data.codes import open_codes
-from util.data.images import CIFAR10_FOLDER, ImageFolder, open_images, write_packed
+from util.data.images import CIFAR10_FOLDER, ImageFolder, open_images, write_image_archive
 from util.dist import Dist
 from util.errors import UserError
 
@@ -30,9 +31,9 @@ def png(pixels: np.ndarray) -> bytes:
 
 
 @pytest.fixture
-def packed(tmp_path: Path) -> Path:
+def archive(tmp_path: Path) -> Path:
     path = tmp_path / "photos.npz"
-    write_packed(path, map(png, PIXELS), LABELS, CLASSES, SPLIT)
+    write_image_archive(path, map(png, PIXELS), LABELS, CLASSES, SPLIT)
     return path
 
 
@@ -43,13 +44,13 @@ def change(path: Path, **arrays: Any) -> None:
     np.savez(path, **{name: array for name, array in contents.items() if array is not None})
 
 
-def test_a_packed_file_gives_what_a_folder_of_its_files_gives(packed: Path, tmp_path: Path) -> None:
+def test_an_image_archive_gives_what_a_folder_of_its_files_gives(archive: Path, tmp_path: Path) -> None:
     """Guards against shifted offsets, labels of other images, and another crop."""
     for label, name in enumerate(CLASSES):
         (tmp_path / "folder" / name).mkdir(parents=True)
         for i in np.flatnonzero(np.array(LABELS) == label):
             (tmp_path / "folder" / name / f"{i}.png").write_bytes(png(PIXELS[i]))
-    folder, images = open_images(tmp_path / "folder", 8), open_images(packed, 8)
+    folder, images = open_images(tmp_path / "folder", 8), open_images(archive, 8)
     assert (images.classes, images.labels.tolist(), len(images)) == (CLASSES, LABELS, 6)
     by_label = sorted(range(6), key=LABELS.__getitem__)
     for mine, theirs in enumerate(by_label):
@@ -57,41 +58,41 @@ def test_a_packed_file_gives_what_a_folder_of_its_files_gives(packed: Path, tmp_
         assert np.array_equal(folder.load(mine), images.load(theirs))
 
 
-def test_a_split_is_chosen_behind_a_colon(packed: Path) -> None:
+def test_a_split_is_chosen_behind_a_colon(archive: Path) -> None:
     """Guards against training on test photos."""
-    train, test = open_images(f"{packed}:train", 8), open_images(f"{packed}:test", 8)
+    train, test = open_images(f"{archive}:train", 8), open_images(f"{archive}:test", 8)
     assert (train.labels.tolist(), test.labels.tolist()) == ([1, 0, 1, 0], [1, 0])
-    assert np.array_equal(test.load(1), open_images(packed, 8).load(4))
-    assert len({images.fingerprint() for images in (train, test, open_images(packed, 8))}) == 3
-    assert open_images(f"{packed}:train", 8).fingerprint() == train.fingerprint()
+    assert np.array_equal(test.load(1), open_images(archive, 8).load(4))
+    assert len({images.fingerprint() for images in (train, test, open_images(archive, 8))}) == 3
+    assert open_images(f"{archive}:train", 8).fingerprint() == train.fingerprint()
     with pytest.raises(UserError, match=r"'valid'; the splits are train and test"):
-        open_images(f"{packed}:valid", 8)
-    with pytest.raises(UserError, match="is no packed file"):
-        open_images(f"{packed.parent}:train", 8)
+        open_images(f"{archive}:valid", 8)
+    with pytest.raises(UserError, match="is not an image archive"):
+        open_images(f"{archive.parent}:train", 8)
 
 
-def test_readers_reach_loader_processes(packed: Path) -> None:
-    copy = pickle.loads(pickle.dumps(open_images(packed, 8)))  # noqa: S301 - what a DataLoader does
-    assert np.array_equal(copy.load(2), open_images(packed, 8).load(2))
+def test_readers_reach_loader_processes(archive: Path) -> None:
+    copy = pickle.loads(pickle.dumps(open_images(archive, 8)))  # noqa: S301 - what a DataLoader does
+    assert np.array_equal(copy.load(2), open_images(archive, 8).load(2))
 
 
-def test_a_broken_packed_image_is_named_or_replaced(packed: Path) -> None:
-    with np.load(packed) as file:
+def test_a_broken_archived_image_is_named_or_replaced(archive: Path) -> None:
+    with np.load(archive) as file:
         data = file["data"].copy()
         data[file["offsets"][1] : file["offsets"][2]] = 0
-    change(packed, data=data)
+    change(archive, data=data)
     with pytest.raises(UserError, match=r"photos\.npz, image 1 can't be read"):
-        open_images(packed, 8)[1]
-    image, label = open_images(packed, 8, skip_broken=True)[1]
+        open_images(archive, 8)[1]
+    image, label = open_images(archive, 8, skip_broken=True)[1]
     assert label == LABELS[2]
-    assert np.array_equal(image, open_images(packed, 8).load(2))
+    assert np.array_equal(image, open_images(archive, 8).load(2))
 
 
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (lambda path: path.write_bytes(path.read_bytes()[:-900]), "damaged or no packed file"),
-        (lambda path: path.write_bytes(b"no archive"), "damaged or no packed file"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-900]), "damaged or not an image archive"),
+        (lambda path: path.write_bytes(b"no archive"), "damaged or not an image archive"),
         (lambda path: path.unlink(), "does not exist|is not a folder"),
         (lambda path: change(path, labels=None), "no array 'labels'"),
         (lambda path: change(path, offsets=np.arange(6)), "6 labels and 6 offsets"),
@@ -100,24 +101,24 @@ def test_a_broken_packed_image_is_named_or_replaced(packed: Path) -> None:
         (lambda path: change(path, labels=np.full(6, 2)), "labels outside its 2 classes"),
         (lambda path: change(path, labels=np.zeros(6)), "array 'labels'.*type"),
         (lambda path: change(path, data=np.zeros(10, np.uint16)), "array 'data'.*type"),
-        (lambda path: change(path, classes=np.array([{}, {}], object)), "damaged or no packed file"),
+        (lambda path: change(path, classes=np.array([{}, {}], object)), "damaged or not an image archive"),
     ],
 )
-def test_damaged_packed_files_are_refused(packed: Path, damage: Callable[[Path], None], sentence: str) -> None:
+def test_damaged_archives_are_refused(archive: Path, damage: Callable[[Path], None], sentence: str) -> None:
     """Guards against a traceback, wrong labels, and code that a pickled array could run."""
-    damage(packed)
+    damage(archive)
     with pytest.raises(UserError, match=sentence):
-        open_images(packed, 8)
+        open_images(archive, 8)
 
 
-def test_a_missing_split_is_named(packed: Path) -> None:
-    change(packed, split=np.zeros(6, int))
+def test_a_missing_split_is_named(archive: Path) -> None:
+    change(archive, split=np.zeros(6, int))
     with pytest.raises(UserError, match="has no test images"):
-        open_images(f"{packed}:test", 8)
-    change(packed, split=None)
-    assert len(open_images(packed, 8)) == 6
+        open_images(f"{archive}:test", 8)
+    change(archive, split=None)
+    assert len(open_images(archive, 8)) == 6
     with pytest.raises(UserError, match="no array 'split'"):
-        open_images(f"{packed}:train", 8)
+        open_images(f"{archive}:train", 8)
 
 
 def test_cifar10_is_read_through_torchvision(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -157,16 +158,19 @@ def test_images_without_class_folders(tmp_path: Path) -> None:
         ImageFolder(tmp_path / "tree" / "none", 8, labelled=False)
 
 
-def test_codes_are_cached_from_a_packed_file(packed: Path, tmp_path: Path) -> None:
+def test_codes_are_cached_from_an_image_archive(archive: Path, tmp_path: Path) -> None:
     """Guards against a cache that mixes splits, or is continued with other photos of the same number."""
     import torch
 
-    config = VQConfig(base_width=8, multipliers=(1, 1), res_blocks=1, z_channels=8, codebook_size=16, code_dim=4)
-    save_tokenizer(VQModel(config), tmp_path / "vq.pt")
+    size = VQConfig(base_width=8, multipliers=(1, 1), res_blocks=1, z_channels=8, codebook_size=16, code_dim=4)
+    save_tokenizer(VQModel(size), tmp_path / "vq.pt")
     alone = Dist(0, 1, torch.device("cpu"))
-    header = cache_codes(f"{packed}:train", tmp_path / "codes", tmp_path / "vq.pt", 8, alone, num_workers=0)
+    config = CacheConfig(
+        tmp_path / "vq.pt", tmp_path / "codes", data_path=f"{archive}:train", img_size=8, num_workers=0
+    )
+    header = build_cache(config, alone)
     assert (header.num_images, header.classes, header.grid_size) == (4, CLASSES, 4)
     assert open_codes(tmp_path / "codes").labels.tolist() == [1, 0, 1, 0]
-    assert header == cache_codes(f"{packed}:train", tmp_path / "codes", tmp_path / "vq.pt", 8, alone, num_workers=0)
+    assert header == build_cache(config, alone)
     with pytest.raises(UserError, match="list of files"):
-        cache_codes(packed, tmp_path / "codes", tmp_path / "vq.pt", 8, alone, num_workers=0)
+        build_cache(dataclasses.replace(config, data_path=str(archive)), alone)

@@ -1,4 +1,4 @@
-"""What the experiment trains and which cells it evaluates: the full setting, and one small enough for a CPU."""
+"""What the experiment trains and which cells it evaluates: in full, and small enough for a CPU."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from dataclasses import dataclass
 
 IMG_SIZE, STRIDE, GRID = 32, 2, 16  # 256 codes per image: the grid of the published 256 px models
 ORDERS = ("lpd", "random", "halton", "raster", "par", "zipar", "nar", "lpd_near_only", "lpd_far_only")
-OWN_STEPS = ("par", "zipar", "nar")  # whose geometry gives a number of steps of their own
+OWN_STEPS = ("par", "zipar", "nar")  # their geometry gives them a number of steps of their own
 ABLATION_STEPS = 20
 PUBLISHED_ABLATION = (2, 1.0)  # repulsion and proximity that the paper finds best
 
 
 @dataclass(frozen=True)
-class Settings:
-    """One scale of the experiment. The flags go to the commands of the stages as they are."""
+class Scale:
+    """The experiment at one scale. Tuples of flags go to the commands of the stages as they are."""
 
     tokenizer: tuple[str, ...]
     codes: tuple[str, ...]
@@ -36,7 +36,7 @@ class Settings:
 
 _MAIN = ("lpd", "random", "halton")
 
-FULL = Settings(
+FULL = Scale(
     tokenizer=(
         "--base_width", "64", "--z_channels", "128", "--codebook_size", "1024", "--code_dim", "8",
         "--steps", "3000", "--batch_size", "256", "--lr", "1e-3", "--eval_freq", "500", "--flip",
@@ -67,7 +67,7 @@ FULL = Settings(
     proximities=(0.0, 1.0, 2.0),
 )  # fmt: skip
 
-TINY = Settings(
+TINY = Scale(
     tokenizer=(
         "--base_width", "8", "--res_blocks", "1", "--z_channels", "16", "--codebook_size", "32", "--code_dim", "4",
         "--steps", "30", "--batch_size", "8", "--lr", "4e-3", "--eval_freq", "30", "--num_workers", "0",

@@ -1,4 +1,4 @@
-"""Running the experiment's stages: what is finished is not done again, and a time limit ends the work safely."""
+"""Work in stages: a finished stage is not run again, and a time limit ends the work where it can be resumed."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from util.errors import UserError
 from util.files import atomic_write, write_json
 from util.signals import REQUEUE_STATUS
 
-# Of a stage told to stop: saved, or ended before or without a handler, since what it finished is on the disk already.
+# Exit statuses of a command stopped by SIGTERM: it saved, or had no handler; what it finished is on the disk.
 STOPPED = (REQUEUE_STATUS, -signal.SIGTERM)
 
 
 class OutOfTime(Exception):
-    """The time limit has come; everything is at a point from which the same command goes on."""
+    """The time limit has come, at a point from which the same command resumes."""
 
 
 class Clock:
     """The time limit of this call, in seconds from now; None for no limit."""
 
-    def __init__(self, limit: float | None) -> None:
+    def __init__(self, limit: float | None = None) -> None:
         self._end = None if limit is None else time.monotonic() + limit
 
     def left(self) -> float | None:
@@ -35,7 +35,7 @@ class Clock:
         return None if self._end is None else max(0.0, self._end - time.monotonic())
 
     def check(self, what: str) -> None:
-        """Raise OutOfTime, naming what comes next, if there is no time left."""
+        """Raise OutOfTime, naming what comes next, if no time is left."""
         if self.left() == 0.0:
             raise OutOfTime(f"time limit reached before {what}")
 
@@ -44,58 +44,53 @@ class Stages:
     """The stages of one output folder; ``stages/<name>.json`` says what ran, how long, and whether it finished."""
 
     def __init__(self, out: Path, clock: Clock) -> None:
-        self.out, self.clock = out, clock
-
-    def _marker(self, name: str) -> Path:
-        return self.out / "stages" / f"{name.replace(' ', '_')}.json"
-
-    def _state(self, name: str) -> dict[str, Any]:
-        path = self._marker(name)
-        return json.loads(path.read_text()) if path.exists() else {"command": "", "seconds": 0.0, "finished": False}
+        self.folder, self.clock = out / "stages", clock
 
     def seconds(self) -> dict[str, float]:
         """Seconds of every stage so far, over all calls, in the order they were begun."""
-        markers = sorted((self.out / "stages").glob("*.json"), key=lambda path: json.loads(path.read_text())["begun"])
-        return {path.stem: json.loads(path.read_text())["seconds"] for path in markers}
+        states = [(path.stem, json.loads(path.read_text())) for path in self.folder.glob("*.json")]
+        return {name: state["seconds"] for name, state in sorted(states, key=lambda pair: pair[1]["begun"])}
 
-    def run(self, name: str, action: Callable[[], None], command: str, redo: bool = False) -> None:
-        """Run ``action`` unless it finished before under the same ``command``, and record its time either way.
+    def run(self, name: str, action: Callable[[], None], command: str, always: bool = False) -> None:
+        """Run ``action`` unless it finished before under the same ``command``; record its time in any case.
 
         Args:
-            redo: run it in any case, because it knows by itself what is done.
+            always: run it even then, because it knows itself what is done.
 
         Raises:
-            OutOfTime: if there is no time to begin it, or from ``action``.
+            OutOfTime: if no time is left to begin it, or from ``action``.
         """
-        state = self._state(name)
-        if state["finished"] and state["command"] == command and not redo:
+        path = self.folder / f"{name.replace(' ', '_')}.json"
+        state: dict[str, Any] = {"command": command, "seconds": 0.0, "finished": False, "begun": time.time()}
+        if path.exists():
+            before = json.loads(path.read_text())
+            state = before if before["command"] == command else state | {"begun": before["begun"]}
+        if state["finished"] and not always:
             print(f"== {name}: done before", flush=True)
             return
         self.clock.check(f"the stage '{name}'")
         print(f"\n== {name}\n$ {command}", flush=True)
-        if state["command"] != command:
-            state["seconds"] = 0.0
-        start, finished = time.monotonic(), False
-        begun = state.get("begun", time.time())
+        start = time.monotonic()
+        state["finished"] = False
         try:
             action()
-            finished = True
+            state["finished"] = True
         finally:
-            seconds = round(state["seconds"] + time.monotonic() - start, 3)
-            record = {"command": command, "seconds": seconds, "finished": finished, "begun": begun}
-            write_json(self._marker(name), record)
-        print(f"== {name}: {seconds:.0f} s", flush=True)
+            state["seconds"] = round(state["seconds"] + time.monotonic() - start, 3)
+            write_json(path, state)
+        print(f"== {name}: {state['seconds']:.0f} s", flush=True)
 
     def command(self, name: str, *words: str | Path, output: Path | None = None, stoppable: bool = False) -> None:
         """Run ``python WORDS`` as a stage.
 
         Args:
             output: file for the command's standard output, written when it succeeds.
-            stoppable: whether the command can be ended by SIGTERM and goes on when run again. Others run to their end
-                even beyond the time limit, since their work would be lost.
+            stoppable: whether the command saves on SIGTERM and resumes when run again. Others run to their end even
+                beyond the time limit, since their work would be lost.
 
         Raises:
-            UserError: if the command fails. OutOfTime: if it was stopped.
+            UserError: if the command fails.
+            OutOfTime: if it was stopped, or no time was left to begin it.
         """
         arguments = [str(word) for word in words]
 
@@ -107,13 +102,13 @@ class Stages:
                 process.send_signal(signal.SIGTERM)
                 printed, _ = process.communicate()
                 if process.returncode in STOPPED:
-                    raise OutOfTime(f"time limit reached in the stage '{name}', which can go on") from None
+                    raise OutOfTime(f"time limit reached in the stage '{name}', which can be resumed") from None
             except KeyboardInterrupt:
                 process.wait()  # it got the signal too and may be saving
                 raise
             if process.returncode:
                 raise UserError(
-                    f"the stage '{name}' ended with status {process.returncode}; run the same command again to go on."
+                    f"the stage '{name}' ended with status {process.returncode}; run the same command again to resume."
                 )
             if output:
                 with atomic_write(output) as file:

@@ -1,0 +1,87 @@
+"""How a model is trained; the defaults are the published recipe of LPD-L at 256 px."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from engine.run_config import RunConfig
+from engine.training.step import ATTENTIONS
+from engine.training.trackers import TrackerConfig
+from util.config import check, part, setting
+from util.errors import UserError
+from util.lr_sched import LR_SCHEDULES
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """What a training reads."""
+
+    data_path: Path | None = setting(
+        None, "folder with a subfolder per class, or photos.npz[:train] (util/data/images.py)"
+    )
+    use_cached: bool = setting(False, "train on the codes in --cached_path instead of images")
+    cached_path: Path | None = setting(None, "code cache made by main_cache.py")
+    skip_broken: bool = setting(False, "leave out images that cannot be read")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunConfig):
+    """A training run, whatever the model and the data.
+
+    Raises:
+        UserError: for settings out of range, or that contradict each other.
+    """
+
+    epochs: int = setting(450, "passes over the data", at_least=1)
+    batch_size: int = setting(64, "samples per process (and part, with --grad_accum)", at_least=1)
+    grad_accum: int = setting(1, "parts of a step whose gradients are added up: less memory", at_least=1)
+    lr: float | None = setting(None, "peak learning rate (default: blr · global batch / 256)", above=0)
+    blr: float = setting(1e-4, "learning rate per 256 samples of the global batch", above=0)
+    min_lr: float = setting(1e-5, "learning rate at the end of a cosine", at_least=0)
+    lr_schedule: str = setting("constant+cosine", "what follows the warm-up", choices=LR_SCHEDULES)
+    warmup_epochs: float = setting(50, "epochs in which the learning rate rises from 0", at_least=0)
+    lr_decay_start_epoch: float = setting(400, "where the cosine of constant+cosine starts", at_least=0)
+    weight_decay: float = setting(0.02, "on parameters of two and more dimensions", at_least=0)
+    grad_clip: float = setting(3.0, "largest norm of the gradient", above=0)
+    ema: float = setting(0.0, "decay of a moving average of the weights, such as 0.9999; 0: none", at_least=0, below=1)
+    flip_prob: float = setting(0.5, "share of samples mirrored; 0 for pictures such as text", at_least=0, at_most=1)
+    group_sizes_list: Path | None = setting(
+        None, "JSON file with a list of schedules to draw from (default: the published ones of the resolution)"
+    )
+    attention: str = setting("auto", "flex needs a GPU; auto: flex where it can be used", choices=ATTENTIONS)
+    compile: bool | None = setting(None, "compile the training step (default: on a GPU, not on a CPU)")
+    fsdp: bool = setting(False, "shard weights and optimizer over the processes (FSDP2): less memory")
+    num_workers: int = setting(8, "processes that load images; the code cache needs none", at_least=0)
+    resume: Path | None = setting(None, "checkpoint, or folder of checkpoints (default: --output_dir, if it has any)")
+    log_freq: int = setting(50, "steps between lines of metrics.jsonl", at_least=1)
+    save_last_freq: int = setting(1, "epochs between saves of checkpoint-last.pth", at_least=1)
+    save_last_steps: int = setting(0, "steps between saves as well, for long epochs; 0: none", at_least=0)
+    keep_last: int = setting(2, "newest checkpoints to keep, should the last one get damaged", at_least=1)
+    save_intermediate_freq: int = setting(0, "epochs between checkpoints that are kept; 0: none", at_least=0)
+    online_eval: bool = setting(False, "evaluate during training and at its end")
+    eval_freq: int = setting(40, "epochs between evaluations with --online_eval; 0: only at the end", at_least=0)
+    sample_freq: int = setting(0, "epochs between pictures of the same samples; 0: none", at_least=0)
+    max_steps: int = setting(
+        0, "stop after this step, without evaluating; 1 tries a command out; 0: after all epochs", at_least=0
+    )
+    trackers: TrackerConfig = part(default_factory=TrackerConfig)
+
+    def __post_init__(self) -> None:
+        check(self)
+        if self.warmup_epochs > self.epochs:
+            raise UserError(f"--warmup_epochs is {self.warmup_epochs}; it must be at most --epochs, {self.epochs}.")
+        decay_start = self.lr_decay_start_epoch
+        if self.lr_schedule == "constant+cosine" and not self.warmup_epochs <= decay_start <= self.epochs:
+            raise UserError(
+                f"--lr_decay_start_epoch is {decay_start}; with --lr_schedule constant+cosine it must lie between "
+                f"--warmup_epochs {self.warmup_epochs} and --epochs {self.epochs}."
+            )
+
+    def global_batch(self, world_size: int) -> int:
+        """Samples of one step over all processes."""
+        return self.batch_size * self.grad_accum * world_size
+
+    def peak_lr(self, world_size: int) -> float:
+        """Highest learning rate. Where it is below `min_lr` (few GPUs), the learning rate doesn't fall."""
+        return self.lr if self.lr is not None else self.blr * self.global_batch(world_size) / 256

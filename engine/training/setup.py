@@ -1,0 +1,287 @@
+"""From the configuration of a training to one that is ready to start: all inputs opened and checked."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.config import Config
+from engine.evaluation.evaluate import evaluate
+from engine.evaluation.inputs import EvalInputs, open_inputs
+from engine.hub.remote import choose_tokenizer, choose_weights
+from engine.inputs import (
+    TOKENIZER_MISSING,
+    check_files,
+    check_tokenizer,
+    class_names,
+    find_run,
+    load_pretrained,
+    local_file,
+)
+from engine.training.config import TrainConfig
+from engine.training.data import code_geometry, open_dataset
+from engine.training.sample_grid import SampleGrid
+from engine.training.step import choose_attention
+from engine.training.trackers import Tracker
+from engine.training.trainer import Trainer
+from models.lpd import LPD, LPDConfig, load_weights
+from orders import published_group_sizes, read_schedules
+from tokenizers import VQModel, load_tokenizer
+from util.checkpoint import load_checkpoint, load_newest
+from util.config import record
+from util.data.codes import CodeDataset
+from util.data.images import ImageDataset
+from util.data.sampler import GlobalBatchSampler
+from util.dist import Dist
+from util.errors import UserError
+from util.files import check_output_dir, sha256
+from util.folder_lock import FolderLock
+from util.signals import exit_status
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """The checkpoint that a training starts from; `content` is emptied as it is used, since it is gigabytes."""
+
+    path: Path
+    content: dict[str, Any]
+    resumed: bool  # the same run is continued, rather than a new one begun with these weights
+
+    @property
+    def step(self) -> int:
+        return int(self.content["step"]) if self.resumed else 0
+
+
+@dataclass(frozen=True)
+class PreparedTraining:
+    """A training that only has to be started."""
+
+    config: Config
+    training: TrainConfig
+    dist: Dist
+    lock: FolderLock
+    model_config: LPDConfig
+    dataset: CodeDataset | ImageDataset
+    steps_per_epoch: int
+    schedules: Sequence[Sequence[int]]
+    tokenizer: VQModel | None  # where images are encoded or decoded
+    tokenizer_sha256: str | None
+    start_from: StartingPoint | None
+    eval_inputs: EvalInputs | None  # where there is an evaluation
+    draw_grid: SampleGrid | None
+
+    def start(self) -> int:
+        """Train; returns the exit status."""
+        self.dist.on_main(self.lock.acquire)  # the folder is there now
+        torch.manual_seed(self.config.seed)
+        model, start = LPD(self.model_config), self.start_from
+        start_step = 0
+        if start is not None:
+            start_step = start.step
+            new_classes = self.config.model.new_classes and not start.resumed
+            load_weights(model, start.content.pop("model"), str(start.path), not start.resumed, new_classes)
+            if start.resumed:
+                logger.info("resuming from %s, step %d", start.path, start_step)
+            else:
+                start.content.clear()
+        trackers: list[Tracker] = []
+        if self.dist.is_main:
+            trackers = self.training.trackers.open(self.config.output_dir, start_step, record(self.config))
+        try:
+            stopped_by = Trainer(
+                model.to(self.dist.device),
+                self.dataset,
+                self.schedules,
+                self.training,
+                self.dist,
+                tokenizer=self.tokenizer,
+                resume=start.content if start is not None and start.resumed else None,
+                metadata={
+                    "args": record(self.config),
+                    "classes": self.dataset.classes,
+                    "tokenizer_sha256": self.tokenizer_sha256,
+                },
+                evaluate=self._evaluation(start_step, trackers),
+                draw_grid=self.draw_grid,
+                trackers=trackers,
+            ).run()
+        finally:
+            for tracker in trackers:
+                tracker.close()
+        return 0 if stopped_by is None else exit_status(stopped_by)
+
+    def _evaluation(self, start_step: int, trackers: Sequence[Tracker]) -> OnlineEvaluation | None:
+        if self.eval_inputs is None or self.tokenizer is None:
+            return None
+        return OnlineEvaluation(
+            self.config, self.training, self.dist, self.tokenizer, self.eval_inputs, self.steps_per_epoch, start_step,
+            trackers,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class OnlineEvaluation:
+    """The evaluation of a model in training, called as (model, epoch); the scores go to the trackers as well."""
+
+    config: Config
+    training: TrainConfig
+    dist: Dist
+    tokenizer: VQModel
+    inputs: EvalInputs
+    steps_per_epoch: int
+    start_step: int
+    trackers: Sequence[Tracker]
+
+    def __call__(self, model: LPD, epoch: int) -> None:
+        config, step = self.config.evaluation.for_epoch(epoch), epoch * self.steps_per_epoch
+        path = config.output_dir / "results.json"
+        if self.dist.broadcast(step == self.start_step and path.exists()):  # done before the run was resumed just here
+            return
+        if self.dist.is_main:
+            path.unlink(missing_ok=True)  # of an earlier run
+        about = {"training_recipe": self.config.recipe, "epoch": epoch, "step": step, "ema": self.training.ema}
+        results = evaluate(model, self.tokenizer, config, self.inputs, self.dist, record=about)
+        scores = {f"eval/{name}": value for name, value in results.items() if isinstance(value, float)}
+        for tracker in self.trackers:
+            tracker.scalars(scores, step)
+
+
+def prepare_training(config: Config, dist: Dist, lock: FolderLock) -> PreparedTraining:
+    """Open and check all that a training needs; called by all processes.
+
+    Args:
+        lock: of the output folder; taken here where that exists, so that no second training resumes the same run.
+
+    Raises:
+        UserError: for a file that is missing or damaged, or settings and files that do not fit each other.
+    """
+    training, evaluation = config.training, config.evaluation
+    assert training is not None
+    training.trackers.require_packages()
+    check_output_dir(config.output_dir)
+    if config.model.new_classes and config.pretrained_ckpt is None:
+        raise UserError("--new_classes needs --pretrained_ckpt, the checkpoint whose other weights are kept.")
+    check_files(config)
+    tokenizer_file = None if config.vqgan_path is None else local_file(config.vqgan_path, choose_tokenizer, dist)
+    if not config.dry_run:
+        dist.on_main(lock.acquire)
+    start = _resumed(config, training, dist) or _pretrained(config, dist)
+    recorded = None if start is None else start.content.get("config")
+    dataset = open_dataset(config, tokenizer_file, recorded or {})
+    images = isinstance(dataset, ImageDataset)
+    tokenizer = None
+    if images or training.online_eval or training.sample_freq > 0:
+        tokenizer = _open_tokenizer(tokenizer_file, dist)
+    codes = code_geometry(dataset, tokenizer)
+    tokenizer_sha256 = None if tokenizer_file is None else sha256(tokenizer_file)
+    if isinstance(dataset, CodeDataset) and dataset.header is not None and tokenizer_file is None:
+        tokenizer_sha256 = dataset.header.tokenizer_sha256
+    resumed = start is not None and start.resumed
+    if start is not None:
+        check_tokenizer(start.content, start.path, tokenizer_sha256)
+        if not resumed:
+            _check_classes(config, start, dataset.classes)
+    num_classes = len(dataset.classes)
+    choice = dataclasses.replace(config.model, img_size=codes.img_size)
+    model_config = choice.resolve(recorded, codes.stride, codes.vocab_size, num_classes, resizable=not resumed)
+    if isinstance(dataset, CodeDataset):
+        dataset.vocab_size = codes.vocab_size
+    classes = class_names(model_config, dataset.classes)
+    eval_inputs = open_inputs(evaluation, model_config, dist, classes) if training.online_eval else None
+    draw_grid = None
+    if training.sample_freq > 0 and tokenizer is not None:
+        draw_grid = SampleGrid(model_config, tokenizer, evaluation, classes, dist)
+    choose_attention(training.attention, model_config, dist.device)
+    global_batch = training.global_batch(dist.world_size)
+    sampler = GlobalBatchSampler(len(dataset), global_batch, dist.rank, dist.world_size, config.seed)
+    return PreparedTraining(
+        config=config,
+        training=training,
+        dist=dist,
+        lock=lock,
+        model_config=model_config,
+        dataset=dataset,
+        steps_per_epoch=sampler.steps_per_epoch,
+        schedules=_schedules(training, model_config),
+        tokenizer=tokenizer,
+        tokenizer_sha256=tokenizer_sha256,
+        start_from=start,
+        eval_inputs=eval_inputs,
+        draw_grid=draw_grid,
+    )
+
+
+def _schedules(training: TrainConfig, model: LPDConfig) -> list[tuple[int, ...]]:
+    """The schedules of group sizes to draw from."""
+    if training.group_sizes_list is None:
+        return published_group_sizes(model.img_size, model.stride)
+    return read_schedules(training.group_sizes_list, model.num_tokens)
+
+
+def _open_tokenizer(file: Path | None, dist: Dist) -> VQModel:
+    if file is None:
+        raise UserError(TOKENIZER_MISSING)
+    return load_tokenizer(file, dist.device)
+
+
+def _resumed(config: Config, training: TrainConfig, dist: Dist) -> StartingPoint | None:
+    """The newest checkpoint of the output folder, else that of --resume, else None: the run begins."""
+    found: tuple[Path, dict[str, Any]] | None = None
+
+    def find() -> Path | None:
+        nonlocal found
+        run = find_run(config.output_dir, training.resume)
+        if run is None:
+            _check_resume(training.resume)
+            return None
+        found = (run, load_checkpoint(run)) if run.is_file() else load_newest(run)
+        return None if found is None else found[0]
+
+    path = dist.on_main(find)
+    if path is None:
+        return None
+    content = load_checkpoint(path) if found is None else found[1]
+    if not {"optimizer", "step", "config", "global_batch"} <= content.keys():
+        raise UserError(f"checkpoint {path} can't be resumed, only used as --pretrained_ckpt: it holds weights only.")
+    return StartingPoint(path, content, resumed=True)
+
+
+def _check_resume(path: Path | None) -> None:
+    """Refuse a file that is not there; a folder without checkpoints is where a run is still to begin."""
+    if path is None:
+        return
+    if path.suffix:
+        raise UserError(f"--resume {path} does not exist; give a checkpoint, or a folder for checkpoints.")
+    logger.info("--resume %s holds no checkpoints: the training starts from the beginning", path)
+
+
+def _pretrained(config: Config, dist: Dist) -> StartingPoint | None:
+    if config.pretrained_ckpt is None:
+        return None
+    path = local_file(config.pretrained_ckpt, choose_weights, dist)
+    return StartingPoint(path, load_pretrained(path, config.use_ema), resumed=False)
+
+
+def _check_classes(config: Config, start: StartingPoint, classes: list[str]) -> None:
+    """Refuse to start from a table of other classes than those of the data, unless the user has said what to do."""
+    table = start.content["model"].get("class_emb.weight")
+    if config.model.new_classes or table is None:
+        return
+    wanted = len(classes) if config.model.class_num is None else config.model.class_num
+    if len(table) != wanted:
+        keep = f", or --class_num {len(table)} to keep the old one" if len(table) > wanted else ""
+        raise UserError(
+            f"{start.path} has {len(table)} classes, this run {wanted}; give --new_classes to start with a new class "
+            f"table{keep}."
+        )
+    trained_on = start.content.get("classes")
+    if trained_on is not None and list(trained_on) != classes:
+        logger.warning("%s was trained on classes of other names; its class table is kept", start.path)
