@@ -81,16 +81,16 @@ def why_no_flex(config: LPDConfig, device: torch.device) -> str | None:
     return None
 
 
-def choose_attention(setting: str, config: LPDConfig, device: torch.device) -> str:
+def choose_attention(wanted: str, config: LPDConfig, device: torch.device) -> str:
     """The attention that "auto", "sdpa" or "flex" stands for: "flex" where it can be used, else "sdpa".
 
     Raises:
         UserError: where "flex" is asked for and cannot be used.
     """
     reason = why_no_flex(config, device)
-    if setting == "flex" and reason is not None:
+    if wanted == "flex" and reason is not None:
         raise UserError(f"--attention flex cannot be used: {reason}; use --attention sdpa.")
-    return "sdpa" if setting == "sdpa" or reason is not None else "flex"
+    return "sdpa" if wanted == "sdpa" or reason is not None else "flex"
 
 
 class TrainingPass(nn.Module):

@@ -15,15 +15,19 @@ from util.data.codes import CacheHeader
 L, V, CLASSES, N = 16, 11, 3, 64
 
 
-def make_cache(folder: Path, num_images: int = N) -> Path:
+def make_cache(
+    folder: Path, num_images: int = N, *, grid_size: int = 4, vocab_size: int = V, tokenizer_sha256: str = "0" * 64
+) -> Path:
+    """A code cache of random codes, of images of 16 pixels per code."""
     rng = np.random.default_rng(0)
     folder.mkdir()
     for name in ("codes", "codes_flip"):
-        np.save(folder / f"{name}.npy", rng.integers(V, size=(num_images, L), dtype=np.uint16))
+        np.save(folder / f"{name}.npy", rng.integers(vocab_size, size=(num_images, grid_size**2), dtype=np.uint16))
     np.save(folder / "labels.npy", rng.integers(CLASSES, size=num_images))
     header = CacheHeader(
-        img_size=64, grid_size=4, num_images=num_images, classes=["a", "b", "c"], tokenizer_sha256="0" * 64,
-        vocab_size=V, max_code=V - 1, crop="adm", source="test", source_sha256="0" * 64, skipped=[], files={},
+        img_size=16 * grid_size, grid_size=grid_size, num_images=num_images, classes=["a", "b", "c"],
+        tokenizer_sha256=tokenizer_sha256, vocab_size=vocab_size, max_code=vocab_size - 1, crop="adm", source="test",
+        source_sha256="0" * 64, skipped=[], files={},
     )  # fmt: skip
     (folder / "header.json").write_text(json.dumps(dataclasses.asdict(header)))
     return folder
