@@ -103,6 +103,12 @@ class NodeTask:
         logger.addHandler(handler)
         logger.setLevel(logging.INFO)
         job = JobEnvironment()
+        status = self.run(job)
+        logger.info("exit status %d", status)
+        sys.exit(self.job_status(job, status))
+
+    def run(self, job: JobEnvironment) -> int:
+        """Exit status of the command: 75 also where a signal ended it, or where it does not exit before the limit."""
         variables = launch_variables(job) | {"PATH": path_with_this_python()}
         if self.nproc_per_node is not None:
             variables["NPROC_PER_NODE"] = str(self.nproc_per_node)
@@ -111,23 +117,25 @@ class NodeTask:
         status = child.wait(patience=0.75 * self.signal_delay)
         if status is None:
             logger.warning("the training did not exit in time; it will resume from its last checkpoint")
-            status = REQUEUE
-        elif status in {128 + number for number in child.signals}:
-            status = REQUEUE  # the signal came before the training had a handler for it
-        logger.info("exit status %d", status)
+            return REQUEUE
+        # The signal may have come before the training had a handler for it.
+        return REQUEUE if status in {128 + number for number in child.signals} else status
+
+    def job_status(self, job: JobEnvironment, status: int) -> int:
+        """What this node says about the job, whose status is the highest of its nodes; the first node requeues it."""
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         # A node that fails writes a file: srun then ends the others by SIGTERM, as if the job were preempted.
         failure = job.paths.folder / f"{job.raw_job_id}_{restarts}_failed"
         if status not in (0, REQUEUE):
             failure.write_text(f"node {job.node}: exit status {status}\n")
-            sys.exit(status)
+            return status
         if status == 0 or job.node != 0:
-            sys.exit(0)  # the first node decides for the job
+            return 0
         if failure.exists():
             logger.error("not requeued: %s", failure.read_text().strip())
-            sys.exit(0)  # the job's status is the highest of its nodes
+            return 0
         self.requeue(job.raw_job_id, restarts)
-        sys.exit(REQUEUE)
+        return REQUEUE
 
     def requeue(self, job_id: str, restarts: int) -> None:
         """Ask Slurm to run the job again, unless it was cancelled or has been requeued too often."""
