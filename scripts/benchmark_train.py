@@ -28,8 +28,9 @@ import torch
 import torch.nn.functional as F
 
 from engine.evaluation.outputs import describe_environment
+from engine.training.config import ATTENTIONS, TrainConfig
 from engine.training.optim import build_adamw
-from engine.training.step import ATTENTIONS, Part, TrainStep, choose_attention, draw_samples, mirrored_codes
+from engine.training.step import Part, TrainStep, choose_attention, draw_samples, mirrored_codes
 from models import MODEL_SIZES, model_config
 from models.flops import training_flops
 from models.lpd import LPD, LPDConfig
@@ -202,11 +203,10 @@ class Benchmark:
 
     def measure_all(self) -> None:
         config, dist = self.config, Dist(0, 1, self.device)
+        train = TrainConfig(grad_clip=CLIP, bf16=config.bf16, attention=config.attention, compile=config.compile)
 
         def fast(model: LPD) -> TrainStep:
-            return TrainStep(
-                model, dist, grad_clip=CLIP, bf16=config.bf16, attention=config.attention, compiled=config.compile
-            )
+            return TrainStep(model, train, dist)
 
         self.measure("plain", lambda model: PlainStep(model, config.bf16), self.resident_batches())
         self.measure("fast", fast, self.resident_batches())
