@@ -2,7 +2,7 @@
 
 Image i has its class, order and random draws from i (and the seed) alone, so neither the batch size nor the number of
 processes changes it, and exactly N images are made, none twice. Features are taken on the device from the decoded
-images, rounded to bytes as a PNG would be. A killed run continues when the same command is given again.
+images, rounded to bytes as a PNG would be. A killed run is resumed by the same command.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def evaluate(
 
     All processes call it together; ``output_dir`` must be on a file system they share. It gets ``results.json``, a line
     of ``results.jsonl``, ``grid.png`` and what ``save_images`` and ``save_npz`` ask for. Until it is finished a folder
-    ``partial-*`` holds the state (12 kB per image with Inception), from which the same call goes on after a kill.
+    ``partial-*`` holds the state (12 kB per image with Inception), from which the same call resumes after a kill.
 
     Args:
         model, tokenizer: on ``dist.device``. The model is evaluated as it is and left in the mode it came in.
@@ -138,7 +138,7 @@ class _Evaluation:
         start_time = time.perf_counter()
         done = dist.broadcast(self.partial.done())
         if len(done):
-            logger.info("%d of %d images are there already; going on with the rest", len(done), config.num_images)
+            logger.info("%d of %d images are there already; making the rest", len(done), config.num_images)
         missing = np.setdiff1d(np.arange(config.num_images), done)
         batches = [missing[start : start + config.eval_bsz] for start in range(0, len(missing), config.eval_bsz)]
         mine = batches[dist.rank :: dist.world_size]
