@@ -95,32 +95,19 @@ def verify_cache(path: str | Path) -> CacheHeader:
     return header
 
 
-@dataclass(frozen=True)
-class _Job:
-    """What a cache is made of; the fields are those of CacheHeader."""
-
-    img_size: int
-    grid_size: int
-    classes: list[str]
-    tokenizer_sha256: str
-    vocab_size: int
-    source: str
-    source_sha256: str
-    crop: str = "adm_center"
-
-    def require_same(self, other: dict[str, Any], cache: Path) -> None:
-        """Raise UserError unless ``other``, the fields of a job or header found in ``cache``, is the same work."""
-        for name, meaning in (
-            ("img_size", "--img_size {}"),
-            ("tokenizer_sha256", "a tokenizer file of SHA-256 {:.12}…"),
-            ("source_sha256", "a list of files of SHA-256 {:.12}…"),
-        ):
-            theirs, mine = meaning.format(other.get(name)), meaning.format(getattr(self, name))
-            if theirs != mine:
-                raise UserError(
-                    f"{cache} holds a cache made from {theirs}, this call has {mine}; give another --cached_path or "
-                    "delete that cache."
-                )
+def _require_same(job: CacheHeader, other: dict[str, Any], cache: Path) -> None:
+    """Raise UserError unless ``other``, the fields of a job or header found in ``cache``, is the same work."""
+    for name, meaning in (
+        ("img_size", "--img_size {}"),
+        ("tokenizer_sha256", "a tokenizer file of SHA-256 {:.12}…"),
+        ("source_sha256", "a list of files of SHA-256 {:.12}…"),
+    ):
+        theirs, mine = meaning.format(other.get(name)), meaning.format(getattr(job, name))
+        if theirs != mine:
+            raise UserError(
+                f"{cache} holds a cache made from {theirs}, this call has {mine}; give another --cached_path or delete "
+                "that cache."
+            )
 
 
 class _Rows(Dataset[tuple[Tensor, str]]):
@@ -141,9 +128,12 @@ class _Rows(Dataset[tuple[Tensor, str]]):
 
 @dataclass(frozen=True)
 class _Work:
-    """Row ``i`` of the cache is ``encode`` of ``rows[i]``; of B rows it makes codes (2, B, L), plain and mirrored."""
+    """Row ``i`` of the cache is ``encode`` of ``rows[i]``; of B rows it makes codes (2, B, L), plain and mirrored.
 
-    job: _Job
+    ``job`` is the header of the cache, without what is known only when the codes are made.
+    """
+
+    job: CacheHeader
     labels: np.ndarray
     rows: _Rows
     encode: Callable[[Tensor], Tensor]
@@ -179,12 +169,15 @@ def _npz_work(config: CacheConfig) -> _Work:
 
 def _job(
     config: CacheConfig, tokenizer: VQModel, grid_size: int, classes: list[str], source: str, source_sha256: str
-) -> _Job:
+) -> CacheHeader:
     vocab_size = tokenizer.config.codebook_size
     if vocab_size > MAX_VOCAB:
         raise UserError(f"a codebook of {vocab_size} codes cannot be cached; at most {MAX_VOCAB} fit uint16.")
-    tokenizer_sha256 = sha256(config.vqgan_path)
-    return _Job(config.img_size, grid_size, classes, tokenizer_sha256, vocab_size, source, source_sha256)
+    return CacheHeader(
+        img_size=config.img_size, grid_size=grid_size, num_images=0, classes=classes,
+        tokenizer_sha256=sha256(config.vqgan_path), vocab_size=vocab_size, max_code=0, crop="adm_center", source=source,
+        source_sha256=source_sha256, skipped=[], files={},
+    )  # fmt: skip
 
 
 @torch.inference_mode()
@@ -228,7 +221,7 @@ class _Builder:
         cache, job, job_file = self.cache, self.work.job, self.cache / PARTS / JOB
         if (cache / HEADER).exists():
             header = CacheHeader.read(cache)
-            job.require_same(dataclasses.asdict(header), cache)
+            _require_same(job, dataclasses.asdict(header), cache)
             logger.info("%s is finished, with %d images; verifying its files", cache, header.num_images)
             verify_cache(cache)
             if header.skipped and not self.config.skip_broken:
@@ -237,7 +230,7 @@ class _Builder:
             logger.info("%s is complete and undamaged: nothing to do", cache)
             return None
         if job_file.exists():
-            job.require_same(json.loads(job_file.read_text()), cache)
+            _require_same(job, json.loads(job_file.read_text()), cache)
         elif cache.exists() and (not cache.is_dir() or any(entry.name != PARTS for entry in cache.iterdir())):
             raise UserError(f"{cache} exists and is not a cache of this format; give --cached_path a new folder.")
         else:
@@ -338,8 +331,8 @@ class _Builder:
                     file.write(codes[side, good].tobytes())
         with atomic_write(self.cache / LABELS) as file:
             np.save(file, labels)
-        header = CacheHeader(
-            **dataclasses.asdict(self.work.job),
+        header = dataclasses.replace(
+            self.work.job,
             num_images=len(labels),
             max_code=max_code,
             skipped=errors,

@@ -184,7 +184,7 @@ class LPD(nn.Module):
         label_drop_B: torch.Tensor | None = None,
         attention: str = "sdpa",
     ) -> torch.Tensor:
-        """:meth:`forward` without its last step, the head: (B, L, D), so that a loss can go on chunk by chunk.
+        """:meth:`forward` without its last step, the head: (B, L, D), for a loss that is computed chunk by chunk.
 
         Args:
             attention: "sdpa" or "flex", see :func:`models.mask.training_attention`.
@@ -237,17 +237,17 @@ def load_weights(
 
     Args:
         source: the file's name, for messages.
-        resize: let positions of another grid be resized, to go on training at another resolution.
-        new_classes: leave the class table of `model` as it is, to go on training on other classes.
+        resize: let positions of another grid be resized, to train further at another resolution.
+        new_classes: leave the class table of `model` as it is, to train further on other classes.
 
     Raises:
         UserError: naming the first parameter that is missing, unknown or of another shape.
     """
     own = model.state_dict()
     if missing := sorted(own.keys() - state.keys()):
-        raise UserError(f"{source} is no checkpoint of this model: {missing[0]} is missing ({len(missing)} in all).")
+        raise UserError(f"{source} is not a checkpoint of this model: {missing[0]} is missing ({len(missing)} in all).")
     if unknown := sorted(state.keys() - own.keys()):
-        raise UserError(f"{source} is no checkpoint of this model: {unknown[0]} is unknown ({len(unknown)} in all).")
+        raise UserError(f"{source} is not a checkpoint of this model: {unknown[0]} is unknown ({len(unknown)} in all).")
     state = dict(state)
     if new_classes:
         state["class_emb.weight"] = own["class_emb.weight"]

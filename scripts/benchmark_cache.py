@@ -1,4 +1,4 @@
-"""How fast a cache of codes is opened and read in random order, one worker: a synthetic one of ImageNet's size.
+"""How fast a code cache is opened and read in random order, by one process: a synthetic one of ImageNet's size.
 
     python -m scripts.benchmark_cache [--num_images 1281167] [--num_tokens 256] [--output RESULTS.json]
 
@@ -8,7 +8,6 @@ first epoch of a training run on a machine with enough memory. Prints a table an
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
@@ -17,20 +16,34 @@ import platform
 import statistics
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch.utils.data import DataLoader
+import torch
 
-from util.cli import exit_on_user_error
+from util.cli import Parser, exit_on_user_error, from_args
+from util.config import check, setting
 from util.data.codes import CODES, CODES_FLIP, HEADER, LABELS, CacheHeader, open_codes
-from util.data.loading import whole_batch
+from util.data.loading import load_batches
 from util.data.sampler import GlobalBatchSampler
-from util.errors import UserError
 from util.files import write_json
 
-IMAGENET_IMAGES, VOCAB = 1_281_167, 16_384
+VOCAB = 16_384
+BATCH_SIZE, BATCHES, REPEATS = 256, 400, 5
+
+
+@dataclass(frozen=True)
+class CacheBenchmark:
+    """What is measured."""
+
+    num_images: int = setting(1_281_167, "images in the cache; ImageNet's", at_least=BATCH_SIZE)
+    num_tokens: int = setting(256, "codes per image, a square number", at_least=1)
+    output: Path | None = setting(None, "write the results to this JSON file as well")
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 def write_synthetic(cache: Path, num_images: int, num_tokens: int) -> None:
@@ -50,27 +63,26 @@ def write_synthetic(cache: Path, num_images: int, num_tokens: int) -> None:
     write_json(cache / HEADER, dataclasses.asdict(header))
 
 
-def measure_opening(cache: Path, repeats: int) -> dict[str, float]:
+def measure_opening(cache: Path) -> dict[str, float]:
     """Seconds from the path to the first sample."""
     seconds = []
-    for _ in range(repeats):
+    for _ in range(REPEATS):
         start = time.perf_counter()
         open_codes(cache)[0]
         seconds.append(time.perf_counter() - start)
     return {"open_sec_median": statistics.median(seconds), "open_sec_max": max(seconds)}
 
 
-def measure_reading(cache: Path, batch_size: int, batches: int, repeats: int) -> dict[str, float]:
-    """Samples per second as training reads them: shuffled batches through a DataLoader in this process."""
+def measure_reading(cache: Path) -> dict[str, float]:
+    """Samples per second as training reads them: shuffled batches, in this process."""
     dataset = open_codes(cache)
     rates = []
-    for repeat in range(repeats + 1):
-        sampler = GlobalBatchSampler(len(dataset), batch_size, 0, 1, seed=repeat, num_steps=batches)
-        loader: DataLoader[Any] = DataLoader(dataset, batch_sampler=sampler, collate_fn=whole_batch)
-        iterator = iter(loader)
-        next(iterator)  # draws the epoch's permutation
+    for repeat in range(REPEATS + 1):
+        sampler = GlobalBatchSampler(len(dataset), BATCH_SIZE, 0, 1, seed=repeat, num_steps=BATCHES)
+        batches = load_batches(dataset, sampler, 0, torch.device("cpu"))
+        next(batches)  # draws the epoch's permutation
         start = time.perf_counter()
-        samples = sum(len(labels) for _, _, labels in iterator)
+        samples = sum(len(labels) for _, _, labels in batches)
         rates.append(samples / (time.perf_counter() - start))
     warm = rates[1:]
     return {
@@ -81,30 +93,20 @@ def measure_reading(cache: Path, batch_size: int, batches: int, repeats: int) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--num_images", type=int, default=IMAGENET_IMAGES, help="(%(default)s, ImageNet's)")
-    parser.add_argument("--num_tokens", type=int, default=256, help="codes per image, a square number (%(default)s)")
-    parser.add_argument("--batch_size", type=int, default=256, help="(%(default)s)")
-    parser.add_argument("--batches", type=int, default=400, help="read in each repetition (%(default)s)")
-    parser.add_argument("--repeats", type=int, default=5, help="(%(default)s)")
-    parser.add_argument("--output", type=Path, help="write the results to this JSON file as well")
-    args = parser.parse_args()
-    for name in ("num_images", "num_tokens", "batch_size", "repeats"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)} must be at least 1.")
-    if args.batches < 2:
-        raise UserError(f"--batches {args.batches} must be at least 2; the first one is not timed.")
+    parser = Parser(description="How fast a code cache is opened and read in random order.")
+    parser.add_config(CacheBenchmark)
+    config = from_args(CacheBenchmark, parser.parse_args())
     with tempfile.TemporaryDirectory() as folder:
         cache = Path(folder)
-        write_synthetic(cache, args.num_images, args.num_tokens)
+        write_synthetic(cache, config.num_images, config.num_tokens)
         results: dict[str, Any] = {
             "benchmark": "cache",
-            "num_images": args.num_images,
-            "num_tokens": args.num_tokens,
-            "batch_size": args.batch_size,
+            "num_images": config.num_images,
+            "num_tokens": config.num_tokens,
+            "batch_size": BATCH_SIZE,
             "gigabytes": round(sum(path.stat().st_size for path in cache.iterdir()) / 1e9, 3),
-            **measure_opening(cache, args.repeats),
-            **measure_reading(cache, args.batch_size, args.batches, args.repeats),
+            **measure_opening(cache),
+            **measure_reading(cache),
             "machine": platform.machine(),
             "cpu_cores": os.cpu_count(),
             "python": platform.python_version(),
@@ -112,8 +114,8 @@ def main() -> None:
         }
     for name, value in results.items():
         print(f"{name:24} {value:,.4g}" if isinstance(value, float) else f"{name:24} {value}")
-    if args.output:
-        write_json(args.output, results)
+    if config.output:
+        write_json(config.output, results)
     print(json.dumps(results))
 
 

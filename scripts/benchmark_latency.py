@@ -4,8 +4,8 @@
     python -m scripts.benchmark_latency --rows lpd_l_res256_steps20 --one_by_one --output RESULTS.json
     python -m scripts.benchmark_latency --model lpd_l --img_size 256 --generation_steps 20 --device cpu --threads 2
 
-Rows are named like the published evaluations. Weights are random where no checkpoint is given. Prints a table and, as
-the last line, everything as JSON; the output file is written after every measurement.
+Rows are named like the published evaluations. The model's weights are random: time does not depend on them. Prints a
+table and, as the last line, everything as JSON; the output file is written after every measurement.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,21 +36,62 @@ from engine.evaluation.outputs import describe_environment
 from engine.recipes import EVAL_RECIPES, EXPECTED
 from models import MODEL_SIZES, model_config
 from models.flops import decoding_flops
-from models.lpd import LPD, LPDConfig, load_weights
+from models.lpd import LPD, LPDConfig
 from models.sampling import Sampling, guide, sample
 from orders import group_sizes
 from scripts.device_limits import Marks, copy_bytes, matrix_product_flops
 from tokenizers import VQConfig, VQModel, load_tokenizer
-from util.checkpoint import load_checkpoint
-from util.cli import HelpFormatter, exit_on_user_error
+from util.cli import Parser, exit_on_user_error, from_args
+from util.config import check, setting
 from util.dist import Dist, resolve_device
-from util.errors import UserError
 from util.files import write_json
 
 WEIGHT_BYTES = {"packed_float16": 2, "packed_int8": 1}  # per weight, where the path decides it
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """What to measure. Settings that are None by default follow the device (:meth:`for_device`)."""
+
+    rows: tuple[str, ...] | None = setting(None, "published rows, or all", choices=("all", *EVAL_RECIPES))
+    model: str = setting("lpd_l", "without --rows: size", choices=tuple(MODEL_SIZES))
+    img_size: int = setting(256, "without --rows: pixels")
+    generation_steps: int = setting(20, "without --rows: decoding steps")
+    cfg: float = setting(4.0, "without --rows: guidance scale; 1 decodes without the second half")
+    vqgan_path: Path | None = setting(None, "tokenizer (default: random weights of the published architecture)")
+    batch_sizes: tuple[int, ...] = setting((1, 64), "images per call", at_least=1)
+    paths: tuple[str, ...] = setting(
+        None, "decode paths (default: plain compiled graph on a GPU, else plain auto)", choices=DECODE_PATHS
+    )
+    one_by_one: bool = setting(False, "one token at a time too: batch 1, codes only, a 50th of the runs")
+    warmup: int = setting(
+        None, f"runs before the measured ones (default: {PUBLISHED_WARMUP} on a GPU, else 1)", at_least=0
+    )
+    runs: int = setting(None, f"measured runs (default: {PUBLISHED_RUNS} on a GPU, else 5)", at_least=1)
+    bf16: bool = setting(None, "bfloat16 (default: on a GPU)")
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    threads: int | None = setting(None, "of the CPU (default: torch's)", at_least=1)
+    startup: bool = setting(False, "start-up of every row's auto path in new processes, cache cold and warm")
+    profile: Path | None = setting(None, "folder for a table of the kernels of one call of each measured decoder")
+    output: Path | None = setting(None, "JSON file for the results")
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def for_device(self, device: torch.device) -> BenchmarkConfig:
+        """Without None. UserError for a path that the device does not have."""
+        chosen: dict[str, Any] = {"paths": ("plain", "auto"), "warmup": 1, "runs": 5, "bf16": False}
+        if device.type == "cuda":
+            chosen = {"paths": ("plain", "compiled", "graph"), "warmup": PUBLISHED_WARMUP, "runs": PUBLISHED_RUNS}
+            chosen["bf16"] = True
+        chosen = {name: value for name, value in chosen.items() if getattr(self, name) is None}
+        config = dataclasses.replace(self, **chosen)
+        for path in config.paths:
+            resolve_path(path, device, torch.float32, config.bf16)
+        return config
+
+
+@dataclass(frozen=True)
 class Row:
     """One model and schedule to measure."""
 
@@ -60,60 +102,27 @@ class Row:
 
     @property
     def group_sizes(self) -> tuple[int, ...]:
-        if self.steps == self.config.num_tokens:
-            return (1,) * self.steps
-        return tuple(group_sizes(self.config.img_size, self.steps, self.config.stride))
+        return group_sizes(self.config.img_size, self.steps, self.config.stride)
 
     def one_by_one(self) -> Row:
         return dataclasses.replace(self, name=f"{self.name}, one by one", steps=self.config.num_tokens)
 
-
-def build_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add = parser.add_argument
-    add("--rows", nargs="+", help=f"published rows, or all: {', '.join(EVAL_RECIPES)}")
-    add("--model", choices=MODEL_SIZES, default="lpd_l", help="without --rows: size")
-    add("--img_size", type=int, default=256, help="without --rows: pixels")
-    add("--generation_steps", type=int, default=20, help="without --rows: decoding steps")
-    add("--cfg", type=float, default=4.0, help="without --rows: guidance scale; 1 decodes without the second half")
-    add("--pretrained_ckpt", type=Path, help="weights (default: random)")
-    add("--vqgan_path", type=Path, help="tokenizer (default: random weights of the published architecture)")
-    add("--batch_sizes", type=int, nargs="+", default=[1, 64], help="images per call")
-    add("--paths", nargs="+", choices=DECODE_PATHS, help="(default: plain compiled graph on a GPU, else plain auto)")
-    add("--pixels", choices=("both", "yes", "no"), default="both", help="with the VQ decoder, without, or both")
-    add(
-        "--one_by_one",
-        action="store_true",
-        help="one token at a time too: batch 1, codes only, a 50th of the runs",
-    )
-    add("--warmup", type=int, help=f"(default: {PUBLISHED_WARMUP} on a GPU, else 1)")
-    add("--runs", type=int, help=f"measured runs (default: {PUBLISHED_RUNS} on a GPU, else 5)")
-    add("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 (default: on a GPU)")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--threads", type=int, help="of the CPU (default: torch's)")
-    add(
-        "--startup", action="store_true", help="start-up of every row's auto path in new processes, cache cold and warm"
-    )
-    add("--profile", type=Path, help="folder for a table of the kernels of one call of each measured decoder")
-    add("--output", type=Path, help="JSON file for the results")
-    return parser
+    def random_model(self, device: torch.device) -> LPD:
+        torch.manual_seed(0)
+        with torch.device(device):
+            return LPD(self.config).eval()
 
 
-def choose_rows(args: argparse.Namespace) -> list[Row]:
-    if args.rows is None:
-        config = model_config(args.model, img_size=args.img_size)
-        return [
-            Row(f"{args.model}_{args.img_size}_steps{args.generation_steps}", config, args.generation_steps, args.cfg)
-        ]
-    names = list(EVAL_RECIPES) if args.rows == ["all"] else args.rows
-    if unknown := [name for name in names if name not in EVAL_RECIPES]:
-        raise UserError(f"there is no row {unknown[0]!r}; choose all or some of {', '.join(EVAL_RECIPES)}.")
-    rows = []
-    for name in names:
-        recipe = EVAL_RECIPES[name]
-        config = model_config(recipe["model"], img_size=recipe["img_size"])
-        rows.append(Row(name, config, recipe["generation_steps"], recipe["cfg"]))
-    return rows
+def choose_rows(config: BenchmarkConfig) -> list[Row]:
+    if config.rows is None:
+        name = f"{config.model}_{config.img_size}_steps{config.generation_steps}"
+        model = model_config(config.model, img_size=config.img_size)
+        return [Row(name, model, config.generation_steps, config.cfg)]
+    recipes = [(name, EVAL_RECIPES[name]) for name in (EVAL_RECIPES if "all" in config.rows else config.rows)]
+    return [
+        Row(name, model_config(row["model"], img_size=row["img_size"]), row["generation_steps"], row["cfg"])
+        for name, row in recipes
+    ]
 
 
 def measure_draw(device: torch.device, vocab_size: int, sampling: Sampling) -> dict[str, float]:
@@ -144,7 +153,7 @@ def measure_draw(device: torch.device, vocab_size: int, sampling: Sampling) -> d
 
 
 def random_tokenizer() -> VQModel:
-    """The published architecture. Fresh residual branches end in zeros, on which GPUs calculate faster."""
+    """The published architecture, without the zeros of new residual branches, on which GPUs calculate faster."""
     tokenizer = VQModel(VQConfig())
     for parameter in tokenizer.parameters():
         if not parameter.any():
@@ -165,19 +174,21 @@ def vq_decode_flops(tokenizer: VQModel, config: LPDConfig) -> int:
 class Benchmark:
     """Measures decoders on one device."""
 
-    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
-        self.args, self.device = args, device
+    def __init__(self, config: BenchmarkConfig, device: torch.device) -> None:
+        self.config, self.device = config, device
         self.environment, self.load_before = describe_environment(Dist(0, 1, device)), os.getloadavg()[0]
-        dtype = torch.bfloat16 if args.bf16 else torch.float32
+        dtype = torch.bfloat16 if config.bf16 else torch.float32
         self.limits = {"bytes_per_sec": copy_bytes(device), "flops_per_sec": matrix_product_flops(device, dtype)}
         self.results: list[dict[str, Any]] = []
         self.startup: list[dict[str, Any]] = []
         self.draw: dict[str, float] | None = None
+        tokenizer = random_tokenizer() if config.vqgan_path is None else load_tokenizer(config.vqgan_path)
+        self.tokenizer = tokenizer.to(device).eval()
 
     def output(self) -> dict[str, Any]:
         return {
             "environment": self.environment,
-            "bf16": self.args.bf16,
+            "bf16": self.config.bf16,
             "threads": torch.get_num_threads(),
             "load_before": self.load_before,
             "limits": self.limits,
@@ -187,35 +198,29 @@ class Benchmark:
         }
 
     def save(self) -> None:
-        if self.args.output is not None:
-            write_json(self.args.output, self.output())
+        if self.config.output is not None:
+            write_json(self.config.output, self.output())
 
-    def measure(self, row: Row, model: LPD, tokenizer: VQModel | None, batch_size: int, path: str, runs: int) -> None:
-        """Time one decoder; `first_call_sec` is from its making to its first images, in a process that may be warm."""
-        device, args = self.device, self.args
-        gc.collect()
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(device)
-        start = time.perf_counter()
-        decoder = Decoder(
-            model, row.group_sizes, Sampling(row.cfg), batch_size, tokenizer=tokenizer, path=path, bf16=args.bf16
-        )
-        measure_latency(decoder, 0, 1)
-        first_call_sec = time.perf_counter() - start
-        warmup = min(args.warmup, runs)
+    def measure_row(self, row: Row) -> None:
+        config = self.config
+        model = row.random_model(self.device)
+        for batch_size, path, pixels in itertools.product(config.batch_sizes, config.paths, (False, True)):
+            self.measure(row, model, pixels, batch_size, path, config.runs)
+        if config.one_by_one:
+            for path in config.paths:
+                self.measure(row.one_by_one(), model, False, 1, path, max(1, config.runs // 50))
+
+    def measure(self, row: Row, model: LPD, pixels: bool, batch_size: int, path: str, runs: int) -> None:
+        """Time one decoder, add it to the results and save them."""
+        decoder, first_call_sec = self.first_call(row, model, pixels, batch_size, path)
+        warmup = min(self.config.warmup, runs)
         latency = measure_latency(decoder, warmup, runs, progress=f"{row.name}, {path}, batch {batch_size}")
-        flops = batch_size * decoding_flops(row.config, row.group_sizes, row.cfg != 1.0)
-        if tokenizer is not None:
-            flops += batch_size * vq_decode_flops(tokenizer, row.config)
-        weights = sum(p.numel() for p in (*model.blocks.parameters(), *model.head.parameters()))
-        weight_bytes = weights * row.steps * WEIGHT_BYTES.get(decoder.path, 2 if args.bf16 else 4)
-        result: dict[str, Any] = {
+        result = {
             "row": row.name,
             "steps": row.steps,
             "batch_size": batch_size,
             "path": decoder.path,
-            "pixels": tokenizer is not None,
+            "pixels": pixels,
             "warmup": warmup,
             "runs": latency.runs,
             "median_ms": 1000 * latency.median_s,
@@ -223,28 +228,57 @@ class Benchmark:
             "p90_ms": 1000 * latency.p90_s,
             "images_per_sec": latency.images_per_sec,
             "first_call_sec": first_call_sec,
-            "weight_bytes_per_sec": weight_bytes / latency.median_s,
-            "weight_bytes_share": weight_bytes / latency.median_s / self.limits["bytes_per_sec"],
-            "flops_per_sec": flops / latency.median_s,
-            "flops_share": flops / latency.median_s / self.limits["flops_per_sec"],
+            **self.rates(row, model, decoder, latency.median_s),
+            **self.memory(),
         }
-        if device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(device)
-            result["peak_memory_gib"] = torch.cuda.max_memory_reserved(device) / 2**30
-            result["device_memory_gib"] = (total - free) / 2**30  # with graphs and libraries
-        else:
-            result["peak_memory_gib"] = (
-                resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-            )  # of the process so far
         if row.name in EXPECTED:
             published = EXPECTED[row.name]
             figures = {"latency_ms": 1000 * published.latency_s, "images_per_sec": published.images_per_sec}
             result["published_a100"] = figures
-        if args.profile is not None:
-            name = f"{row.name}_{decoder.path}_batch{batch_size}{'' if tokenizer else '_tokens'}.txt"
-            write_profile(decoder, args.profile / name.replace(", ", "_").replace(" ", "_"))
+        if self.config.profile is not None:
+            name = f"{row.name}_{decoder.path}_batch{batch_size}{'' if pixels else '_tokens'}.txt"
+            write_profile(decoder, self.config.profile / name.replace(", ", "_").replace(" ", "_"))
         self.results.append(result)
         self.save()
+
+    def first_call(self, row: Row, model: LPD, pixels: bool, batch_size: int, path: str) -> tuple[Decoder, float]:
+        """A decoder, and the seconds until it has given its first images, in a process that may be warm."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(self.device)
+        start = time.perf_counter()
+        tokenizer, bf16 = self.tokenizer if pixels else None, self.config.bf16
+        decoder = Decoder(
+            model, row.group_sizes, Sampling(row.cfg), batch_size, tokenizer=tokenizer, path=path, bf16=bf16
+        )
+        measure_latency(decoder, 0, 1)
+        return decoder, time.perf_counter() - start
+
+    def rates(self, row: Row, model: LPD, decoder: Decoder, seconds: float) -> dict[str, float]:
+        """Bytes of weights read and FLOPs per second of a call, and their shares of what the device can do."""
+        flops = decoding_flops(row.config, row.group_sizes, row.cfg != 1.0)
+        if decoder.tokenizer is not None:
+            flops += vq_decode_flops(self.tokenizer, row.config)
+        weights = sum(p.numel() for p in (*model.blocks.parameters(), *model.head.parameters()))
+        weight_bytes = weights * row.steps * WEIGHT_BYTES.get(decoder.path, 2 if self.config.bf16 else 4)
+        bytes_per_sec, flops_per_sec = weight_bytes / seconds, decoder.batch_size * flops / seconds
+        return {
+            "weight_bytes_per_sec": bytes_per_sec,
+            "weight_bytes_share": bytes_per_sec / self.limits["bytes_per_sec"],
+            "flops_per_sec": flops_per_sec,
+            "flops_share": flops_per_sec / self.limits["flops_per_sec"],
+        }
+
+    def memory(self) -> dict[str, float]:
+        if self.device.type != "cuda":  # of the process so far
+            return {"peak_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+        free, total = torch.cuda.mem_get_info(self.device)
+        peak = torch.cuda.max_memory_reserved(self.device)
+        return {
+            "peak_memory_gib": peak / 2**30,
+            "device_memory_gib": (total - free) / 2**30,  # with graphs and libraries
+        }
 
 
 def write_profile(decoder: Decoder, path: Path) -> None:
@@ -259,22 +293,15 @@ def write_profile(decoder: Decoder, path: Path) -> None:
     path.write_text(profile.key_averages().table(sort_by=f"self_{kind}_time_total", row_limit=40))
 
 
-def measure_startup(row: Row, args: argparse.Namespace) -> dict[str, Any]:
-    """Seconds to the first images in two new processes that share an empty compile cache."""
-    command = [sys.executable, "-m", "scripts.benchmark_latency", "--warmup", "0", "--runs", "1", "--paths", "auto"]
-    command += ["--device", args.device, "--bf16" if args.bf16 else "--no-bf16", "--batch_sizes", "1"]
-    command += ["--pixels", "yes"]
-    if args.rows is not None:
-        command += ["--rows", row.name]
-    else:
-        command += ["--model", args.model, "--img_size", str(args.img_size), "--cfg", str(args.cfg)]
-        command += ["--generation_steps", str(args.generation_steps)]
+def measure_startup(row: Row) -> dict[str, Any]:
+    """Seconds to the first images of the auto path in two new processes that share an empty compile cache."""
+    command = [sys.executable, "-m", "scripts.benchmark_latency", *sys.argv[1:], "--first_call_of", row.name]
     with tempfile.TemporaryDirectory() as cache:
         places = {"TORCHINDUCTOR_CACHE_DIR": cache, "TRITON_CACHE_DIR": f"{cache}/triton"}
         seconds = []
         for _ in range(2):
             child = subprocess.run(command, env=os.environ | places, check=True, stdout=subprocess.PIPE, text=True)
-            seconds.append(json.loads(child.stdout.splitlines()[-1])["results"][0]["first_call_sec"])
+            seconds.append(float(child.stdout.splitlines()[-1]))
     return {"row": row.name, "cold_sec": seconds[0], "warm_sec": seconds[1]}
 
 
@@ -293,48 +320,30 @@ def print_table(results: list[dict[str, Any]]) -> None:
 
 
 def main() -> None:
-    args = build_parser().parse_args()
+    parser = Parser(prog="python -m scripts.benchmark_latency", description=__doc__)
+    parser.add_config(BenchmarkConfig)
+    parser.add_argument("--first_call_of", help=argparse.SUPPRESS)  # in the processes of --startup
+    args = parser.parse_args()
     device = resolve_device(args.device)
-    cuda = device.type == "cuda"
-    args.bf16 = cuda if args.bf16 is None else args.bf16
-    args.warmup = (PUBLISHED_WARMUP if cuda else 1) if args.warmup is None else args.warmup
-    args.runs = (PUBLISHED_RUNS if cuda else 5) if args.runs is None else args.runs
-    args.paths = args.paths or (["plain", "compiled", "graph"] if cuda else ["plain", "auto"])
-    if args.runs < 1 or args.warmup < 0 or min(args.batch_sizes) < 1:
-        raise UserError("--runs and --batch_sizes must be at least 1, --warmup at least 0.")
-    if args.threads is not None:
-        if args.threads < 1:
-            raise UserError(f"--threads is {args.threads}; it must be at least 1.")
-        torch.set_num_threads(args.threads)
-    rows = choose_rows(args)
-    if args.pretrained_ckpt is not None and len(rows) > 1:
-        raise UserError("--pretrained_ckpt is of one model; measure one of --rows with it.")
-    for path in args.paths:
-        resolve_path(path, device, torch.float32, args.bf16)
-    if cuda:
+    config = from_args(BenchmarkConfig, args).for_device(device)
+    rows = choose_rows(config)
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
     torch.manual_seed(0)
-    tokenizer = random_tokenizer() if args.vqgan_path is None else load_tokenizer(args.vqgan_path)
-    tokenizer = tokenizer.to(device).eval()
-    benchmark = Benchmark(args, device)
-    with_pixels = {"both": (False, True), "yes": (True,), "no": (False,)}[args.pixels]
+    benchmark = Benchmark(config, device)
+    if args.first_call_of is not None:
+        row = next(row for row in rows if row.name == args.first_call_of)
+        print(benchmark.first_call(row, row.random_model(device), True, 1, "auto")[1])
+        return
     for row in rows:
-        torch.manual_seed(0)
-        with torch.device(device):
-            model = LPD(row.config).eval()
-        if args.pretrained_ckpt is not None:
-            load_weights(model, load_checkpoint(args.pretrained_ckpt)["model"], str(args.pretrained_ckpt))
-        for batch_size, path, pixels in itertools.product(args.batch_sizes, args.paths, with_pixels):
-            benchmark.measure(row, model, tokenizer if pixels else None, batch_size, path, args.runs)
-        if args.one_by_one:
-            for path in args.paths:
-                benchmark.measure(row.one_by_one(), model, None, 1, path, max(1, args.runs // 50))
-        del model
-        if args.startup:
-            benchmark.startup.append(measure_startup(row, args))
+        benchmark.measure_row(row)
+        if config.startup:
+            benchmark.startup.append(measure_startup(row))
             benchmark.save()
     # Last, so that what it compiles does not shorten a start-up that is measured.
-    benchmark.draw = measure_draw(device, tokenizer.config.codebook_size, Sampling(cfg=2.0))
+    benchmark.draw = measure_draw(device, benchmark.tokenizer.config.codebook_size, Sampling(cfg=2.0))
     print_table(benchmark.results)
     benchmark.save()
     print(json.dumps(benchmark.output()))

@@ -1,16 +1,15 @@
-"""How fast a model trains in one process: a plain loop against the training step, and that fed from a cache of codes.
+"""How fast a model trains in one process: a plain loop, the training step, and that step fed from a code cache.
 
     python -m scripts.benchmark_train --model lpd_l --batch_size 64 --output RESULTS.json
     python -m scripts.benchmark_train --model lpd_debug --img_size 64 --batch_size 4 --device cpu
 
-Codes are random, schedules and orders those of training. Share of peak: FLOPs to train on an image, 3 × forward, with
-attention counted by the pairs of rows that see each other (models/flops.py), times images/s, divided by the FLOP/s of a
-large matrix product in the same dtype and run. Prints a table and, as the last line, everything as JSON.
+Codes are random; group sizes and orders are drawn as in training. Share of peak: FLOPs to train on an image, 3 ×
+forward, with attention counted by the pairs of rows that see each other (models/flops.py), times images/s, divided by
+the FLOP/s of a large matrix product in the same dtype and run. Prints a table, and all of it as JSON in the last line.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import gc
 import json
@@ -20,6 +19,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +28,61 @@ import torch
 import torch.nn.functional as F
 
 from engine.evaluation.outputs import describe_environment
+from engine.training.config import ATTENTIONS, TrainConfig
 from engine.training.optim import build_adamw
-from engine.training.step import ATTENTIONS, Part, TrainStep, choose_attention, draw_samples, mirrored_codes
+from engine.training.step import Part, TrainStep, choose_attention, draw_samples, mirrored_codes
 from models import MODEL_SIZES, model_config
 from models.flops import training_flops
 from models.lpd import LPD, LPDConfig
 from orders import published_group_sizes
 from scripts.device_limits import Marks, matrix_product_flops
-from util.cli import HelpFormatter, exit_on_user_error
+from util.cli import Parser, exit_on_user_error, from_args
+from util.config import check, record, setting
 from util.data.codes import CODES, CODES_FLIP, HEADER, LABELS, CacheHeader, open_codes
 from util.data.loading import load_batches
 from util.data.sampler import GlobalBatchSampler
 from util.dist import Dist, resolve_device
-from util.errors import UserError
 from util.files import write_json
 
 LR, CLIP, LABEL_DROP = 1e-4, 3.0, 0.1
 # (parts of a step, group sizes, learning rate) → (loss, gradient norm), as TrainStep.
 Step = Callable[..., tuple[torch.Tensor, torch.Tensor]]
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """What to measure. bf16 and compile follow the device by default (:meth:`for_device`)."""
+
+    model: str = setting("lpd_l", "size", choices=tuple(MODEL_SIZES))
+    img_size: int = setting(256, "pixels")
+    batch_size: int = setting(64, "images per step", at_least=1)
+    steps: int = setting(50, "measured steps", at_least=1)
+    warmup: int = setting(10, "steps before; at least one of every schedule", at_least=0)
+    bf16: bool = setting(None, "bfloat16 autocast (default: on a GPU)")
+    grad_checkpointing: bool = setting(False, "recompute activations in the backward pass")
+    attention: str = setting("auto", "of the fast rows", choices=ATTENTIONS)
+    compile: bool = setting(None, "of the fast rows (default: on a GPU)")
+    cache_images: int = setting(50_000, "size of the random cache", at_least=1)
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
+    output: Path | None = setting(None, "JSON file for the results")
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def for_device(self, device: torch.device) -> BenchmarkConfig:
+        """Without None, and with the attention that the device has. UserError where it lacks the one asked for."""
+        cuda = device.type == "cuda"
+        return dataclasses.replace(
+            self,
+            bf16=cuda if self.bf16 is None else self.bf16,
+            compile=cuda if self.compile is None else self.compile,
+            attention=choose_attention(self.attention, self.lpd_config(), device),
+        )
+
+    def lpd_config(self) -> LPDConfig:
+        return model_config(
+            self.model, img_size=self.img_size, proj_dropout=0.1, grad_checkpointing=self.grad_checkpointing
+        )
 
 
 class PlainStep:
@@ -87,20 +124,19 @@ def write_random_cache(cache: Path, config: LPDConfig, num_images: int) -> None:
 class Benchmark:
     """One model, batch and device; each row measures another way to train it from the same first weights."""
 
-    def __init__(self, args: argparse.Namespace, device: torch.device) -> None:
-        self.args, self.device = args, device
-        self.config = model_config(
-            args.model, img_size=args.img_size, proj_dropout=0.1, grad_checkpointing=args.grad_checkpointing
-        )
-        self.schedules = published_group_sizes(self.config.img_size, self.config.stride)
+    def __init__(self, config: BenchmarkConfig, device: torch.device) -> None:
+        self.config, self.device, self.lpd = config, device, config.lpd_config()
+        self.environment, self.load_before = describe_environment(Dist(0, 1, device)), os.getloadavg()[0]
+        self.schedules = published_group_sizes(self.lpd.img_size, self.lpd.stride)
         # Every schedule once, so that masks and kernels are made before the clock starts.
-        self.warmup = max(args.warmup, len(self.schedules))
-        self.flops_per_image = training_flops(self.config)
-        self.peak = matrix_product_flops(device, torch.bfloat16 if args.bf16 else torch.float32)
+        self.warmup = max(config.warmup, len(self.schedules))
+        self.flops_per_image = training_flops(self.lpd)
+        self.peak = matrix_product_flops(device, torch.bfloat16 if config.bf16 else torch.float32)
+        self.rows: list[dict[str, Any]] = []
 
     def resident_batches(self) -> Iterator[list[torch.Tensor]]:
         """The same random codes again and again, on the device already: no data to wait for."""
-        size, config = (self.args.batch_size, self.config.num_tokens), self.config
+        size, config = (self.config.batch_size, self.lpd.num_tokens), self.lpd
         codes = [torch.randint(config.vocab_size, size, device=self.device) for _ in range(2)]
         labels = torch.randint(config.class_num, size[:1], device=self.device)
         while True:
@@ -108,24 +144,24 @@ class Benchmark:
 
     def cached_batches(self, cache: Path) -> Iterator[list[torch.Tensor]]:
         """Through the loader of training."""
-        dataset = open_codes(cache, vocab_size=self.config.vocab_size)
-        sampler = GlobalBatchSampler(len(dataset), self.args.batch_size, 0, 1, seed=0)
+        dataset = open_codes(cache, vocab_size=self.lpd.vocab_size)
+        sampler = GlobalBatchSampler(len(dataset), self.config.batch_size, 0, 1, seed=0)
         return load_batches(dataset, sampler, 0, self.device)
 
     def parts(self, step: int, batch: list[torch.Tensor]) -> Iterator[Part]:
         *data, labels = batch
         rows = range(len(labels))
-        orders, flip, label_drop = draw_samples(0, step, rows, self.config.num_tokens, 0.5, LABEL_DROP, self.device)
+        orders, flip, label_drop = draw_samples(0, step, rows, self.lpd.num_tokens, 0.5, LABEL_DROP, self.device)
         yield mirrored_codes(data, flip, None), labels, orders, label_drop
 
-    def measure(self, name: str, build: Callable[[LPD], Step], batches: Iterator[list[torch.Tensor]]) -> dict[str, Any]:
-        """A row of the table, or why there is none; prints it."""
+    def measure(self, name: str, build: Callable[[LPD], Step], batches: Iterator[list[torch.Tensor]]) -> None:
+        """Add a row to the table, or why there is none, and print it."""
         torch.manual_seed(0)
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
         row: dict[str, Any] = {"name": name}
         try:
-            row |= self._steps(build(LPD(self.config).to(self.device)), batches)
+            row |= self._steps(build(LPD(self.lpd).to(self.device)), batches)
         except torch.cuda.OutOfMemoryError:
             row["failed"] = "out of memory"
         gc.collect()
@@ -134,11 +170,11 @@ class Benchmark:
             torch.cuda.empty_cache()
         texts = (f"{key} {value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items())
         print(", ".join(texts), flush=True)
-        return row
+        self.rows.append(row)
 
     def _steps(self, step: Step, batches: Iterator[list[torch.Tensor]]) -> dict[str, Any]:
         marks, waited, start = Marks(self.device), 0.0, time.perf_counter()
-        for index in range(self.warmup + self.args.steps):
+        for index in range(self.warmup + self.config.steps):
             if index == self.warmup:
                 if self.device.type == "cuda":
                     torch.cuda.synchronize()
@@ -153,7 +189,7 @@ class Benchmark:
                 marks.mark()
         seconds = marks.seconds()
         total = time.perf_counter() - start
-        images_per_sec = self.args.batch_size * self.args.steps / total
+        images_per_sec = self.config.batch_size * self.config.steps / total
         return {
             "images_per_sec": images_per_sec,
             "peak_share": images_per_sec * self.flops_per_image / self.peak,
@@ -165,72 +201,49 @@ class Benchmark:
             "last_loss": loss.item(),
         }
 
+    def measure_all(self) -> None:
+        config, dist = self.config, Dist(0, 1, self.device)
+        train = TrainConfig(grad_clip=CLIP, bf16=config.bf16, attention=config.attention, compile=config.compile)
+
+        def fast(model: LPD) -> TrainStep:
+            return TrainStep(model, train, dist)
+
+        self.measure("plain", lambda model: PlainStep(model, config.bf16), self.resident_batches())
+        self.measure("fast", fast, self.resident_batches())
+        with tempfile.TemporaryDirectory() as folder:
+            write_random_cache(Path(folder), self.lpd, config.cache_images)
+            self.measure("fast, from a cache", fast, self.cached_batches(Path(folder)))
+
+    def output(self) -> dict[str, Any]:
+        return {
+            "benchmark": "train",
+            **record(self.config),
+            "dtype": "bfloat16 autocast" if self.config.bf16 else "float32",
+            "gflop_per_image": self.flops_per_image / 1e9,
+            "matrix_product_tflops": self.peak / 1e12,
+            "rows": self.rows,
+            "environment": self.environment,
+            "cpu_cores": len(os.sched_getaffinity(0)),
+            "threads": torch.get_num_threads(),
+            "load_before": self.load_before,
+            "load_after": os.getloadavg()[0],
+            "peak_host_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        }
+
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    add = parser.add_argument
-    add("--model", choices=MODEL_SIZES, default="lpd_l", help="size")
-    add("--img_size", type=int, default=256, help="pixels")
-    add("--batch_size", type=int, default=64, help="images per step")
-    add("--steps", type=int, default=50, help="measured steps")
-    add("--warmup", type=int, default=10, help="steps before; at least one of every schedule")
-    add("--bf16", action=argparse.BooleanOptionalAction, help="bfloat16 autocast (default: on a GPU)")
-    add("--grad_checkpointing", action="store_true", help="recompute activations in the backward pass")
-    add("--attention", choices=ATTENTIONS, default="auto", help="of the fast rows")
-    add("--compile", action=argparse.BooleanOptionalAction, help="of the fast rows (default: on a GPU)")
-    add("--no_plain", action="store_true", help="leave out the plain loop")
-    add("--cache_images", type=int, default=50_000, help="size of the random cache")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    add("--output", type=Path, help="JSON file for the results")
+    parser = Parser(prog="python -m scripts.benchmark_train", description=__doc__)
+    parser.add_config(BenchmarkConfig)
     args = parser.parse_args()
-    for name in ("batch_size", "steps", "cache_images"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name} {getattr(args, name)} must be at least 1.")
-    if args.warmup < 0:
-        raise UserError(f"--warmup {args.warmup} must not be negative.")
     device = resolve_device(args.device)
-    args.bf16 = device.type == "cuda" if args.bf16 is None else args.bf16
-    args.compile = device.type == "cuda" if args.compile is None else args.compile
-    dist = Dist(0, 1, device)
+    config = from_args(BenchmarkConfig, args).for_device(device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    environment = describe_environment(dist)
-    benchmark = Benchmark(args, device)
-    attention = choose_attention(args.attention, benchmark.config, device)
-    load_before = os.getloadavg()[0]
-
-    def fast(model: LPD) -> TrainStep:
-        return TrainStep(model, dist, grad_clip=CLIP, bf16=args.bf16, attention=attention, compiled=args.compile)
-
-    rows = []
-    if not args.no_plain:
-        rows.append(benchmark.measure("plain", lambda model: PlainStep(model, args.bf16), benchmark.resident_batches()))
-    rows.append(benchmark.measure("fast", fast, benchmark.resident_batches()))
-    with tempfile.TemporaryDirectory() as folder:
-        write_random_cache(Path(folder), benchmark.config, args.cache_images)
-        rows.append(benchmark.measure("fast, from a cache", fast, benchmark.cached_batches(Path(folder))))
-    result = {
-        "benchmark": "train",
-        "model": args.model,
-        "img_size": args.img_size,
-        "batch_size": args.batch_size,
-        "steps": args.steps,
-        "dtype": "bfloat16 autocast" if args.bf16 else "float32",
-        "attention": attention,
-        "compile": args.compile,
-        "grad_checkpointing": args.grad_checkpointing,
-        "gflop_per_image": benchmark.flops_per_image / 1e9,
-        "matrix_product_tflops": benchmark.peak / 1e12,
-        "rows": rows,
-        "environment": environment,
-        "cpu_cores": len(os.sched_getaffinity(0)),
-        "threads": torch.get_num_threads(),
-        "load_before": load_before,
-        "load_after": os.getloadavg()[0],
-        "peak_host_memory_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
-    }
-    if args.output is not None:
-        write_json(args.output, result)
+    benchmark = Benchmark(config, device)
+    benchmark.measure_all()
+    result = benchmark.output()
+    if config.output is not None:
+        write_json(config.output, result)
     print(json.dumps(result))
 
 

@@ -10,7 +10,7 @@ import torch
 
 
 class Marks:
-    """Moments on the device's clock, taken without waiting for it."""
+    """Moments on the clock of the device; taking one does not wait for the device."""
 
     def __init__(self, device: torch.device) -> None:
         self.cuda = device.type == "cuda"

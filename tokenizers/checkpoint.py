@@ -8,7 +8,6 @@ released size is assumed. Files are read without running code from them.
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 
 from tokenizers.vq_model import VQConfig, VQModel
 from util.checkpoint import load_checkpoint
+from util.config import record
 from util.errors import UserError
 from util.files import atomic_write
 
@@ -49,10 +49,10 @@ def load_tokenizer(path: str | Path, device: str | torch.device = "cpu") -> VQMo
 
 
 def save_tokenizer(model: VQModel, path: str | Path) -> None:
-    """Write ``model`` and its config to a ``.pt`` or ``.safetensors`` file that is whole or absent."""
+    """Write ``model`` and its configuration to a ``.pt`` or ``.safetensors`` file, atomically."""
     path = Path(path)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    config = {**asdict(model.config), "multipliers": list(model.config.multipliers)}
+    config = record(model.config)
     with atomic_write(path) as file:
         if path.suffix == ".safetensors":
             file.write(safetensors.torch.save(state, metadata={"config": json.dumps(config)}))
@@ -74,7 +74,7 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
             config = (file.metadata() or {}).get("config")
             return {name: file.get_tensor(name) for name in file.keys()}, json.loads(config or "null")  # noqa: SIM118
     except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"tokenizer file {str(path)!r} is damaged or no safetensors file; {RELEASED}.") from error
+        raise UserError(f"tokenizer file {str(path)!r} is damaged or not a safetensors file; {RELEASED}.") from error
 
 
 def _parse_config(raw: Any, path: Path) -> VQConfig:

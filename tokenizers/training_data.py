@@ -1,4 +1,4 @@
-"""What the training of a tokenizer reads: its two parts, and shuffled batches from any step on."""
+"""What the training of a tokenizer reads: training and held-out images, and shuffled batches from any step on."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ _HELD_OUT_MAX = 2000  # images
 
 
 def split(dataset: Images, held_out: float, seed: int) -> tuple[Subset, Subset]:
-    """Training and held-out part, drawn by the seed. UserError for fewer than two images."""
+    """Training and held-out images, drawn by the seed. UserError for fewer than two images."""
     count = len(dataset)
     if count < 2:
-        raise UserError(f"{count} image(s) are too few: one part trains the tokenizer and another measures it.")
+        raise UserError(f"{count} image(s) are too few: some train the tokenizer and others measure it.")
     kept = held_out_count(count, held_out)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     return Subset(dataset, order[kept:]), Subset(dataset, order[:kept])  # type: ignore[arg-type]

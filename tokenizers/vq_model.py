@@ -20,8 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from util.config import setting
 from util.errors import UserError
 
+# Usual widths of the resolution levels in multiples of the base width, fine to coarse, by stride.
+MULTIPLIERS = {1: (1,), 2: (1, 2), 4: (1, 2, 4), 8: (1, 2, 2, 4), 16: (1, 1, 2, 2, 4)}
 _MAX_SCORES = 2**26  # similarities held at once by the nearest-entry search: 256 MiB in float32
 _CODEBOOK_USED_SIZE = 65536  # length of the buffer in the released file
 
@@ -30,17 +33,21 @@ _CODEBOOK_USED_SIZE = 65536  # length of the buffer in the released file
 class VQConfig:
     """Size of a tokenizer; the defaults are the released ``vq_ds16_c2i``.
 
-    ``multipliers`` gives the width of each resolution level as a multiple of ``base_width``; each level but the last
-    halves the picture, so the stride is ``2 ** (len(multipliers) - 1)``. The decoder has one residual block per level
-    more than ``res_blocks``. Raises UserError for values no tokenizer can be built from.
+    Each resolution level but the last halves the picture, so the stride is ``2 ** (len(multipliers) - 1)``. Raises
+    UserError for values that no tokenizer can be built from.
     """
 
-    base_width: int = 128
-    multipliers: tuple[int, ...] = (1, 1, 2, 2, 4)
-    res_blocks: int = 2
-    z_channels: int = 256
-    codebook_size: int = 16384
-    code_dim: int = 8
+    base_width: int = setting(128, "channels at full resolution")
+    multipliers: tuple[int, ...] = setting(
+        MULTIPLIERS[16],
+        "width of each resolution, fine to coarse, in multiples of the base width (default: by stride, "
+        + ", ".join(f"{stride}: {' '.join(map(str, values))}" for stride, values in MULTIPLIERS.items())
+        + ")",
+    )
+    res_blocks: int = setting(2, "residual blocks per resolution (decoder: one more)")
+    z_channels: int = setting(256, "channels next to the codebook")
+    codebook_size: int = setting(16384, "number of codes")
+    code_dim: int = setting(8, "numbers per code")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
@@ -87,15 +94,15 @@ class VQModel(nn.Module):
     def encode(self, images: Tensor) -> Tensor:
         """Square images (B, 3, H, H), floating point in [-1, 1] → code indices (B, L) int64 in raster order.
 
-        Raises UserError for another shape, or a side that is no multiple of the stride.
+        Raises UserError for another shape, or a side that is not a multiple of the stride.
         """
         return self.quantize.nearest(self.features(images))
 
     def decode(self, indices: Tensor) -> Tensor:
         """Code indices (B, L) in [0, V), L a square number → images (B, 3, H, H), about [-1, 1] but not clipped.
 
-        Raises UserError for a shape that is no square grid. The range is the caller's duty: checking it would read a
-        value back from the GPU.
+        Raises UserError for a shape that is not a square grid. The caller must see to the range: checking it here would
+        read a value back from the GPU.
         """
         if indices.ndim != 2 or indices.is_floating_point() or math.isqrt(indices.shape[1]) ** 2 != indices.shape[1]:
             raise UserError(
@@ -121,8 +128,7 @@ class VQModel(nn.Module):
         side = math.isqrt(features.shape[1])
         weight = self.post_quant_conv.weight
         grid = features.to(weight.dtype).transpose(1, 2).unflatten(2, (side, side))
-        images: Tensor = self.decoder(self.post_quant_conv(grid))
-        return images
+        return self.decoder(self.post_quant_conv(grid))
 
 
 class Codebook(nn.Module):
@@ -168,13 +174,7 @@ class Encoder(nn.Module):
         coarsest = len(widths) - 1
         self.conv_in = nn.Conv2d(3, config.base_width, 3, padding=1)
         self.conv_blocks = nn.ModuleList(
-            Level(
-                width_in,
-                width_out,
-                config.res_blocks,
-                attention=level == coarsest,
-                downsample=level < coarsest,
-            )
+            Level(width_in, width_out, config.res_blocks, attention=level == coarsest, downsample=level < coarsest)
             for level, (width_in, width_out) in enumerate(zip([config.base_width, *widths], widths, strict=False))
         )
         self.mid = _middle(widths[-1])
@@ -185,8 +185,7 @@ class Encoder(nn.Module):
         x = self.conv_in(x)
         for block in [*self.conv_blocks, *self.mid]:
             x = block(x)
-        x = self.conv_out(F.silu(self.norm_out(x)))
-        return x
+        return self.conv_out(F.silu(self.norm_out(x)))
 
 
 class Decoder(nn.Module):
@@ -199,13 +198,7 @@ class Decoder(nn.Module):
         self.conv_in = nn.Conv2d(config.z_channels, widths[0], 3, padding=1)
         self.mid = _middle(widths[0])
         self.conv_blocks = nn.ModuleList(
-            Level(
-                width_in,
-                width_out,
-                config.res_blocks + 1,
-                attention=level == 0,
-                upsample=level < finest,
-            )
+            Level(width_in, width_out, config.res_blocks + 1, attention=level == 0, upsample=level < finest)
             for level, (width_in, width_out) in enumerate(zip([widths[0], *widths], widths, strict=False))
         )
         self.norm_out = _norm(widths[-1])
@@ -215,8 +208,7 @@ class Decoder(nn.Module):
         x = self.conv_in(x)
         for block in [*self.mid, *self.conv_blocks]:
             x = block(x)
-        x = self.conv_out(F.silu(self.norm_out(x)))
-        return x
+        return self.conv_out(F.silu(self.norm_out(x)))
 
 
 class Level(nn.Module):
@@ -293,8 +285,7 @@ class Downsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, stride=2)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(F.pad(x, (0, 1, 0, 1)))
-        return x
+        return self.conv(F.pad(x, (0, 1, 0, 1)))
 
 
 class Upsample(nn.Module):
@@ -305,8 +296,7 @@ class Upsample(nn.Module):
         self.conv = nn.Conv2d(width, width, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-        return x
+        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
 
 
 @contextlib.contextmanager

@@ -1,18 +1,18 @@
 """Checkpoints: plain data, written atomically, read without running code from the file.
 
-A `.pth` holds a dict with `model` (state dict) and, for training, `optimizer`, `step`, `epoch`, `config` (the model's
-configuration) and `args` (the run's record). In the published files `args` is an `argparse.Namespace`.
+A `.pth` holds a dict with `model` (state dict) and, for training, `optimizer`, `model_ema` (if there is one), `step`,
+`epoch`, `config` (the model's configuration) and `args` (the run's record). In the published files `args` is an
+`argparse.Namespace`. A model to share is a folder with a `model.safetensors` and a `config.json`.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
-import os
 import pickle
 import re
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,27 +20,18 @@ import safetensors.torch
 import torch
 
 from util.errors import UserError
-from util.exported import read_config
 from util.files import atomic_write, write_json
 
 logger = logging.getLogger(__name__)
 
 LAST = "checkpoint-last.pth"
+TENSORS = ("model", "model_ema", "optimizer")  # keys of a checkpoint whose values are or hold tensors
+EXPORTED_MODEL, EXPORTED_CONFIG = "model.safetensors", "config.json"
+EXPORT_FORMAT = {"format": "lpd", "format_version": 1}  # in the config.json
 
 
-def _holds_tensors(value: Any) -> bool:
-    if isinstance(value, dict):
-        return any(map(_holds_tensors, value.values()))
-    return isinstance(value, torch.Tensor)
-
-
-def save_checkpoint(
-    path: str | Path, payload: dict[str, Any], before_replace: Callable[[], None] | None = None
-) -> None:
-    """Write `payload` atomically, and beside it, as `<name>.json`, the part that needs no torch to read.
-
-    Args:
-        before_replace: called when the new file is complete, just before it takes the place of the old one.
+def save_checkpoint(path: str | Path, payload: dict[str, Any]) -> None:
+    """Write `payload` atomically, and what is readable without torch to `<name>.json`.
 
     Raises:
         OSError: if it can't be written; the old file is kept.
@@ -53,18 +44,13 @@ def save_checkpoint(
             if isinstance(error.__context__, OSError):  # a full disk, hidden behind "unexpected pos"
                 raise error.__context__ from None
             raise
-        if before_replace is not None:
-            file.flush()
-            os.fsync(file.fileno())
-            before_replace()
-    readable = {k: v for k, v in payload.items() if k not in ("model", "optimizer") and not _holds_tensors(v)}
-    write_json(path.with_suffix(".json"), readable)
+    write_json(path.with_suffix(".json"), {key: value for key, value in payload.items() if key not in TENSORS})
 
 
 def load_checkpoint(path: str | Path) -> dict[str, Any]:
     """Read a `.pth` or `.safetensors` file; a bare state dict comes back under the key `model`.
 
-    The result of a `model.safetensors` includes what the `config.json` beside it says (:mod:`util.exported`).
+    An exported model's has `config`, `classes` and `tokenizer_sha256` as well, from the `config.json` in its folder.
 
     Raises:
         UserError: if the file is missing, damaged, or holds something else than plain data and tensors.
@@ -89,7 +75,7 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     state = payload["model"]
     if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"checkpoint {path} holds no state dict, neither under the key 'model' nor by itself.")
-    return payload | read_config(path)
+    return payload | _read_exported_config(path)
 
 
 def _read(path: Path) -> Any:
@@ -101,6 +87,28 @@ def _read(path: Path) -> Any:
                 raise zipfile.BadZipFile(f"the check sum of {damaged} differs")
     with torch.serialization.safe_globals([argparse.Namespace]):
         return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def _read_exported_config(weights: Path) -> dict[str, Any]:
+    """What the `config.json` of an exported model says; nothing for other files, or if it is another project's."""
+    path = weights.with_name(EXPORTED_CONFIG)
+    if weights.name != EXPORTED_MODEL or not path.is_file():
+        return {}
+    try:
+        values = json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: not JSON ({error}).") from None
+    if not isinstance(values, dict) or values.get("format") != EXPORT_FORMAT["format"]:
+        return {}
+    version, known = values.get("format_version"), EXPORT_FORMAT["format_version"]
+    if version != known:
+        raise UserError(f"{path} has format version {version}; this code reads version {known}.")
+    config, classes, tokenizer = (values.get(key) for key in ("config", "classes", "tokenizer_sha256"))
+    numbers = isinstance(config, dict) and all(isinstance(value, int | float) for value in config.values())
+    names = classes is None or (isinstance(classes, list) and all(isinstance(name, str) for name in classes))
+    if not numbers or not names or not isinstance(tokenizer, str | None):
+        raise UserError(f"{path} does not describe a model: 'config', 'classes' or 'tokenizer_sha256' is damaged.")
+    return {"config": config, "classes": classes, "tokenizer_sha256": tokenizer}
 
 
 def saved_step(path: Path) -> int | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field
 from pathlib import Path
 from types import NoneType
@@ -72,30 +72,33 @@ def value_type(config: Any, field: Field[Any]) -> tuple[type, bool]:
 
 
 def check(config: Any, prefix: str = "--") -> None:
-    """Raise UserError for the first setting out of its range. For ``__post_init__``.
+    """Raise UserError for the first setting, or element of one, out of its range. For ``__post_init__``.
 
     Args:
         prefix: what stands before the name in messages: "" where the configuration belongs to a library.
     """
     for field in settings_of(config):
-        value, given = getattr(config, field.name), field.metadata
-        if value is None:
-            continue
-        name = f"{prefix}{field.name}"
-        if given["choices"] and value not in given["choices"]:
-            raise UserError(f"{name} is {value!r}; choose one of {', '.join(given['choices'])}.")
-        limits = {words: limit for words, limit in given["limits"].items() if limit is not None}
-        within = {
-            "at least": lambda limit, value=value: value >= limit,
-            "above": lambda limit, value=value: value > limit,
-            "at most": lambda limit, value=value: value <= limit,
-            "below": lambda limit, value=value: value < limit,
-        }
-        infinite = isinstance(value, float) and not math.isfinite(value)
-        if infinite or not all(within[words](limit) for words, limit in limits.items()):
-            wanted = " and ".join(f"{words} {_figure(limit)}" for words, limit in limits.items()) or "a finite number"
-            note = f" ({given['note']})" if given["note"] else ""
-            raise UserError(f"{name} is {value}; it must be {wanted}{note}.")
+        value = getattr(config, field.name)
+        for one in value if isinstance(value, tuple) else (value,):
+            if one is not None:
+                _check_value(f"{prefix}{field.name}", one, field.metadata)
+
+
+def _check_value(name: str, value: Any, given: Mapping[str, Any]) -> None:
+    if given["choices"] and value not in given["choices"]:
+        raise UserError(f"{name} is {value!r}; choose one of {', '.join(given['choices'])}.")
+    limits = {words: limit for words, limit in given["limits"].items() if limit is not None}
+    within = {
+        "at least": lambda limit: value >= limit,
+        "above": lambda limit: value > limit,
+        "at most": lambda limit: value <= limit,
+        "below": lambda limit: value < limit,
+    }
+    infinite = isinstance(value, float) and not math.isfinite(value)
+    if infinite or not all(within[words](limit) for words, limit in limits.items()):
+        wanted = " and ".join(f"{words} {_figure(limit)}" for words, limit in limits.items()) or "a finite number"
+        note = f" ({given['note']})" if given["note"] else ""
+        raise UserError(f"{name} is {value}; it must be {wanted}{note}.")
 
 
 def _figure(limit: float) -> str:

@@ -25,10 +25,8 @@ def to_uint8(images: Tensor) -> Tensor:
     return scaled.clamp(0, 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def to_float(images: Tensor | Image.Image) -> Tensor:
-    """uint8 (N, H, W, 3), or one PIL image as a batch of one → float32 (N, 3, H, W) in [-1, 1]."""
-    if isinstance(images, Image.Image):
-        images = torch.from_numpy(np.array(images.convert("RGB")))[None]
+def to_float(images: Tensor) -> Tensor:
+    """uint8 (N, H, W, 3) → float32 (N, 3, H, W) in [-1, 1]."""
     return images.permute(0, 3, 1, 2).contiguous().float() / 127.5 - 1
 
 
@@ -60,42 +58,33 @@ def image_grid(
     """
     pixels = np.asarray(images)
     if columns < 1 or len(pixels) == 0:
-        raise UserError(f"A grid of {len(pixels)} images in {columns} columns can't be drawn; both must be at least 1.")
+        raise UserError(f"a grid of {len(pixels)} images in {columns} columns cannot be drawn; give at least 1.")
     rows = -(-len(pixels) // columns)
-    for name, texts, count in (
-        ("labels", labels, len(pixels)),
-        ("row titles", row_titles, rows),
-    ):
+    for name, texts, count in (("labels", labels, len(pixels)), ("row titles", row_titles, rows)):
         if texts is not None and len(texts) != count:
-            raise UserError(f"The grid got {len(texts)} {name} and needs {count}.")
+            raise UserError(f"the grid got {len(texts)} {name} and needs {count}.")
 
     factor = max(1, -(-_MIN_CELL // max(pixels.shape[1:3])))
     height, width = pixels.shape[1] * factor, pixels.shape[2] * factor
     font = ImageFont.load_default(_FONT_SIZE)
     line = sum(font.getmetrics()) + _GAP  # type: ignore[union-attr]
     left = max((int(font.getlength(title)) + 2 * _GAP for title in row_titles or ()), default=0)
-    widest = max((int(font.getlength(t)) + 1 for t in labels or ()), default=0)
+    widest = max((int(font.getlength(text)) + 1 for text in labels or ()), default=0)
     cell = min(max(width, widest), 2 * width)
     step_x, step_y = cell + 2 * _GAP if widest else width + _GAP, height + _GAP + (line if labels else 0)
     canvas = Image.new("RGB", (left + columns * step_x + _GAP, rows * step_y + _GAP), "white")
     draw = ImageDraw.Draw(canvas)
-
-    def text(x: int, y: int, content: str, anchor: str) -> None:
-        draw.text((x, y), content, fill="black", font=font, anchor=anchor)
-
-    def fitted(content: str) -> str:
-        if font.getlength(content) <= cell:
-            return content
-        while content and font.getlength(content + "…") > cell:
-            content = content[:-1]
-        return content + "…"
-
     for index, picture in enumerate(pixels):
         x = left + _GAP + index % columns * step_x + (cell - width) // 2
         y = _GAP + index // columns * step_y
         canvas.paste(Image.fromarray(picture).resize((width, height), Image.Resampling.NEAREST), (x, y))
         if labels:
-            text(x + width // 2, y + height + _GAP // 2, fitted(labels[index]), "ma")
+            text = labels[index]
+            if font.getlength(text) > cell:
+                text += "…"
+            while font.getlength(text) > cell:
+                text = text[:-2] + "…"
+            draw.text((x + width // 2, y + height + _GAP // 2), text, fill="black", font=font, anchor="ma")
     for row, title in enumerate(row_titles or ()):
-        text(left - _GAP, _GAP + row * step_y + height // 2, title, "rm")
+        draw.text((left - _GAP, _GAP + row * step_y + height // 2), title, fill="black", font=font, anchor="rm")
     return canvas

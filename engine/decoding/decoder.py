@@ -99,7 +99,7 @@ class Decoder:
                 narrow_linear_weights(model)
                 tokenizer = None if tokenizer is None else _narrow_decoder(tokenizer)
         self.model, self.tokenizer = model, tokenizer
-        with self._settings():
+        with self._mode():
             self.cache = make_cache(model, batch_size * (2 if sampling.guided else 1))
         self.graph: torch.cuda.CUDAGraph | None = None
         if self.path == "graph":
@@ -132,7 +132,7 @@ class Decoder:
                 )
         if all(tensor.device.type == "cpu" for _, tensor, _ in given):
             check_batch(self.model, labels, orders, seeds, self.sampling.guided)
-        with self._settings():
+        with self._mode():
             for buffer, tensor, _ in given:
                 if self.device.type == "cuda" and tensor.device.type == "cpu":
                     tensor = tensor.pin_memory()  # from other memory the copy would wait for what runs before it
@@ -144,8 +144,8 @@ class Decoder:
             return Decoded(codes.clone(), None if images is None else images.clone())
 
     @contextlib.contextmanager
-    def _settings(self) -> Iterator[None]:
-        """What holds while the decoder runs; afterwards, whatever happens, all is as before."""
+    def _mode(self) -> Iterator[None]:
+        """Inference mode, autocast and choice of kernels while the decoder runs; restored whatever happens."""
         with contextlib.ExitStack() as stack:
             stack.enter_context(torch.inference_mode())
             # Only eager code gains by keeping casts, and a graph must not hold on to tensors that live outside of it.
@@ -171,7 +171,7 @@ class Decoder:
         return Decoded(codes, torch.cat([self._to_pixels(self.tokenizer, piece) for piece in pieces]))
 
     def _capture(self) -> None:
-        with torch.cuda.device(self.device), self._settings():
+        with torch.cuda.device(self.device), self._mode():
             # Compiling and the choice of kernels must lie behind before the capture; library workspaces belong to a
             # stream, so it is the same one.
             stream = torch.cuda.Stream()
@@ -181,7 +181,7 @@ class Decoder:
                     self._run()
                 stream.synchronize()
                 graph = torch.cuda.CUDAGraph()
-                # Other threads, such as one that pins batches, may go on meanwhile.
+                # Other threads, such as one that pins batches, may work meanwhile.
                 with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                     self._captured = self._run()
             torch.cuda.current_stream().wait_stream(stream)

@@ -24,7 +24,7 @@ def check_batch(
         raise UserError(f"orders have shape {tuple(orders.shape)}; they must be (batch, {L}).")
     wrong = (orders.sort(dim=1).values != torch.arange(L, device=orders.device)).any(dim=1).nonzero()
     if wrong.numel():
-        raise UserError(f"row {int(wrong[0])} of the orders is no permutation of 0 to {L - 1}.")
+        raise UserError(f"row {int(wrong[0])} of the orders is not a permutation of 0 to {L - 1}.")
     if labels is None and guided:
         raise UserError("cfg is not 1 but there are no labels to guide towards; decode without labels at cfg 1.")
     if labels is not None:

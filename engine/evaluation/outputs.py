@@ -47,9 +47,9 @@ def draw_grid(
 def check_replaceable(folder: Path) -> None:
     """Refuse a folder of images that is not the output of an earlier evaluation, since it will be replaced."""
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
-    strangers = [name for name in names if not re.fullmatch(r"\d{6,}\.png", name)]
-    if strangers:
-        raise UserError(f"{folder} holds {strangers[0]!r}, which no evaluation wrote; choose another --output_dir.")
+    foreign = [name for name in names if not re.fullmatch(r"\d{6,}\.png", name)]
+    if foreign:
+        raise UserError(f"{folder} holds {foreign[0]!r}, which no evaluation wrote; choose another --output_dir.")
 
 
 def write_adm_npz(path: Path, png_dir: Path, labels: NDArray[np.int64], seed: int) -> None:

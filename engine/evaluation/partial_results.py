@@ -1,4 +1,4 @@
-"""What an evaluation has finished so far, on disk: a killed run goes on from it with any number of processes.
+"""What an evaluation has finished so far, on disk: a killed run is resumed from it by any number of processes.
 
 Each process appends files that are whole or absent; together they say which images are done. Nothing depends on which
 process made which image, so another batch size or number of processes may finish the run.

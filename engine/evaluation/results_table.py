@@ -52,14 +52,14 @@ def _row(path: Path, results: dict[str, Any]) -> Row:
     recipe, changes = _value(results, "record.recipe"), _value(results, "record.changed") or {}
     changed_recipe = [recipe, *(f"{flag} {value}" for flag, value in changes.items())]
     row["run"] = path.absolute().parent.name if recipe is None else ", ".join(changed_recipe)
-    if (features := _value(results, "extractor.name")) is not None:
-        row["features"] = features
-    if (reference := results.get("reference")) is not None:
-        row["statistics"] = f"{Path(reference['path']).name} ({reference['sha256'][:8]})"
-    if (device := _value(results, "environment.device")) is not None:
-        processes = _value(results, "environment.world_size")
-        row["device"] = device if processes == 1 else f"{processes} × {device}"
-    return row
+    reference, device = _value(results, "reference"), _value(results, "environment.device")
+    processes = _value(results, "environment.world_size")
+    texts = {
+        "features": _value(results, "extractor.name"),
+        "statistics": reference and f"{Path(reference['path']).name} ({reference['sha256'][:8]})",
+        "device": device and (device if processes == 1 else f"{processes} × {device}"),
+    }
+    return row | {column: text for column, text in texts.items() if text}
 
 
 def read_results(path: Path) -> list[Row]:

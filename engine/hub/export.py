@@ -15,9 +15,8 @@ from engine.hub.remote import TOKENIZERS, hub_errors
 from models.lpd import LPD, LPDConfig, load_weights
 from orders.schedule import default_steps
 from tokenizers import load_tokenizer
-from util.checkpoint import load_checkpoint
+from util.checkpoint import EXPORT_FORMAT, EXPORTED_CONFIG, EXPORTED_MODEL, load_checkpoint
 from util.errors import UserError
-from util.exported import CONFIG, FORMAT, FORMAT_VERSION, MODEL
 from util.files import atomic_write, sha256, write_json
 
 logger = logging.getLogger(__name__)
@@ -49,11 +48,11 @@ def export(checkpoint: Path, folder: Path, *, ema: bool = False, vqgan_path: Pat
         if trained_with not in (None, given):
             raise UserError(f"{checkpoint} was trained with another tokenizer than {vqgan_path} (SHA-256 differs).")
         trained_with = given
-    others = {path.name for path in folder.glob("*")} - {MODEL, CONFIG, CARD, *TOKENIZERS}
+    others = {path.name for path in folder.glob("*")} - {EXPORTED_MODEL, EXPORTED_CONFIG, CARD, *TOKENIZERS}
     if others:
         raise UserError(f"{folder} holds {min(others)!r}, which no export wrote; choose another folder.")
 
-    with atomic_write(folder / MODEL) as file:
+    with atomic_write(folder / EXPORTED_MODEL) as file:
         tensors = {name: tensor.contiguous() for name, tensor in state.items()}
         safetensors.torch.save_file(tensors, file.name, metadata={"format": "pt"})
     tokenizer = None
@@ -63,8 +62,8 @@ def export(checkpoint: Path, folder: Path, *, ema: bool = False, vqgan_path: Pat
             shutil.copyfileobj(source, file)
     for name in {*TOKENIZERS} - {tokenizer}:
         (folder / name).unlink(missing_ok=True)  # of an earlier export
-    described = {"format": FORMAT, "format_version": FORMAT_VERSION, "config": vars(config)}
-    write_json(folder / CONFIG, described | {"classes": content.get("classes"), "tokenizer_sha256": trained_with})
+    described = {"config": vars(config), "classes": content.get("classes"), "tokenizer_sha256": trained_with}
+    write_json(folder / EXPORTED_CONFIG, EXPORT_FORMAT | described)
     with atomic_write(folder / CARD) as file:
         file.write(_model_card(folder.name, config, trained_with, vqgan_path is not None).encode())
     logger.info("%s: %d tensors, %s", folder, len(tensors), "averaged weights" if ema else "weights")
@@ -115,15 +114,15 @@ def push(folder: Path, repo: str, private: bool = False) -> str:
     Raises:
         UserError: if the folder does not hold an exported model, or the hub refuses it.
     """
-    content = load_checkpoint(folder / MODEL)
-    check_state(content["model"], _recorded_config(content, folder / CONFIG), str(folder / MODEL))
+    content = load_checkpoint(folder / EXPORTED_MODEL)
+    check_state(content["model"], _recorded_config(content, folder / EXPORTED_CONFIG), str(folder / EXPORTED_MODEL))
     api = HfApi()
     with hub_errors(f"{repo} can't be uploaded; log in with hf auth login, or set HF_TOKEN to a token that may write"):
         url = api.create_repo(repo, private=private, exist_ok=True)
         api.upload_folder(
             repo_id=url.repo_id,
             folder_path=folder,
-            allow_patterns=[MODEL, CONFIG, CARD, *TOKENIZERS],
+            allow_patterns=[EXPORTED_MODEL, EXPORTED_CONFIG, CARD, *TOKENIZERS],
             commit_message="LPD model",
         )
     return str(url)

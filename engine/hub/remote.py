@@ -19,8 +19,8 @@ from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEn
 from huggingface_hub.file_download import http_get, repo_folder_name
 from huggingface_hub.utils import WeakFileLock, build_hf_headers
 
+from util.checkpoint import EXPORTED_CONFIG, EXPORTED_MODEL
 from util.errors import UserError
-from util.exported import CONFIG, MODEL
 from util.files import sha256
 
 logger = logging.getLogger(__name__)
@@ -105,8 +105,8 @@ def choose_weights(names: Sequence[str], where: str) -> str:
         UserError: if there is none, or several of other names.
     """
     found = [name for name in names if name.endswith(WEIGHTS) and name not in TOKENIZERS]
-    if MODEL in found:
-        return MODEL
+    if EXPORTED_MODEL in found:
+        return EXPORTED_MODEL
     if len(found) != 1:
         which = f"several, {', '.join(found)}: name the file" if found else "none"
         raise UserError(f"{where} should hold one file of weights ({' or '.join(WEIGHTS)}), but there is {which}.")
@@ -235,7 +235,7 @@ def _find_on_hub(repo: str, wanted: str | None, choose: Choice) -> Path:
     files = {file.name: file for file in list_files(repo)}
     wanted = find_named(files, wanted or choose(list(files), repo), repo).name
     blobs = Path(constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo, repo_type="model"), "blobs")
-    for name in (CONFIG, wanted) if wanted == MODEL and CONFIG in files else (wanted,):
+    for name in (EXPORTED_CONFIG, wanted) if wanted == EXPORTED_MODEL and EXPORTED_CONFIG in files else (wanted,):
         # The cache keeps files under their digests. If one is there already, the library only gives it its name.
         fetch(files[name], blobs / files[name].digest, replace=True)
         with hub_errors(f"{name} of {repo}"):
@@ -245,7 +245,7 @@ def _find_on_hub(repo: str, wanted: str | None, choose: Choice) -> Path:
 
 def _find_in_cache(repo: str, wanted: str | None, choose: Choice) -> Path | None:
     try:
-        folder = Path(snapshot_download(repo, local_files_only=True, allow_patterns=wanted or CONFIG))
+        folder = Path(snapshot_download(repo, local_files_only=True, allow_patterns=wanted or EXPORTED_CONFIG))
         path = folder / (wanted or choose([entry.name for entry in folder.iterdir()], repo))
     except (OSError, ValueError):
         return None

@@ -16,6 +16,8 @@ from util.checkpoint import LAST, previous_name, save_checkpoint, saved_step
 
 logger = logging.getLogger(__name__)
 
+NEW = "checkpoint-new.pth"  # complete, about to become `checkpoint-last.pth`
+
 
 class CheckpointWriter:
     """`checkpoint-last.pth`, what it was before, and `checkpoint-<epoch>.pth`, of which none is ever half written.
@@ -91,14 +93,15 @@ class CheckpointWriter:
             self._failure, self._last_is_good = None, True
 
     def _write_files(self, folder: Path, payload: dict[str, Any], epoch: int | None) -> None:
-        if epoch is None:
-            save_checkpoint(folder / LAST, payload, lambda: self._retire(folder))
-        else:
-            name = f"checkpoint-{epoch}.pth"
-            save_checkpoint(folder / name, payload)
-            self._retire(folder)
-            for suffix in (".pth", ".json"):
-                _link((folder / name).with_suffix(suffix), (folder / LAST).with_suffix(suffix))
+        new = folder / (NEW if epoch is None else f"checkpoint-{epoch}.pth")
+        save_checkpoint(new, payload)
+        self._retire(folder)
+        for suffix in (".pth", ".json"):
+            source, target = new.with_suffix(suffix), (folder / LAST).with_suffix(suffix)
+            if epoch is None:
+                os.replace(source, target)
+            else:
+                _link(source, target)
 
     def _retire(self, folder: Path) -> None:
         """Keep the present `checkpoint-last.pth` under another name, and no more than `keep_last` states in total."""

@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engine.run_config import RunConfig
-from engine.training.step import ATTENTIONS
 from engine.training.trackers import TrackerConfig
 from util.config import check, part, setting
 from util.errors import UserError
 from util.lr_sched import LR_SCHEDULES
+
+ATTENTIONS = ("auto", "sdpa", "flex")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""What a run reports while it goes on: losses, speed, waiting, memory; and the check that the loss is finite."""
+"""What a training reports while it runs: losses, speed, waiting, memory; and the check that the loss is finite."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -109,7 +110,7 @@ class PreparedTraining:
                     "classes": self.dataset.classes,
                     "tokenizer_sha256": self.tokenizer_sha256,
                 },
-                evaluate=self._evaluation(start_step, trackers),
+                evaluate=partial(self._evaluate, start_step, trackers) if self.eval_inputs is not None else None,
                 draw_grid=self.draw_grid,
                 trackers=trackers,
             ).run()
@@ -118,39 +119,20 @@ class PreparedTraining:
                 tracker.close()
         return 0 if stopped_by is None else exit_status(stopped_by)
 
-    def _evaluation(self, start_step: int, trackers: Sequence[Tracker]) -> OnlineEvaluation | None:
-        if self.eval_inputs is None or self.tokenizer is None:
-            return None
-        return OnlineEvaluation(
-            self.config, self.training, self.dist, self.tokenizer, self.eval_inputs, self.steps_per_epoch, start_step,
-            trackers,
-        )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class OnlineEvaluation:
-    """The evaluation of a model in training, called as (model, epoch); the scores go to the trackers as well."""
-
-    config: Config
-    training: TrainConfig
-    dist: Dist
-    tokenizer: VQModel
-    inputs: EvalInputs
-    steps_per_epoch: int
-    start_step: int
-    trackers: Sequence[Tracker]
-
-    def __call__(self, model: LPD, epoch: int) -> None:
+    def _evaluate(self, start_step: int, trackers: Sequence[Tracker], model: LPD, epoch: int) -> None:
+        """Evaluate a model in training; the scores go to the trackers as well."""
+        assert self.eval_inputs is not None
+        assert self.tokenizer is not None
         config, step = self.config.evaluation.for_epoch(epoch), epoch * self.steps_per_epoch
         path = config.output_dir / "results.json"
-        if self.dist.broadcast(step == self.start_step and path.exists()):  # done before the run was resumed just here
+        if self.dist.broadcast(step == start_step and path.exists()):  # done before the run was resumed just here
             return
         if self.dist.is_main:
             path.unlink(missing_ok=True)  # of an earlier run
         about = {"training_recipe": self.config.recipe, "epoch": epoch, "step": step, "ema": self.training.ema}
-        results = evaluate(model, self.tokenizer, config, self.inputs, self.dist, record=about)
+        results = evaluate(model, self.tokenizer, config, self.eval_inputs, self.dist, record=about)
         scores = {f"eval/{name}": value for name, value in results.items() if isinstance(value, float)}
-        for tracker in self.trackers:
+        for tracker in trackers:
             tracker.scalars(scores, step)
 
 
@@ -175,13 +157,13 @@ def prepare_training(config: Config, dist: Dist, lock: FolderLock) -> PreparedTr
         dist.on_main(lock.acquire)
     start = _resumed(config, training, dist) or _pretrained(config, dist)
     recorded = None if start is None else start.content.get("config")
-    dataset = open_dataset(config, tokenizer_file, recorded or {})
+    tokenizer_sha256 = None if tokenizer_file is None else sha256(tokenizer_file)
+    dataset = open_dataset(config, tokenizer_sha256, recorded or {})
     images = isinstance(dataset, ImageDataset)
     tokenizer = None
     if images or training.online_eval or training.sample_freq > 0:
         tokenizer = _open_tokenizer(tokenizer_file, dist)
     codes = code_geometry(dataset, tokenizer)
-    tokenizer_sha256 = None if tokenizer_file is None else sha256(tokenizer_file)
     if isinstance(dataset, CodeDataset) and dataset.header is not None and tokenizer_file is None:
         tokenizer_sha256 = dataset.header.tokenizer_sha256
     resumed = start is not None and start.resumed

@@ -17,7 +17,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from engine.training.optim import EMA, build_adamw, load_optimizer, whole
+from engine.training.config import TrainConfig
+from engine.training.optim import EMA, build_adamw, full_tensor, load_optimizer
 from models.block import Block
 from models.loss import linear_cross_entropy
 from models.lpd import LPD, LPDConfig
@@ -29,7 +30,6 @@ from util.pictures import to_float
 
 logger = logging.getLogger(__name__)
 
-ATTENTIONS = ("auto", "sdpa", "flex")
 FLEX_BLOCK = 128
 # tokens (B, L) raster, labels (B,), orders (B, L), label_drop (B,)
 Part = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -81,16 +81,16 @@ def why_no_flex(config: LPDConfig, device: torch.device) -> str | None:
     return None
 
 
-def choose_attention(setting: str, config: LPDConfig, device: torch.device) -> str:
+def choose_attention(wanted: str, config: LPDConfig, device: torch.device) -> str:
     """The attention that "auto", "sdpa" or "flex" stands for: "flex" where it can be used, else "sdpa".
 
     Raises:
         UserError: where "flex" is asked for and cannot be used.
     """
     reason = why_no_flex(config, device)
-    if setting == "flex" and reason is not None:
+    if wanted == "flex" and reason is not None:
         raise UserError(f"--attention flex cannot be used: {reason}; use --attention sdpa.")
-    return "sdpa" if setting == "sdpa" or reason is not None else "flex"
+    return "sdpa" if wanted == "sdpa" or reason is not None else "flex"
 
 
 class TrainingPass(nn.Module):
@@ -118,45 +118,31 @@ class TrainStep:
     """Weights, optimizer and moving average of a run on one process or many; called once per step.
 
     Args:
-        model: on `dist.device`, with the same weights on every process. With `fsdp` its parameters become sharded.
-        grad_accum: parts of a step whose gradients are added up.
-        attention: "auto", "sdpa" or "flex", see :func:`choose_attention`.
-        compiled: compile the blocks and the loss during the step; everywhere else the model stays as it is.
-        fsdp: shard parameters, gradients and optimizer over the processes (FSDP2, a group of parameters per block).
-        ema: decay of a moving average of the weights; 0 is none.
+        model: on `dist.device`, with the same weights on every process. With `config.fsdp` its parameters are sharded
+            over the processes (FSDP2, a group of parameters per block), gradients and optimizer too.
+        config: with `config.compile` the blocks and the loss are compiled during the step; everywhere else the model
+            stays as it is.
 
     Raises:
         UserError: for `fsdp` in a single process, and from :func:`choose_attention`.
     """
 
-    def __init__(
-        self,
-        model: LPD,
-        dist: Dist,
-        *,
-        weight_decay: float = 0.02,
-        grad_clip: float = 3.0,
-        bf16: bool = False,
-        grad_accum: int = 1,
-        attention: str = "auto",
-        compiled: bool = False,
-        fsdp: bool = False,
-        ema: float = 0.0,
-    ) -> None:
-        if fsdp and dist.world_size == 1:
+    def __init__(self, model: LPD, config: TrainConfig, dist: Dist) -> None:
+        if config.fsdp and dist.world_size == 1:
             raise UserError("--fsdp shards the model over processes, but there is only one; start it with torchrun.")
-        self.model, self.dist, self.fsdp = model, dist, fsdp
-        self.grad_clip, self.grad_accum, self.bf16 = grad_clip, grad_accum, bf16
-        self.net: nn.Module = TrainingPass(model, choose_attention(attention, model.config, dist.device), compiled)
-        if fsdp:
+        self.model, self.config, self.dist = model, config, dist
+        compiled = dist.device.type == "cuda" if config.compile is None else config.compile
+        attention = choose_attention(config.attention, model.config, dist.device)
+        self.net: nn.Module = TrainingPass(model, attention, compiled)
+        if config.fsdp:
             shard(self.net, model.blocks, dist)
         elif dist.world_size > 1:
             ids = [dist.device.index] if dist.device.type == "cuda" else None
             self.net = DistributedDataParallel(self.net, device_ids=ids, gradient_as_bucket_view=True)
         # One function for all blocks, so that it is compiled for two of them: the last attends queries only.
         self._block = torch.compile(Block.forward, dynamic=False) if compiled else None
-        self.optimizer = build_adamw(model, weight_decay)
-        self.ema = EMA(model, ema) if ema else None
+        self.optimizer = build_adamw(model, config.weight_decay)
+        self.ema = EMA(model, config.ema) if config.ema else None
 
     def __call__(
         self, parts: Iterable[Part], group_sizes: Sequence[int], lr: float
@@ -174,15 +160,15 @@ class TrainStep:
         losses = []
         with self._compiled_blocks():
             for index, part in enumerate(parts, start=1):
-                with self._synchronized(last=index == self.grad_accum):
-                    with torch.autocast(self.dist.device.type, torch.bfloat16, enabled=self.bf16):
-                        loss = self.net(*part, group_sizes) / self.grad_accum
+                with self._synchronized(last=index == self.config.grad_accum):
+                    with torch.autocast(self.dist.device.type, torch.bfloat16, enabled=self.config.bf16):
+                        loss = self.net(*part, group_sizes) / self.config.grad_accum
                     loss.backward()
                 losses.append(loss.detach())
-        assert len(losses) == self.grad_accum  # or processes would not have met
+        assert len(losses) == self.config.grad_accum  # or processes would not have met
         parameters = list(self.model.parameters())
-        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
-        torch.nn.utils.clip_grads_with_norm_(parameters, self.grad_clip, norm)
+        norm = full_tensor(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        torch.nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.ema is not None:
@@ -212,7 +198,7 @@ class TrainStep:
                     del block.__dict__["forward"]
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds of the step: whole plain tensors, which the next step may change.
+        """What a checkpoint holds of the step: complete plain tensors, which the next step may change.
 
         `model` and `model_ema` (if there is one) are state dicts with the released names, `optimizer` is AdamW's. To be
         called on all processes; with FSDP only rank 0 gets something, on the host.
@@ -220,22 +206,22 @@ class TrainStep:
         state: dict[str, Any] = {"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict()}
         if self.ema is not None:
             state["model_ema"] = self.ema.average
-        if not self.fsdp:
+        if not self.config.fsdp:
             return state
         state = {name: self._gather(value) for name, value in state.items()}
         return state if self.dist.is_main else {}
 
     def _gather(self, value: Any) -> Any:
-        """The same nested data with whole tensors on the host of rank 0, one after the other."""
+        """The same nested data with complete tensors on the host of rank 0, one after the other."""
         if isinstance(value, dict):
             return {key: self._gather(item) for key, item in value.items()}
         if not isinstance(value, torch.Tensor):
             return value
-        tensor = whole(value.detach())
+        tensor = full_tensor(value.detach())
         return tensor.cpu() if self.dist.is_main else None
 
     def load(self, checkpoint: dict[str, Any]) -> None:
-        """Go on from what :meth:`state` gave; the model's weights are loaded already."""
+        """Resume from what :meth:`state` gave; the model's weights are loaded already."""
         load_optimizer(self.optimizer, checkpoint["optimizer"])
         if self.ema is not None and "model_ema" in checkpoint:
             self.ema.load(checkpoint["model_ema"])
@@ -249,12 +235,12 @@ class TrainStep:
 
         To be called on all processes.
         """
-        if self.ema is None and not self.fsdp:
+        if self.ema is None and not self.config.fsdp:
             return self.model
         state = self.model.state_dict() if self.ema is None else self.ema.average
         with torch.device("meta"):
             model = LPD(self.model.config)
-        model.load_state_dict({name: whole(value.detach()) for name, value in state.items()}, assign=True)
+        model.load_state_dict({name: full_tensor(value.detach()) for name, value in state.items()}, assign=True)
         return model.requires_grad_(False)
 
 

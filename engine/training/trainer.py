@@ -88,18 +88,7 @@ class Trainer:
         self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
         self.peak_lr = config.peak_lr(dist.world_size)
         self.min_lr = min(config.min_lr, self.peak_lr)
-        self.train_step = TrainStep(
-            model,
-            dist,
-            weight_decay=config.weight_decay,
-            grad_clip=config.grad_clip,
-            bf16=config.bf16,
-            grad_accum=config.grad_accum,
-            attention=config.attention,
-            compiled=dist.device.type == "cuda" if config.compile is None else config.compile,
-            fsdp=config.fsdp,
-            ema=config.ema,
-        )
+        self.train_step = TrainStep(model, config, dist)
         self.start_step = 0 if resume is None else self._load(resume)
 
     def _sampler(self, start: int, num_steps: int) -> GlobalBatchSampler:

@@ -142,7 +142,7 @@ def main() -> None:
     while killed < kills:
         died = kill(cache, folder, world_size, rng.uniform(0, LONGEST_LIFE))
         killed += died
-        in_a_write += died and any(folder.glob(".checkpoint-last.pth.*.tmp"))
+        in_a_write += died and any(folder.glob(".checkpoint-new.pth.*.tmp"))
         newest = load_newest(folder) if folder.exists() else None
         step = 0 if newest is None else newest[1]["step"]
         assert step >= before, f"step {before} was saved, {step} is the newest now"

@@ -60,7 +60,6 @@ def test_flops_of_the_published_tokenizer(img_size: int, gigaflops: float) -> No
         (["--threads", 0], "threads is 0"),
         (["--runs", 0], "--runs"),
         (["--paths", "graph"], "graph needs a CUDA GPU"),
-        (["--rows", "all", "--pretrained_ckpt", "x.pth"], "one model"),
     ],
 )
 def test_bad_input_is_named(monkeypatch: pytest.MonkeyPatch, arguments: list[object], named: str) -> None:

@@ -42,7 +42,11 @@ def test_rows_and_conditions(
 
 @pytest.mark.parametrize(
     ("arguments", "named"),
-    [(("--steps", 0), "--steps 0"), (("--warmup", -1), "--warmup -1"), (("--attention", "flex"), "--attention flex")],
+    [
+        (("--steps", 0), "--steps is 0"),
+        (("--warmup", -1), "--warmup is -1"),
+        (("--attention", "flex"), "--attention flex"),
+    ],
 )
 def test_bad_arguments_are_named(monkeypatch: pytest.MonkeyPatch, arguments: tuple, named: str) -> None:
     with pytest.raises(UserError, match=named):

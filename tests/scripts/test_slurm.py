@@ -146,7 +146,7 @@ def test_preempted_trainings_end_like_an_uninterrupted_one(
         ended = cluster.wait_for(job, "COMPLETED", "FAILED", "TIMEOUT", seconds=90)
         log = log_of(output.parent / ended["JobName"], job)
         assert (ended["JobState"], ended["Restarts"]) == ("COMPLETED", restarts), log[-3000:]
-        assert log.count("going on from") == int(restarts)  # appended to, not overwritten
+        assert log.count("resuming from") == int(restarts)  # appended to, not overwritten
         for name, value in weights(output).items():
             assert torch.equal(value, expected[name]), f"{name} of the {ended['JobName']} job differs"
 

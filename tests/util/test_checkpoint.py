@@ -132,7 +132,7 @@ def test_weights_of_another_grid_are_resized_and_other_sizes_named() -> None:
 
 
 def test_a_flipped_byte_is_noticed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """torch.load compares no check sums: a run would go on from altered weights."""
+    """torch.load compares no check sums: a run would resume from altered weights."""
     for name, step in (("checkpoint-last.pth", 2), ("checkpoint-last-1.pth", 1)):
         save_checkpoint(tmp_path / name, {"model": {"a": torch.ones(4096)}, "step": step})
     content = bytearray((tmp_path / "checkpoint-last.pth").read_bytes())

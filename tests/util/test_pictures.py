@@ -31,7 +31,7 @@ def test_decoded_values_are_rounded_and_clipped() -> None:
 
 def test_layouts_are_nhwc_outside_and_nchw_inside() -> None:
     image = Image.new("RGB", (4, 2), (255, 0, 0))
-    floats = to_float(image)
+    floats = to_float(torch.from_numpy(np.array(image))[None])
     assert floats.shape == (1, 3, 2, 4)
     assert floats[0, :, 1, 3].tolist() == [1, -1, -1]
     assert to_uint8(floats)[0, 1, 3].tolist() == [255, 0, 0]

@@ -29,7 +29,7 @@ from util.errors import UserError
 logger = logging.getLogger(__name__)
 
 HEADER = "header.json"
-PARTS = ".parts"  # subfolder of an unfinished cache; hidden, so that it is no class
+PARTS = ".parts"  # subfolder of an unfinished cache; hidden, so that it is not taken for a class
 CODES, CODES_FLIP, LABELS = "codes.npy", "codes_flip.npy", "labels.npy"
 CACHE_FORMAT, CACHE_VERSION = "lpd-codes", 1
 

@@ -100,7 +100,7 @@ def test_cut_connection_is_resumed(hub: FakeHub, tmp_path: Path) -> None:
     assert 0 == spans[0] < spans[1] < spans[2] < len(CONTENT)
 
 
-def test_killed_download_goes_on(hub: FakeHub, tmp_path: Path) -> None:
+def test_killed_download_is_resumed(hub: FakeHub, tmp_path: Path) -> None:
     """kill -9 in the middle: nothing under the final name, and the next call asks for the rest only."""
     hub.repos["user/model"] = {"a.pth": CONTENT}
     hub.cut["a.pth"], hub.stall = [6000], threading.Event()
@@ -150,7 +150,7 @@ def test_two_jobs_download_once(hub: FakeHub, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["a.pth", "notes.txt"])
 def test_wrong_content_is_refused_and_dropped(hub: FakeHub, tmp_path: Path, name: str) -> None:
-    """One wrong byte, the size being right: neither the final name nor a part to go on from may remain."""
+    """One wrong byte, the size being right: neither the final name nor a part to resume from may remain."""
     hub.repos["user/model"] = {name: CONTENT}
     hub.altered.add(name)
     with pytest.raises(UserError, match="hash differs"):

@@ -109,7 +109,7 @@ def test_augmentation_moves_pixels_as_told() -> None:
 @pytest.mark.parametrize(
     "setting", [{"epochs": 0}, {"lr": 0.0}, {"batch_size": 0}, {"rotate": -1.0}, {"shift": 1.0}, {"weight_decay": -1.0}]
 )
-def test_bad_settings_are_refused(setting: dict) -> None:
+def test_settings_out_of_range_are_refused(setting: dict) -> None:
     with pytest.raises(UserError, match=next(iter(setting))):
         ClassifierTrainConfig(**setting)
 

@@ -64,7 +64,7 @@ def test_command_makes_statistics_and_scores_folders(
     assert not (tmp_path / "x.npz").exists()
 
 
-def test_packed_photos_are_scored_with_their_classes_and_through_a_tokenizer(
+def test_image_archives_are_scored_with_their_classes_and_through_a_tokenizer(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Guards against an accuracy against shifted labels, and a tokenizer's floor measured on the photos themselves."""

@@ -156,7 +156,7 @@ def test_moving_average_is_the_sum_it_should_be_and_is_what_evaluation_sees() ->
     """And it starts from the first weights, not from zero; training goes on with the weights themselves."""
     model = build()
     expected = {name: value.clone() for name, value in model.state_dict().items()}
-    step = TrainStep(model, CPU, ema=0.75)
+    step = TrainStep(model, TrainConfig(ema=0.75), CPU)
     for seed in range(3):
         step(parts(model, seed), SCHEDULES[0], lr=1e-2)
         for name, value in model.state_dict().items():
@@ -165,12 +165,12 @@ def test_moving_average_is_the_sum_it_should_be_and_is_what_evaluation_sees() ->
     torch.testing.assert_close(dict(averaged), expected, rtol=1e-12, atol=1e-12)
     assert not torch.equal(averaged["head.weight"], model.head.weight)
     torch.testing.assert_close(step.state()["model_ema"], expected, rtol=1e-12, atol=1e-12)
-    assert TrainStep(model, CPU).evaluation_model() is model
+    assert TrainStep(model, TrainConfig(), CPU).evaluation_model() is model
 
 
 def test_moving_average_turned_on_or_off_later(caplog: pytest.LogCaptureFixture) -> None:
     model = build()
-    averaged, plain = TrainStep(model, CPU, ema=0.5), TrainStep(model, CPU)
+    averaged, plain = TrainStep(model, TrainConfig(ema=0.5), CPU), TrainStep(model, TrainConfig(), CPU)
     averaged.load(plain.state())
     assert "starts now" in caplog.text
     plain.load(averaged.state())
@@ -179,7 +179,7 @@ def test_moving_average_turned_on_or_off_later(caplog: pytest.LogCaptureFixture)
 
 def test_average_of_narrow_weights_is_float32() -> None:
     """In bfloat16 a decay of 0.9999 would round every change away."""
-    step = TrainStep(build().bfloat16(), CPU, ema=0.9999)
+    step = TrainStep(build().bfloat16(), TrainConfig(ema=0.9999), CPU)
     assert {value.dtype for value in step.state()["model_ema"].values()} == {torch.float32}
 
 
@@ -226,7 +226,7 @@ def test_compiled_step_equals_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> 
     for compiled in (False, True):
         model = build(dropout=0.0)
         names = list(model.state_dict())
-        step = TrainStep(model, CPU, compiled=compiled)
+        step = TrainStep(model, TrainConfig(compile=compiled), CPU)
         losses = [step(parts(model, seed), group_sizes, 1e-2) for seed, group_sizes in enumerate(SCHEDULES)]
         results.append((losses, model.state_dict()))
         assert list(model.state_dict()) == names
@@ -245,7 +245,7 @@ def compiled_processes(folder: Path, dist: Dist) -> None:
             torch.manual_seed(0)
             shape = {"img_size": 64, "class_num": CLASSES, "vocab_size": V, "grad_checkpointing": checkpointing}
             model = build_model("lpd_debug", **shape).double()
-            step = TrainStep(model, dist, compiled=True, fsdp=fsdp, attention="flex", grad_accum=2)
+            step = TrainStep(model, TrainConfig(compile=True, fsdp=fsdp, attention="flex", grad_accum=2), dist)
             for seed in range(2):
                 halves = (tuple(x.chunk(2)[dist.rank] for x in part) for part in parts(model, seed, count=2))
                 step(halves, SCHEDULES[seed], 1e-3)  # type: ignore[arg-type]
@@ -259,7 +259,7 @@ def test_compiled_blocks_with_flex_attention_under_ddp_and_fsdp(tmp_path: Path) 
     """FSDP's and checkpointing's hooks must stay outside of the graph, and weights that FSDP frees must not be read."""
     torch.manual_seed(0)
     model = build_model("lpd_debug", img_size=64, class_num=CLASSES, vocab_size=V).double()
-    step = TrainStep(model, CPU, grad_accum=2)
+    step = TrainStep(model, TrainConfig(grad_accum=2), CPU)
     for seed in range(2):
         step(parts(model, seed, count=2), SCHEDULES[seed], 1e-3)
     in_processes(2, partial(compiled_processes, tmp_path))
@@ -287,7 +287,7 @@ def test_attention_that_cannot_be_had_is_refused_and_auto_avoids_it() -> None:
 
 def test_sharding_over_one_process_is_refused() -> None:
     with pytest.raises(UserError, match="torchrun"):
-        TrainStep(build(), CPU, fsdp=True)
+        TrainStep(build(), TrainConfig(fsdp=True), CPU)
 
 
 @pytest.mark.parametrize(
@@ -317,7 +317,7 @@ def test_fast_step_on_a_gpu_equals_the_plain_one_and_never_waits() -> None:
     for options in ({"attention": "sdpa"}, {"attention": "flex", "compiled": True}):
         torch.manual_seed(0)
         model = build_model("lpd_debug", class_num=CLASSES, vocab_size=V).cuda()
-        step = TrainStep(model, dist, bf16=True, ema=0.9, **options)
+        step = TrainStep(model, TrainConfig(bf16=True, ema=0.9, **options), dist)
         batches = [list(parts(model, seed)) for seed in range(4)]
         schedules = published_group_sizes(256, 16)
         found = [step(batch, schedules[0], 1e-3)[0] for batch in batches[:2]]
