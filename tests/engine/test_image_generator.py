@@ -47,7 +47,7 @@ def test_pictures_are_those_of_an_evaluation(trained: Path, tmp_path: Path) -> N
     evaluate(generator.model, generator.tokenizer, config, open_inputs(config, generator.model.config, dist), dist)
     expected = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "images").iterdir())]
     assert len(pictures) == len(expected) == CLASSES
-    assert all(np.array_equal(picture, other) for picture, other in zip(pictures, expected, strict=True))
+    assert all(np.array_equal(np.asarray(one), other) for one, other in zip(pictures, expected, strict=True))
 
 
 def test_an_exported_folder_has_all_it_takes_and_classes_have_names(trained: Path) -> None:
