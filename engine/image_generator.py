@@ -18,6 +18,7 @@ from PIL import Image
 from engine.generate import generate_images
 from engine.hub.remote import choose_tokenizer, choose_weights, find_file
 from engine.inputs import class_names, load_pretrained
+from models import config_of_weights
 from models.lpd import LPD, LPDConfig, load_weights
 from models.sampling import Sampling, image_seeds
 from orders.config import OrderConfig
@@ -31,7 +32,7 @@ class ImageGenerator:
     """A model with its tokenizer, on one device.
 
     Args:
-        checkpoint: a checkpoint, an exported folder, or `user/model` on the hub.
+        checkpoint: a checkpoint (the released ones too), an exported folder, or `user/model` on the hub.
         tokenizer: a file, a folder or a name likewise; the exported folder has its own.
         bf16: bfloat16 autocast; None: on a GPU.
 
@@ -52,12 +53,12 @@ class ImageGenerator:
         self.bf16 = self.device.type == "cuda" if bf16 is None else bf16
         weights = find_file(Path(checkpoint), choose_weights)
         content = load_pretrained(weights, use_ema)
-        if not isinstance(content.get("config"), dict):
-            raise UserError(f"{weights} records no configuration of its model; evaluate it with main_lpd.py instead.")
-        model = LPD(LPDConfig(**content["config"]))
+        self.tokenizer = load_tokenizer(find_file(Path(tokenizer or checkpoint), choose_tokenizer), self.device)
+        recorded = content.get("config")
+        config = LPDConfig(**recorded) if recorded else config_of_weights(content["model"], self.tokenizer.stride)
+        model = LPD(config)
         load_weights(model, content["model"], str(weights))
         self.model = model.to(self.device).eval()
-        self.tokenizer = load_tokenizer(find_file(Path(tokenizer or checkpoint), choose_tokenizer), self.device)
         self.classes = class_names(model.config, content.get("classes"))
 
     def __call__(

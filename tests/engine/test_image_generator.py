@@ -11,7 +11,8 @@ from PIL import Image
 
 from engine.hub.export import export
 from engine.image_generator import ImageGenerator
-from tests.helpers.evaluation_case import CLASSES, eval_config, networks
+from models import build_model
+from tests.helpers.evaluation_case import CLASSES, SIZE, eval_config, networks
 from tokenizers import save_tokenizer
 from util.checkpoint import save_checkpoint
 from util.errors import UserError
@@ -55,6 +56,17 @@ def test_an_exported_folder_has_all_it_takes_and_classes_have_names(trained: Pat
     named, numbered = generator(["cedar", "ash"], seed=1), generator([2, 0], seed=1)
     assert [picture.tobytes() for picture in named] == [picture.tobytes() for picture in numbered]
     assert named[0].tobytes() != named[1].tobytes()
+
+
+def test_released_weights_record_no_sizes(tmp_path: Path, trained: Path) -> None:
+    """They are found by width and depth; guards against a wrong number of heads, which shapes do not show."""
+    model = build_model("lpd_debug", img_size=SIZE, stride=4, class_num=CLASSES, vocab_size=12)
+    save_checkpoint(tmp_path / "released.pth", {"model": model.state_dict()})
+    generator = ImageGenerator(tmp_path / "released.pth", trained / "tokenizer.pt", device="cpu")
+    assert generator.model.config == model.config
+    save_checkpoint(tmp_path / "odd.pth", {"model": networks()[0].state_dict()})
+    with pytest.raises(UserError, match="not those of lpd_l"):
+        ImageGenerator(tmp_path / "odd.pth", trained / "tokenizer.pt", device="cpu")
 
 
 def test_mistakes_are_named(trained: Path) -> None:
