@@ -7,6 +7,7 @@ function here still works.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
 import os
 from collections.abc import Callable, Iterator
@@ -152,6 +153,9 @@ def distributed(device: str = "auto") -> Iterator[Dist]:
     if resolved.type == "cuda":
         torch.cuda.set_device(resolved)
     if world_size > 1:
+        # Torch imports it sooner or later; after the group is there it would keep the group, whose threads then abort
+        # a program that is ending.
+        importlib.import_module("torch._dynamo")
         cuda = resolved.type == "cuda"
         torch_dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT, device_id=resolved if cuda else None)
     yield Dist(rank, world_size, resolved)
