@@ -157,7 +157,13 @@ def _parser() -> Parser:
 
     add = command(stats, spec, order)
     add("--num", type=int, default=400, help="number of orders to measure")
-    add("--file", dest="lpd_order_file", metavar="FILE", type=orders_file, help="measure the orders of this file instead")
+    add(
+        "--file",
+        dest="lpd_order_file",
+        metavar="FILE",
+        type=orders_file,
+        help="measure the orders of this file instead",
+    )
 
     add = command(draw, spec, order, index)
     add("output", type=picture, help=".png, .pdf or .svg")

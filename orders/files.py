@@ -1,4 +1,4 @@
-"""Files of orders: the published JSON, and a binary form of less than half its size that loads at once.
+"""Files of schedules, and of orders: as the published JSON, or in a binary form of half its size that loads at once.
 
 The binary form is a safetensors file with one int16 tensor ``orders`` (num, L); its metadata says how the orders were
 drawn, so that a file for another grid or schedule is recognised. A JSON file is a list of lists of raster indices and
@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,12 @@ import safetensors.numpy
 from safetensors import safe_open
 
 from orders.draw import OrderSpec
-from orders.json_rows import read_rows
 from orders.schedule import GridSize, grid_shape
 from util.errors import UserError, reading
 from util.files import atomic_write, sha256, write_json
 
 _SPEC = "settings"  # its key in the metadata and in the file beside a JSON file
+_FIRST, _NEXT = re.compile(r"\s*\[\s*(?=\[)"), re.compile(r"\s*,\s*(?=\[)")  # what stands before a list in a list
 _PUBLISHED_NAME = re.compile(r"res(\d+)_steps(\d+)(_repulsion\d+)?\.(json|safetensors)")
 
 
@@ -56,7 +56,7 @@ def load_orders(path: str | Path, grid_size: GridSize, group_sizes: Sequence[int
 def _read_json(path: Path, num_cells: int) -> np.ndarray:
     orders = []
     expected = f"{num_cells} integers, the cells of the grid"
-    for number, row in enumerate(read_rows(path, "order file", expected, lambda row: len(row) == num_cells)):
+    for number, row in enumerate(_read_rows(path, "order file", expected, lambda row: len(row) == num_cells)):
         try:
             orders.append(np.array(row, np.int16))
         except OverflowError:
@@ -121,3 +121,47 @@ def save_orders(path: str | Path, orders: np.ndarray, spec: OrderSpec | None = N
 def _check_suffix(path: Path) -> None:
     if path.suffix not in (".json", ".safetensors"):
         raise UserError(f"order file {path} must end in .json or .safetensors.")
+
+
+def read_schedules(path: str | Path, num_tokens: int) -> list[tuple[int, ...]]:
+    """The schedules of a file: a JSON list of lists of group sizes, as published for training.
+
+    Raises ``UserError``, naming the file and the row, unless each holds positive integers that sum to ``num_tokens``.
+    """
+    expected = f"positive integers that sum to {num_tokens}"
+    rows = _read_rows(
+        path, "group-sizes file", expected, lambda row: min(row, default=0) > 0 and sum(row) == num_tokens
+    )
+    if schedules := [tuple(row) for row in rows]:
+        return schedules
+    raise UserError(f"group-sizes file {path} holds no schedules.")
+
+
+def _read_rows(path: Path, what: str, expected: str, is_right: Callable[[list[int]], bool]) -> Iterator[list[int]]:
+    """The inner lists, one after the other: all numbers of 60,000 orders at once would take 2.5 GB.
+
+    Args:
+        what: the name of such files in messages.
+        expected: what messages say that a row must be.
+        is_right: whether a row of integers is that.
+
+    Raises:
+        UserError: naming the file and the row, for anything but a list of such rows.
+    """
+    with reading(what, path):
+        text = path.read_text("utf-8", errors="replace")
+    decode = json.JSONDecoder().raw_decode
+    number, position = 0, 0
+    between = _FIRST.match(text)
+    while between:
+        try:
+            row, position = decode(text, between.end())
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, list) or set(map(type, row)) - {int} or not is_right(row):
+            raise UserError(f"{what} {path}, row {number}: expected {expected}.")
+        yield row
+        number += 1
+        between = _NEXT.match(text, position)
+    if "".join(text[position:].split()) != ("]" if number else "[]"):
+        raise UserError(f"{what} {path} is cut short, or not a JSON list of lists, after {number} rows.")

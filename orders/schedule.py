@@ -7,6 +7,7 @@ A schedule is a tuple of positive integers that sum to the number of tokens ``L`
 from __future__ import annotations
 
 import functools
+import json
 import math
 import operator
 import os
@@ -16,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 
-from orders.json_rows import read_rows
 from util.errors import UserError
 
 GridSize = int | tuple[int, int]
@@ -48,7 +48,7 @@ def _published_schedules(side: int) -> tuple[tuple[int, ...], ...]:
     """
     if side not in (16, 32):
         return ()
-    return tuple(read_schedules(_PUBLISHED / f"group_sizes_{16 * side}.json", side * side))
+    return tuple(map(tuple, json.loads((_PUBLISHED / f"group_sizes_{16 * side}.json").read_text())))
 
 
 def grid_side(img_size: int, stride: int) -> int:
@@ -173,23 +173,6 @@ def parse_group_sizes(text: str, num_tokens: int) -> tuple[int, ...]:
         terms.append((sizes, int(match[1] or 1) * int(match[3] or 1)))
     _check_sum(sum(sum(sizes) * times for sizes, times in terms), num_tokens)  # before lists of any length are made
     return tuple(size for sizes, times in terms for size in sizes * times)
-
-
-def read_schedules(path: str | Path, num_tokens: int) -> list[tuple[int, ...]]:
-    """The schedules of a file: a JSON list of lists of group sizes, as published for training.
-
-    Raises ``UserError``, naming the file and the row, unless each holds positive integers that sum to ``num_tokens``.
-    """
-    rows = read_rows(
-        Path(path),
-        "group-sizes file",
-        f"positive integers that sum to {num_tokens}",
-        lambda row: bool(row) and min(row) > 0 and sum(row) == num_tokens,
-    )
-    schedules = [tuple(row) for row in rows]
-    if not schedules:
-        raise UserError(f"group-sizes file {path} holds no schedules.")
-    return schedules
 
 
 def check_group_sizes(sizes: Sequence[int], num_tokens: int) -> tuple[int, ...]:

@@ -441,7 +441,7 @@ def test_damaged_config_is_one_sentence(checkpoint: Path, tmp_path: Path, change
     with pytest.raises(UserError, match=named):
         load_checkpoint(tmp_path / "exported" / "model.safetensors")
     path.write_text("{")
-    with pytest.raises(UserError, match="not JSON"):
+    with pytest.raises(UserError, match="not readable"):
         load_checkpoint(tmp_path / "exported" / "model.safetensors")
 
 
