@@ -128,10 +128,11 @@ def read_schedules(path: str | Path, num_tokens: int) -> list[tuple[int, ...]]:
 
     Raises ``UserError``, naming the file and the row, unless each holds positive integers that sum to ``num_tokens``.
     """
-    expected = f"positive integers that sum to {num_tokens}"
-    rows = _read_rows(
-        path, "group-sizes file", expected, lambda row: min(row, default=0) > 0 and sum(row) == num_tokens
-    )
+
+    def is_right(row: list[int]) -> bool:
+        return min(row, default=0) > 0 and sum(row) == num_tokens
+
+    rows = _read_rows(Path(path), "group-sizes file", f"positive integers that sum to {num_tokens}", is_right)
     if schedules := [tuple(row) for row in rows]:
         return schedules
     raise UserError(f"group-sizes file {path} holds no schedules.")
