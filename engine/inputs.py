@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import Config
-from engine.hub.published import COMMAND, DOWNLOADS, GUIDED_DIFFUSION, OPENAI_STATISTICS, ORDERS_DIR, ORDERS_REPO
+from engine.hub.download import COMMAND, DOWNLOADS, GUIDED_DIFFUSION, OPENAI_STATISTICS, ORDERS_DIR, ORDERS_REPO
 from engine.hub.remote import Choice, find_file, hub_name
 from engine.recipes import TOKENIZER
 from engine.scoring.features import INCEPTION, INCEPTION_URL, inception_cache

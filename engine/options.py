@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import Config
-from engine.hub.published import ORDERS_DIR
+from engine.hub.download import ORDERS_DIR
 from engine.published_flags import add_unused_process_flags, add_unused_tokenizer_flags
 from engine.recipes import EVAL_RECIPES, RELEASED, TRAIN_RECIPES, checkpoint_path
 from models.sampling import Sampling

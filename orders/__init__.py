@@ -2,8 +2,8 @@
 
 from orders.baselines import natural_group_sizes
 from orders.draw import ORDER_KINDS, default_repulsion, generate_orders
-from orders.files import load_orders, save_orders
-from orders.schedule import group_sizes, parse_group_sizes, published_group_sizes, read_schedules
+from orders.files import load_orders, read_schedules, save_orders
+from orders.schedule import group_sizes, parse_group_sizes, published_group_sizes
 
 __all__ = [
     "ORDER_KINDS",

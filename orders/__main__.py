@@ -5,39 +5,34 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from orders.draw import ORDER_KINDS, OrderSpec, default_repulsion
-from orders.files import check_suffix, load_orders, read_spec, save_orders
-from orders.schedule import default_steps, grid_group_sizes, grid_shape, parse_group_sizes
+from orders.config import OrderConfig, Orders
+from orders.draw import ORDER_KINDS
+from orders.files import load_orders, read_spec, save_orders
+from orders.schedule import default_steps, grid_shape, grid_side
 from orders.statistics import order_statistics
-from util.cli import Parser, exit_on_user_error
+from util.cli import Parser, exit_on_user_error, from_args
 from util.errors import UserError
+
+if TYPE_CHECKING:
+    from orders.figures import SteppedOrder
 
 _COMPARED = ("lpd", "lpd_near_only", "lpd_far_only", "random", "halton", "par", "raster", "zipar", "nar")
 _ANIMATED = ("lpd", "random", "nar")
 
 
 def _grid(args: argparse.Namespace) -> tuple[int, int]:
-    if args.grid is None:
-        if args.stride < 1 or args.img_size < 1 or args.img_size % args.stride:
-            raise UserError(f"--img_size {args.img_size} must be a positive multiple of --stride {args.stride}.")
-        return grid_shape(args.img_size // args.stride)
-    sides = args.grid.lower().replace("×", "x").split("x")
-    if not 1 <= len(sides) <= 2 or not all(side.isdecimal() and int(side) > 0 for side in sides):
-        raise UserError(f"--grid {args.grid!r} must be a side such as 16, or rows and columns such as 16x24.")
-    return int(sides[0]), int(sides[-1])
+    return args.grid or grid_shape(grid_side(args.img_size, args.stride))
 
 
-def _spec(args: argparse.Namespace, kind: str) -> OrderSpec:
+def _orders(args: argparse.Namespace, **given: str) -> Orders:
     grid = _grid(args)
-    if args.group_sizes is None:
-        sizes = grid_group_sizes(grid, default_steps(grid) if args.steps is None else args.steps)
-    else:
-        sizes = parse_group_sizes(args.group_sizes, grid[0] * grid[1])
-    repulsion = default_repulsion(grid) if args.repulsion_threshold is None else args.repulsion_threshold
-    return OrderSpec(kind, grid, sizes, args.proximity_threshold, repulsion, args.seed)
+    if args.generation_steps is None:
+        args.generation_steps = default_steps(grid)
+    return from_args(OrderConfig, args, **given).for_grid(grid, args.seed)
 
 
 def _numbers(args: argparse.Namespace) -> np.ndarray:
@@ -48,15 +43,13 @@ def _numbers(args: argparse.Namespace) -> np.ndarray:
 
 def generate(args: argparse.Namespace) -> None:
     """Write a file of orders."""
-    check_suffix(args.output)
-    spec = _spec(args, args.order)
+    spec = _orders(args).spec
     orders = spec.draw(_numbers(args), device=args.device, workers=args.workers, progress=True)
     save_orders(args.output, orders, spec)
 
 
 def convert(args: argparse.Namespace) -> None:
     """Check every row of a file of orders and write it in the other form."""
-    check_suffix(args.output)
     orders = load_orders(args.input, _grid(args))
     save_orders(args.output, orders, read_spec(args.input))
     print(f"{args.output}: {len(orders)} orders of {orders.shape[1]} tokens")
@@ -64,79 +57,81 @@ def convert(args: argparse.Namespace) -> None:
 
 def stats(args: argparse.Namespace) -> None:
     """Print what each step of an order knows and how far apart its tokens are."""
-    spec, numbers = _spec(args, args.order), _numbers(args)
-    loaded = None if args.file is None else load_orders(args.file, spec.grid, spec.group_sizes)
-    orders = spec.draw(numbers) if loaded is None else loaded[: len(numbers)]
+    described, numbers = _orders(args), _numbers(args)
+    spec = described.spec
+    orders = spec.draw(numbers) if described.rows is None else described.rows[: len(numbers)]
     measured = order_statistics(orders, spec.group_sizes, spec.grid, spec.repulsion_threshold)
     h, w = spec.grid
     print(
-        f"{args.file or args.order}: {h}×{w} tokens, {len(spec.group_sizes)} steps, {len(orders)} orders\n"
+        f"{args.lpd_order_file or args.order}: {h}×{w} tokens, {len(spec.group_sizes)} steps, {len(orders)} orders\n"
         "near context: share of a group's tokens with a known token among their 8 neighbours\n"
         "proximity: sum of 1/distance over these known neighbours\n"
         f"close pairs: share of a group's pairs within Chebyshev distance {spec.repulsion_threshold}\n"
         "nearest: Euclidean distance to the nearest other token of the group\n"
         f"{'step':>6}{'tokens':>8}{'near context':>14}{'proximity':>11}{'close pairs':>13}{'nearest':>9}"
     )
-    for step, (size, *means) in enumerate(zip(spec.group_sizes, *vars(measured).values(), strict=True), 1):
-        print(f"{step:>6}{size:>8}" + _format(*means))
-    print(f"{'2-':>5}{len(spec.group_sizes)}{'':>8}" + _format(*measured.overall().values()))
+    per_step = zip(range(1, len(spec.group_sizes) + 1), spec.group_sizes, *vars(measured).values(), strict=True)
+    for row in (*per_step, (f"2-{len(spec.group_sizes)}", "", *measured.overall().values())):
+        print("{:>6}{:>8}{:>14.4f}{:>11.3f}{:>13.4f}{:>9.2f}".format(*row).replace("nan", "  –"))
 
 
-def _format(near: float, proximity: float, close: float, nearest: float) -> str:
-    text = f"{near:>14.4f}{proximity:>11.3f}{close:>13.4f}{nearest:>9.2f}"
-    return text.replace("nan", "  –")
+def _stepped(args: argparse.Namespace, **given: str) -> SteppedOrder:
+    from orders.figures import SteppedOrder
+
+    spec = _orders(args, **given).spec
+    return SteppedOrder(spec, spec.draw(np.array([args.index]))[0])
 
 
 def draw(args: argparse.Namespace) -> None:
     """Draw the step of each token of one order."""
-    from orders.figures import SteppedOrder, draw_order
+    from orders.figures import draw_order
 
-    _check_figure(args.output, ".png", ".pdf", ".svg")
-    draw_order(args.output, SteppedOrder.of(_spec(args, args.order), args.index))
+    draw_order(args.output, _stepped(args))
 
 
 def compare(args: argparse.Namespace) -> None:
     """Draw several orders with the same group sizes beside each other."""
-    from orders.figures import SteppedOrder, draw_comparison
+    from orders.figures import draw_comparison
 
-    _check_figure(args.output, ".png", ".pdf", ".svg")
-    specs = [_spec(args, kind) for kind in args.orders]
-    overall = [
-        order_statistics(spec.draw(np.arange(400)), spec.group_sizes, spec.grid, spec.repulsion_threshold).overall()
-        for spec in specs
-    ]
-    draw_comparison(args.output, [SteppedOrder.of(spec, args.index) for spec in specs], overall)
+    draw_comparison(args.output, [_stepped(args, order=kind) for kind in args.orders])
 
 
 def animate(args: argparse.Namespace) -> None:
     """Write a GIF of grids that fill up."""
-    from orders.figures import SteppedOrder, animate
+    from orders.figures import animate
 
-    _check_figure(args.output, ".gif")
-    animate(args.output, [SteppedOrder.of(_spec(args, kind), args.index) for kind in args.orders])
+    animate(args.output, [_stepped(args, order=kind) for kind in args.orders])
 
 
-def _check_figure(path: Path, *suffixes: str) -> None:
-    if path.suffix not in suffixes:
-        raise UserError(f"figure {path} must end in {', '.join(suffixes)}.")
+def grid(text: str) -> tuple[int, int]:
+    """Rows and columns: ``16`` or ``16x24``."""
+    rows, _, columns = text.lower().replace("×", "x").partition("x")
+    return grid_shape((int(rows), int(columns or rows)))
+
+
+def _file(*suffixes: str) -> Callable[[str], Path]:
+    def path(text: str) -> Path:
+        if not text.endswith(suffixes):
+            raise argparse.ArgumentTypeError(f"{text} must end in {', '.join(suffixes)}")
+        return Path(text)
+
+    return path
 
 
 def _parser() -> Parser:
     parser = Parser(prog="python -m orders", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    grid = Parser(add_help=False)
-    grid.add_argument("--img_size", type=int, default=256, help="side of a square image in pixels")
-    grid.add_argument("--stride", type=int, default=16, help="pixels per token")
-    grid.add_argument("--grid", help="tokens instead: a side such as 16, or rows and columns such as 16x24")
+    size = Parser(add_help=False)
+    size.add_argument("--img_size", type=int, default=256, help="side of a square image in pixels")
+    size.add_argument("--stride", type=int, default=16, help="pixels per token")
+    size.add_argument("--grid", type=grid, help="tokens instead: a side such as 16, or rows and columns such as 16x24")
 
-    spec = Parser(add_help=False, parents=[grid])
-    add = spec.add_argument
-    add("--steps", type=int, help="decoding steps (default: 20 for 16×16 tokens, 48 for 32×32, else L / 12.8)")
-    add("--group_sizes", help="tokens per step instead: '1,3,5', '[1]*2+[7]*2', 'uniform:STEPS', or a file with a list")
-    add("--proximity_threshold", type=float, default=1.0, help="proximity that makes a cell a candidate")
-    add("--repulsion_threshold", type=int, help="distance that the cells of a group keep (default: grid side / 8)")
-    add("--seed", type=int, default=0, help="what the random numbers follow from")
+    spec = Parser(add_help=False, parents=[size])
+    steps = "decoding steps (default: 20 for 16×16 tokens, 48 for 32×32, else L / 12.8)"
+    spec.add_argument("--steps", dest="generation_steps", metavar="STEPS", type=int, help=steps)
+    spec.add_config(OrderConfig, skip=("generation_steps", "order", "lpd_order_file"))
+    spec.add_argument("--seed", type=int, default=0, help="what the random numbers follow from")
 
     order = Parser(add_help=False)
     order.add_argument("--order", choices=ORDER_KINDS, default="lpd", help="the kind of order")
@@ -144,34 +139,41 @@ def _parser() -> Parser:
     index = Parser(add_help=False)
     index.add_argument("--index", type=int, default=0, help="number of the order")
 
-    def command(name: str, run: Callable[[argparse.Namespace], None], *parents: Parser) -> Callable:
-        added = commands.add_parser(name, parents=parents, help=run.__doc__, description=run.__doc__)
+    def command(run: Callable[[argparse.Namespace], None], *parents: Parser) -> Callable:
+        added = commands.add_parser(run.__name__, parents=parents, help=run.__doc__, description=run.__doc__)
         added.set_defaults(run=run)
         return added.add_argument
 
-    add = command("generate", generate, spec, order)
-    add("output", type=Path, help=".json (the published form) or .safetensors (smaller, loads at once)")
+    orders_file, picture = _file(".json", ".safetensors"), _file(".png", ".pdf", ".svg")
+    add = command(generate, spec, order)
+    add("output", type=orders_file, help=".json (the published form) or .safetensors (smaller, loads at once)")
     add("--num", type=int, default=60_000, help="number of orders")
     add("--device", default="cpu", help="cpu, cuda or cuda:N")
     add("--workers", type=int, help="CPU threads (default: one per core)")
 
-    add = command("convert", convert, grid)
-    add("input", type=Path, help=".json or .safetensors")
-    add("output", type=Path, help=".json or .safetensors")
+    add = command(convert, size)
+    add("input", type=orders_file, help=".json or .safetensors")
+    add("output", type=orders_file, help=".json or .safetensors")
 
-    add = command("stats", stats, spec, order)
+    add = command(stats, spec, order)
     add("--num", type=int, default=400, help="number of orders to measure")
-    add("--file", type=Path, help="measure the orders of this file instead of drawing them")
+    add(
+        "--file",
+        dest="lpd_order_file",
+        metavar="FILE",
+        type=orders_file,
+        help="measure the orders of this file instead",
+    )
 
-    add = command("draw", draw, spec, order, index)
-    add("output", type=Path, help=".png, .pdf or .svg")
+    add = command(draw, spec, order, index)
+    add("output", type=picture, help=".png, .pdf or .svg")
 
-    add = command("compare", compare, spec, index)
-    add("output", type=Path, help=".png, .pdf or .svg")
+    add = command(compare, spec, index)
+    add("output", type=picture, help=".png, .pdf or .svg")
     add("--orders", nargs="+", choices=ORDER_KINDS, default=_COMPARED, help="(default: all)")
 
-    add = command("animate", animate, spec, index)
-    add("output", type=Path, help=".gif")
+    add = command(animate, spec, index)
+    add("output", type=_file(".gif"), help=".gif")
     add("--orders", nargs="+", choices=ORDER_KINDS, default=_ANIMATED, help=f"(default: {' '.join(_ANIMATED)})")
     return parser
 

@@ -5,8 +5,6 @@ All cells are raster indices (row·w + column) of an (h, w) grid.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import numpy as np
 
 from orders.order_states import order_states, sub_states
@@ -19,12 +17,46 @@ ZIPAR_WINDOW = 2
 Grid = tuple[int, int]
 
 
-def raster_order(grid: Grid) -> np.ndarray:
+def _raster_steps(grid: Grid) -> np.ndarray:
     """Row by row, one token per step: the order of VQGAN (arXiv:2012.09841) and LlamaGen (arXiv:2406.06525)."""
     return np.arange(grid[0] * grid[1])
 
 
-def halton_order(grid: Grid) -> np.ndarray:
+def _par_steps(grid: Grid) -> np.ndarray:
+    """Region-parallel order of PAR (arXiv:2412.15119).
+
+    The grid is cut into 4×4 regions; the first token of each comes one by one, then every step generates the next
+    token, in raster order of the region, of all regions at once.
+    """
+    in_region = [
+        np.concatenate([np.arange(len(part)) for part in np.array_split(np.arange(side), min(PAR_REGIONS, side))])
+        for side in grid
+    ]
+    places = (in_region[0][:, None] * grid[1] + in_region[1]).ravel()
+    first = places == 0
+    ranks = np.unique(places, return_inverse=True)[1]
+    return np.where(first, first.cumsum(), first.sum() + ranks) - 1
+
+
+def _zipar_steps(grid: Grid) -> np.ndarray:
+    """Diagonal order of ZipAR (arXiv:2412.04062).
+
+    Every row is generated from left to right and starts as soon as the row above is two tokens (the window) ahead, so
+    that a slanted front of one token per row moves over the image.
+    """
+    return (min(ZIPAR_WINDOW, grid[1]) * np.arange(grid[0])[:, None] + np.arange(grid[1])).ravel()
+
+
+def _nar_steps(grid: Grid) -> np.ndarray:
+    """Neighbouring expansion of NAR (arXiv:2503.10696): by Manhattan distance from the top left corner."""
+    return np.add.outer(*map(np.arange, grid)).ravel()
+
+
+# The step, from 0 on, in which each cell is generated, (L,); the cells of a step come in raster order.
+_STEPS = {"raster": _raster_steps, "par": _par_steps, "zipar": _zipar_steps, "nar": _nar_steps}
+
+
+def _halton_order(grid: Grid) -> np.ndarray:
     """Low-discrepancy order of Halton-MaskGIT (arXiv:2503.17076).
 
     The points 1, 2, … of the two-dimensional Halton sequence in bases 2 (rows) and 3 (columns), each naming the cell
@@ -52,63 +84,12 @@ def _mirrored_cells(numbers: np.ndarray, base: int, side: int) -> np.ndarray:
     return numerator * side // denominator
 
 
-def par_order(grid: Grid) -> np.ndarray:
-    """Region-parallel order of PAR (arXiv:2412.15119).
-
-    The grid is cut into 4×4 regions; the first token of each comes one by one, then every step generates the next
-    token, in raster order of the region, of all regions at once.
-    """
-    return np.concatenate(_par_groups(grid))
+FIXED_KINDS = ("halton", *_STEPS)
 
 
-def _par_groups(grid: Grid) -> list[list[int]]:
-    bands, stripes = (np.array_split(np.arange(side), min(PAR_REGIONS, side)) for side in grid)
-    first, later = [], dict[tuple[int, int], list[int]]()
-    for rows in bands:
-        for cols in stripes:
-            for i, row in enumerate(rows):
-                for j, col in enumerate(cols):
-                    cell = int(row * grid[1] + col)
-                    if i == j == 0:
-                        first.append([cell])
-                    else:
-                        later.setdefault((i, j), []).append(cell)
-    return first + [later[position] for position in sorted(later)]
-
-
-def zipar_order(grid: Grid) -> np.ndarray:
-    """Diagonal order of ZipAR (arXiv:2412.04062).
-
-    Every row is generated from left to right and starts as soon as the row above is two tokens (the window) ahead, so
-    that a slanted front of one token per row moves over the image.
-    """
-    return _by_time(_zipar_times(grid))
-
-
-def _zipar_times(grid: Grid) -> np.ndarray:
-    return min(ZIPAR_WINDOW, grid[1]) * np.arange(grid[0])[:, None] + np.arange(grid[1])
-
-
-def nar_order(grid: Grid) -> np.ndarray:
-    """Neighbouring expansion of NAR (arXiv:2503.10696): by Manhattan distance from the top left corner."""
-    return _by_time(_nar_times(grid))
-
-
-def _nar_times(grid: Grid) -> np.ndarray:
-    return np.arange(grid[0])[:, None] + np.arange(grid[1])
-
-
-def _by_time(times: np.ndarray) -> np.ndarray:
-    return np.argsort(times.ravel(), kind="stable")
-
-
-FIXED_ORDERS: dict[str, Callable[[Grid], np.ndarray]] = {
-    "raster": raster_order,
-    "halton": halton_order,
-    "par": par_order,
-    "zipar": zipar_order,
-    "nar": nar_order,
-}
+def fixed_order(kind: str, grid: Grid) -> np.ndarray:
+    """The order of one of ``FIXED_KINDS``, the same for every image: int64 (L,)."""
+    return _halton_order(grid) if kind == "halton" else np.argsort(_STEPS[kind](grid), kind="stable")
 
 
 def random_orders(indices: np.ndarray, num_cells: int, seed: int) -> np.ndarray:
@@ -133,18 +114,12 @@ def natural_group_sizes(kind: str, grid_size: GridSize, steps: int | None = None
     is None. (MaskGIT, RandAR, ARPG and Halton-MaskGIT use the same cosine.)
     """
     grid = grid_shape(grid_size)
-    if kind == "raster":
-        sizes = [1] * (grid[0] * grid[1])
-    elif kind == "par":
-        sizes = [len(group) for group in _par_groups(grid)]
-    elif kind in ("zipar", "nar"):
-        times = _zipar_times(grid) if kind == "zipar" else _nar_times(grid)
-        sizes = np.bincount(times.ravel()).tolist()
-    else:
+    if kind not in _STEPS:
         return grid_group_sizes(grid, default_steps(grid) if steps is None else steps)
+    sizes = tuple(np.bincount(_STEPS[kind](grid)).tolist())
     if steps not in (None, len(sizes)):
         raise UserError(
             f"order {kind!r} takes {len(sizes)} steps of its own on a {grid[0]}×{grid[1]} grid, not {steps}; "
             "give group sizes to cut it otherwise."
         )
-    return tuple(sizes)
+    return sizes

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
-from orders.draw import ORDER_KINDS, OrderSpec, default_repulsion, generate_orders
+from orders.draw import ORDER_KINDS, OrderSpec, default_repulsion
 from orders.files import load_orders
-from orders.schedule import grid_group_sizes, grid_shape, parse_group_sizes
+from orders.schedule import GridSize, grid_group_sizes, grid_shape, parse_group_sizes
 from util.config import check, setting
 from util.errors import UserError
 
@@ -21,7 +21,7 @@ class OrderConfig:
 
     generation_steps: int = setting(20, "decoding steps per image")
     group_sizes: str | tuple[int, ...] | None = setting(
-        None, "tokens per step instead: '1,3,5', '[1]*256', a JSON list, or a file with either"
+        None, "tokens per step instead: '1,3,5', '[1]*256', 'uniform:STEPS', a JSON list, or a file with one"
     )
     order: str = setting("lpd", "kind of the orders, drawn on the fly", choices=ORDER_KINDS)
     lpd_order_file: Path | None = setting(None, "file of orders; image i uses order i")
@@ -31,8 +31,8 @@ class OrderConfig:
     def __post_init__(self) -> None:
         check(self, prefix="")
 
-    def for_grid(self, grid_size: int, seed: int, num_images: int) -> Orders:
-        """Schedule and orders on a square grid of this side, for images 0 … num_images − 1.
+    def for_grid(self, grid_size: GridSize, seed: int, num_images: int = 0) -> Orders:
+        """Schedule and orders on one grid, for images 0 … num_images − 1.
 
         Raises:
             UserError: for a schedule or a threshold that does not fit the grid, or a file that is missing, made for
@@ -42,15 +42,13 @@ class OrderConfig:
         if self.group_sizes is None:
             sizes = grid_group_sizes(grid, self.generation_steps)
         elif isinstance(self.group_sizes, str):
-            sizes = parse_group_sizes(self.group_sizes, grid_size**2)
+            sizes = parse_group_sizes(self.group_sizes, grid[0] * grid[1])
         else:
             sizes = self.group_sizes
         repulsion = default_repulsion(grid) if self.repulsion_threshold is None else self.repulsion_threshold
         spec = OrderSpec(self.order, grid, sizes, self.proximity_threshold, repulsion, seed)
-        if self.lpd_order_file is None:
-            return Orders(spec)
-        rows = load_orders(self.lpd_order_file, grid_size, spec.group_sizes)
-        if len(rows) < num_images:
+        rows = None if self.lpd_order_file is None else load_orders(self.lpd_order_file, grid, spec.group_sizes)
+        if rows is not None and len(rows) < num_images:
             raise UserError(f"{self.lpd_order_file} holds {len(rows)} orders, too few for {num_images} images.")
         return Orders(spec, rows)
 
@@ -73,16 +71,5 @@ class Orders:
 
     def of_images(self, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
         """The orders of the images with these numbers, int16 (B, L)."""
-        if self.rows is not None:
-            return self.rows[np.asarray(numbers)]
-        s = self.spec
-        return generate_orders(
-            s.kind,
-            len(numbers),
-            s.group_sizes,
-            s.grid,
-            s.proximity_threshold,
-            s.repulsion_threshold,
-            s.seed,
-            indices=numbers,
-        )
+        numbers = np.asarray(numbers, np.int64)
+        return self.spec.draw(numbers) if self.rows is None else self.rows[numbers]

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from orders.baselines import FIXED_ORDERS, random_orders
+from orders.baselines import FIXED_KINDS, fixed_order, random_orders
 from orders.lpd_order import MAX_SIDE, lpd_orders
 from orders.schedule import GridSize, check_group_sizes, grid_shape
 from util.errors import UserError
@@ -68,11 +68,17 @@ class OrderSpec:
 
         ``device`` and ``workers`` are those of :func:`generate_orders`; ``progress`` shows a progress bar.
         """
-        gpu = _gpu(device)
         if workers is None:
             workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
         if workers < 1:
             raise UserError(f"number of workers {workers} must be at least 1.")
+        if (indices < 0).any():
+            raise UserError(f"order numbers start at 0, got {indices.min()}.")
+        gpu = None
+        if device != "cpu":
+            from util.dist import resolve_device  # needs torch
+
+            gpu = resolve_device(device)
         orders = np.empty((len(indices), self.grid[0] * self.grid[1]), np.int16)
         size = max(1, _CHUNK_CELLS["cpu" if gpu is None else "cuda"] // orders.shape[1])
 
@@ -89,39 +95,17 @@ class OrderSpec:
 
     def _draw_chunk(self, indices: np.ndarray, gpu: Any) -> np.ndarray:
         """The same at once, with NumPy or on a torch device."""
-        if self.kind in FIXED_ORDERS:
-            return FIXED_ORDERS[self.kind](self.grid)  # (L,), the same for all
+        if self.kind in FIXED_KINDS:
+            return fixed_order(self.kind, self.grid)
         if self.kind == "random":
             return random_orders(indices, self.grid[0] * self.grid[1], self.seed)
-        xp: Any = np
-        numbers: Any = indices
-        if gpu is not None:
-            import torch
+        tau, rho = (0.0, 0) if self.kind == "lpd_near_only" else (self.proximity_threshold, self.repulsion_threshold)
+        rest = self.group_sizes, self.grid, tau, int(rho), self.seed, self.kind != "lpd_far_only"
+        if gpu is None:
+            return lpd_orders(np, indices, *rest)
+        import torch
 
-            xp, numbers = torch, torch.from_numpy(indices).to(gpu)
-        near_only = self.kind == "lpd_near_only"
-        orders = lpd_orders(
-            xp,
-            numbers,
-            self.group_sizes,
-            self.grid,
-            0.0 if near_only else self.proximity_threshold,
-            0 if near_only else int(self.repulsion_threshold),
-            self.seed,
-            use_proximity=self.kind != "lpd_far_only",
-            device="cpu" if gpu is None else gpu,
-        )
-        return orders if gpu is None else orders.cpu().numpy()
-
-
-def _gpu(device: str) -> Any:
-    """The torch device of this name, or None for the CPU, which needs no torch."""
-    if device == "cpu":
-        return None
-    from util.dist import resolve_device
-
-    resolved = resolve_device(device)
-    return None if resolved.type == "cpu" else resolved
+        return lpd_orders(torch, torch.from_numpy(indices).to(gpu), *rest).cpu().numpy()
 
 
 def generate_orders(
@@ -166,11 +150,7 @@ def generate_orders(
     grid = grid_shape(grid_size)
     repulsion = default_repulsion(grid) if repulsion_threshold is None else repulsion_threshold
     spec = OrderSpec(kind, grid, tuple(group_sizes), proximity_threshold, repulsion, seed)
-    if num < 0:
-        raise UserError(f"number of orders {num} must be 0 or more.")
     numbers = np.arange(num) if indices is None else np.asarray(indices, np.int64)
     if numbers.shape != (num,):
-        raise UserError(f"indices must be {num} order numbers, as num says, got an array of shape {numbers.shape}.")
-    if num and numbers.min() < 0:
-        raise UserError(f"order numbers start at 0, got {numbers.min()}.")
+        raise UserError(f"num must be 0 or more and the number of indices, got {num} and shape {numbers.shape}.")
     return spec.draw(numbers, device=device, workers=workers)

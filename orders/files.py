@@ -1,4 +1,4 @@
-"""Files of orders: the published JSON, and a binary form of less than half its size that loads at once.
+"""Files of schedules, and of orders: as the published JSON, or in a binary form of half its size that loads at once.
 
 The binary form is a safetensors file with one int16 tensor ``orders`` (num, L); its metadata says how the orders were
 drawn, so that a file for another grid or schedule is recognised. A JSON file is a list of lists of raster indices and
@@ -8,25 +8,24 @@ has no room for that: it is written beside it, as ``NAME.json.settings``, and pu
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors.numpy
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from orders.draw import OrderSpec
-from orders.json_rows import read_rows
 from orders.schedule import GridSize, grid_shape
-from util.errors import UserError
+from util.errors import UserError, reading
 from util.files import atomic_write, sha256, write_json
 
 _SPEC = "settings"  # its key in the metadata and in the file beside a JSON file
+_FIRST, _NEXT = re.compile(r"\s*\[\s*(?=\[)"), re.compile(r"\s*,\s*(?=\[)")  # what stands before a list in a list
 _PUBLISHED_NAME = re.compile(r"res(\d+)_steps(\d+)(_repulsion\d+)?\.(json|safetensors)")
 
 
@@ -39,9 +38,7 @@ def load_orders(path: str | Path, grid_size: GridSize, group_sizes: Sequence[int
     """
     path = Path(path)
     h, w = grid_shape(grid_size)
-    check_suffix(path)
-    if not path.is_file():
-        raise UserError(f"order file {path} does not exist.")
+    _check_suffix(path)
     name = _PUBLISHED_NAME.fullmatch(path.name)
     if name and group_sizes is not None and int(name[2]) != len(group_sizes):
         raise UserError(f"order file {path} is for {name[2]} steps, but {len(group_sizes)} are asked for.")
@@ -59,7 +56,7 @@ def load_orders(path: str | Path, grid_size: GridSize, group_sizes: Sequence[int
 def _read_json(path: Path, num_cells: int) -> np.ndarray:
     orders = []
     expected = f"{num_cells} integers, the cells of the grid"
-    for number, row in enumerate(read_rows(path, "order file", expected, lambda row: len(row) == num_cells)):
+    for number, row in enumerate(_read_rows(path, "order file", expected, lambda row: len(row) == num_cells)):
         try:
             orders.append(np.array(row, np.int16))
         except OverflowError:
@@ -70,20 +67,11 @@ def _read_json(path: Path, num_cells: int) -> np.ndarray:
 
 
 def _read_binary(path: Path, num_cells: int) -> np.ndarray:
-    with _opened(path) as file:
+    with reading("order file", path), safe_open(path, framework="numpy") as file:
         orders = file.get_tensor("orders")
     if orders.dtype != np.int16 or orders.ndim != 2 or orders.shape[1] != num_cells:
         raise UserError(f"order file {path} holds {orders.dtype} {orders.shape}, expected int16 (num, {num_cells}).")
     return orders
-
-
-@contextlib.contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    try:
-        with safe_open(path, framework="numpy") as file:
-            yield file
-    except SafetensorError as error:
-        raise UserError(f"order file {path} is cut short or not a file of orders ({error}).") from None
 
 
 def _not_a_permutation(path: Path, row: int, num_cells: int) -> str:
@@ -103,7 +91,7 @@ def _recorded(path: Path) -> dict[str, Any]:
             return {}
         recorded = json.loads(_beside(path).read_text())
         return recorded[_SPEC] if recorded["sha256"] == sha256(path) else {}  # else of an earlier file of that name
-    with _opened(path) as file:
+    with reading("order file", path), safe_open(path, framework="numpy") as file:
         return json.loads((file.metadata() or {}).get(_SPEC, "{}"))
 
 
@@ -118,20 +106,63 @@ def save_orders(path: str | Path, orders: np.ndarray, spec: OrderSpec | None = N
     another suffix.
     """
     path = Path(path)
-    check_suffix(path)
+    _check_suffix(path)
+    recorded = {} if spec is None else asdict(spec)
     with atomic_write(path) as file:
         if path.suffix == ".json":
-            for number, row in enumerate(orders):
-                file.write((b", " if number else b"[") + json.dumps(row.tolist()).encode())
-            file.write(b"]" if len(orders) else b"[]")
+            file.write(b"[" + b", ".join(json.dumps(row.tolist()).encode() for row in orders) + b"]")
         else:
-            metadata = None if spec is None else {_SPEC: json.dumps(asdict(spec))}
+            metadata = {_SPEC: json.dumps(recorded)} if recorded else None
             file.write(safetensors.numpy.save({"orders": np.ascontiguousarray(orders, np.int16)}, metadata))
-    if path.suffix == ".json" and spec is not None:
-        write_json(_beside(path), {_SPEC: asdict(spec), "sha256": sha256(path)})
+    if path.suffix == ".json" and recorded:
+        write_json(_beside(path), {_SPEC: recorded, "sha256": sha256(path)})
 
 
-def check_suffix(path: Path) -> None:
-    """``UserError`` unless the name ends in .json or .safetensors."""
+def _check_suffix(path: Path) -> None:
     if path.suffix not in (".json", ".safetensors"):
         raise UserError(f"order file {path} must end in .json or .safetensors.")
+
+
+def read_schedules(path: str | Path, num_tokens: int) -> list[tuple[int, ...]]:
+    """The schedules of a file: a JSON list of lists of group sizes, as published for training.
+
+    Raises ``UserError``, naming the file and the row, unless each holds positive integers that sum to ``num_tokens``.
+    """
+
+    def is_right(row: list[int]) -> bool:
+        return min(row, default=0) > 0 and sum(row) == num_tokens
+
+    rows = _read_rows(Path(path), "group-sizes file", f"positive integers that sum to {num_tokens}", is_right)
+    if schedules := [tuple(row) for row in rows]:
+        return schedules
+    raise UserError(f"group-sizes file {path} holds no schedules.")
+
+
+def _read_rows(path: Path, what: str, expected: str, is_right: Callable[[list[int]], bool]) -> Iterator[list[int]]:
+    """The inner lists, one after the other: all numbers of 60,000 orders at once would take 2.5 GB.
+
+    Args:
+        what: the name of such files in messages.
+        expected: what messages say that a row must be.
+        is_right: whether a row of integers is that.
+
+    Raises:
+        UserError: naming the file and the row, for anything but a list of such rows.
+    """
+    with reading(what, path):
+        text = path.read_text("utf-8", errors="replace")
+    decode = json.JSONDecoder().raw_decode
+    number, position = 0, 0
+    between = _FIRST.match(text)
+    while between:
+        try:
+            row, position = decode(text, between.end())
+        except (ValueError, RecursionError):
+            row = None
+        if not isinstance(row, list) or set(map(type, row)) - {int} or not is_right(row):
+            raise UserError(f"{what} {path}, row {number}: expected {expected}.")
+        yield row
+        number += 1
+        between = _NEXT.match(text, position)
+    if "".join(text[position:].split()) != ("]" if number else "[]"):
+        raise UserError(f"{what} {path} is cut short, or not a JSON list of lists, after {number} rows.")

@@ -42,16 +42,14 @@ def lpd_orders(
     proximity_threshold: float,
     repulsion_threshold: int,
     seed: int,
-    *,
     use_proximity: bool = True,
-    device: Any = "cpu",
 ) -> Any:
     """The orders of these numbers, int16 (N, L), on the device of ``indices`` (N,), int64.
 
     ``group_sizes`` starts with 1 and sums to L. Without ``use_proximity`` all cells count as equally close. The
     arguments are taken as valid; :func:`orders.generate_orders` is the checked way in.
     """
-    batch = _Batch(xp, len(indices), grid, repulsion_threshold, device)
+    batch = _Batch(xp, len(indices), grid, repulsion_threshold, indices.device)
     threshold = closeness(proximity_threshold) if use_proximity else 0
     states = order_states(indices, seed)
     batch.orders[0] = uniform_cells(sub_states(states, 0), grid[0] * grid[1])

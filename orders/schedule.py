@@ -7,6 +7,7 @@ A schedule is a tuple of positive integers that sum to the number of tokens ``L`
 from __future__ import annotations
 
 import functools
+import json
 import math
 import operator
 import os
@@ -16,7 +17,6 @@ from pathlib import Path
 
 import numpy as np
 
-from orders.json_rows import read_rows
 from util.errors import UserError
 
 GridSize = int | tuple[int, int]
@@ -48,10 +48,11 @@ def _published_schedules(side: int) -> tuple[tuple[int, ...], ...]:
     """
     if side not in (16, 32):
         return ()
-    return tuple(read_schedules(_PUBLISHED / f"group_sizes_{16 * side}.json", side * side))
+    return tuple(map(tuple, json.loads((_PUBLISHED / f"group_sizes_{16 * side}.json").read_text())))
 
 
-def _grid_side(img_size: int, stride: int) -> int:
+def grid_side(img_size: int, stride: int) -> int:
+    """Tokens per side of a square image; ``UserError`` unless the stride divides its size."""
     if stride < 1 or img_size < stride or img_size % stride:
         raise UserError(f"image size {img_size} must be a positive multiple of the tokenizer's stride {stride}.")
     return img_size // stride
@@ -64,7 +65,7 @@ def group_sizes(img_size: int, steps: int, stride: int = 16) -> tuple[int, ...]:
     :func:`cosine_group_sizes`. Raises ``UserError`` for a size that is not a multiple of the stride and for a number of
     steps outside 1 … L.
     """
-    return grid_group_sizes(_grid_side(img_size, stride), steps)
+    return grid_group_sizes(grid_side(img_size, stride), steps)
 
 
 def grid_group_sizes(grid_size: GridSize, steps: int) -> tuple[int, ...]:
@@ -91,7 +92,7 @@ def published_group_sizes(img_size: int, stride: int = 16) -> list[tuple[int, ..
     the nine of the 16×16 grid (n = L·m/256 steps for m = 256, 128, 64, 32, 24, 20, 16, 12, 8, rounded, without
     repetitions and at least 2).
     """
-    side = _grid_side(img_size, stride)
+    side = grid_side(img_size, stride)
     if published := _published_schedules(side):
         return list(published)
     tokens = side * side
@@ -174,23 +175,6 @@ def parse_group_sizes(text: str, num_tokens: int) -> tuple[int, ...]:
     return tuple(size for sizes, times in terms for size in sizes * times)
 
 
-def read_schedules(path: str | Path, num_tokens: int) -> list[tuple[int, ...]]:
-    """The schedules of a file: a JSON list of lists of group sizes, as published for training.
-
-    Raises ``UserError``, naming the file and the row, unless each holds positive integers that sum to ``num_tokens``.
-    """
-    rows = read_rows(
-        Path(path),
-        "group-sizes file",
-        f"positive integers that sum to {num_tokens}",
-        lambda row: bool(row) and min(row) > 0 and sum(row) == num_tokens,
-    )
-    schedules = [tuple(row) for row in rows]
-    if not schedules:
-        raise UserError(f"group-sizes file {path} holds no schedules.")
-    return schedules
-
-
 def check_group_sizes(sizes: Sequence[int], num_tokens: int) -> tuple[int, ...]:
     """``sizes`` as a tuple; ``UserError`` unless they are positive integers that sum to ``num_tokens``."""
     try:
@@ -209,7 +193,5 @@ def _check_sum(total: int, num_tokens: int) -> None:
 
 
 def _check_steps(num_tokens: int, steps: int) -> None:
-    if num_tokens < 1:
-        raise UserError(f"a grid needs at least one token, got {num_tokens}.")
     if not 1 <= steps <= num_tokens:
         raise UserError(f"number of steps {steps} must lie between 1 and the {num_tokens} tokens of the grid.")

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import pickle
 import re
 import zipfile
 from pathlib import Path
@@ -19,7 +18,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from util.errors import UserError
+from util.errors import UserError, reading
 from util.files import atomic_write, write_json
 
 logger = logging.getLogger(__name__)
@@ -56,20 +55,10 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         UserError: if the file is missing, damaged, or holds something else than plain data and tensors.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"checkpoint {path} does not exist.")
-    try:
+    with reading("checkpoint", path):
         payload = _read(path)
-    except pickle.UnpicklingError as error:
-        reason = str(error).split(". ")[0]
-        raise UserError(f"checkpoint {path} is damaged or holds more than plain data and tensors ({reason}).") from None
-    except Exception as error:  # a damaged file can make the readers fail in any way
-        reason = str(error).splitlines()[0].split(". ")[0] if str(error) else type(error).__name__
-        raise UserError(f"checkpoint {path} is truncated or damaged ({reason}).") from None
     if not isinstance(payload, dict):
-        raise UserError(
-            f"checkpoint {path} holds a {type(payload).__name__}; it must hold a dict with the key 'model'."
-        )
+        raise UserError(f"checkpoint {path} holds a {type(payload).__name__}; expected a dict with the key 'model'.")
     if "model" not in payload:
         payload = {"model": payload}
     state = payload["model"]
@@ -94,10 +83,8 @@ def _read_exported_config(weights: Path) -> dict[str, Any]:
     path = weights.with_name(EXPORTED_CONFIG)
     if weights.name != EXPORTED_MODEL or not path.is_file():
         return {}
-    try:
+    with reading("model configuration", path):
         values = json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is damaged: not JSON ({error}).") from None
     if not isinstance(values, dict) or values.get("format") != EXPORT_FORMAT["format"]:
         return {}
     version, known = values.get("format_version"), EXPORT_FORMAT["format_version"]
@@ -119,9 +106,9 @@ def saved_step(path: Path) -> int | None:
         return None
 
 
-def previous_name(age: int) -> str:
+def last_name(age: int) -> str:
     """Name of the checkpoint that was `checkpoint-last.pth` `age` saves ago."""
-    return f"checkpoint-last-{age}.pth"
+    return f"checkpoint-last-{age}.pth" if age else LAST
 
 
 def find_checkpoints(folder: str | Path) -> list[Path]:
@@ -130,15 +117,12 @@ def find_checkpoints(folder: str | Path) -> list[Path]:
     These are `checkpoint-last.pth`, which every save replaces, `checkpoint-last-<age>.pth`, what it was before, and
     `checkpoint-<epoch>.pth`.
     """
-    folder = Path(folder)
-
-    def numbered(pattern: str) -> list[tuple[int, Path]]:
-        matches = ((re.fullmatch(pattern, path.name), path) for path in folder.glob("checkpoint-*.pth"))
-        return sorted((int(match[1]), path) for match, path in matches if match)
-
-    last = [folder / LAST] if (folder / LAST).is_file() else []
-    previous = [path for _, path in numbered(r"checkpoint-last-(\d+)\.pth")]
-    return last + previous + [path for _, path in reversed(numbered(r"checkpoint-(\d+)\.pth"))]
+    found = {}
+    for path in Path(folder).glob("checkpoint-*.pth"):
+        if match := re.fullmatch(r"checkpoint-(?:last(?:-(\d+))?|(\d+))\.pth", path.name):
+            age, epoch = match.groups()
+            found[(0, int(age or 0)) if epoch is None else (1, -int(epoch))] = path
+    return [path for _, path in sorted(found.items())]
 
 
 def load_newest(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+from collections.abc import Iterator
+from pathlib import Path
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
@@ -13,3 +16,27 @@ class UserError(ValueError):
     Command-line programs print the sentence and exit with status 2 (:func:`util.cli.exit_on_user_error`); library
     callers see an ordinary ``ValueError``.
     """
+
+
+def reason_of(error: Exception) -> str:
+    """The first sentence of an exception's message, without a full stop."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].split(". ")[0].rstrip(".")
+
+
+@contextlib.contextmanager
+def reading(what: str, path: str | Path) -> Iterator[None]:
+    """Turn whatever a damaged file makes of its readers into a UserError that names ``what``, the file and the reason.
+
+    Raises:
+        UserError: if there is no such file, or the block fails. One raised in the block is passed on as it is.
+    """
+    if not Path(path).is_file():
+        raise UserError(f"{what} {path} does not exist.")
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # the kind depends on where the damage is
+        reason = reason_of(error)
+        message = f"{what} {path} is truncated or damaged or not plain data: it is not readable ({reason})."
+        raise UserError(message) from None

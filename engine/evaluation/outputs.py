@@ -100,12 +100,5 @@ def describe_environment(dist: Dist) -> dict[str, Any]:
         "world_size": dist.world_size,
         "python": platform.python_version(),
         "cuda": torch.version.cuda if cuda else None,
-        "packages": {name: _version(name) for name in RECORDED_PACKAGES},
+        "packages": {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES},
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from util.files import atomic_write
 
+ARRAYS = ("indices", "features", "logits", "spatial", "grid_indices", "grid_images")  # of a batch, and of a part
 SAVE_INTERVAL_S = 30.0  # the work that a kill can lose, per process
 
 
@@ -59,19 +60,14 @@ class PartialResults:
     def save(self) -> None:
         """Write what was added since the last save as one file."""
         if self._pending:
-            batches = self._pending
+            columns = {name: [getattr(batch, name) for batch in self._pending] for name in ARRAYS}
+            arrays = {
+                name: np.concatenate([torch.as_tensor(a).cpu() for a in given]) for name, given in columns.items()
+            }
+            timing = np.array([[batch.timed_images, batch.timed_sec] for batch in self._pending])
             # Every image is generated once, so its number makes the name unique among processes and restarts.
-            with atomic_write(self.folder / f"part_{batches[0].indices[0]:08}.npz") as file:
-                np.savez(
-                    file,
-                    indices=np.concatenate([batch.indices for batch in batches]),
-                    features=np.concatenate([batch.features.cpu().numpy() for batch in batches]),
-                    logits=np.concatenate([batch.logits.cpu().numpy() for batch in batches]),
-                    spatial=np.concatenate([batch.spatial.cpu().numpy() for batch in batches]),
-                    grid_indices=np.concatenate([batch.grid_indices for batch in batches]),
-                    grid_images=np.concatenate([batch.grid_images for batch in batches]),
-                    timing=np.array([[batch.timed_images, batch.timed_sec] for batch in batches]),
-                )
+            with atomic_write(self.folder / f"part_{arrays['indices'][0]:08}.npz") as file:
+                np.savez(file, timing=timing, **arrays)
             self._pending = []
         self._last_save = time.monotonic()
 

@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from util.cli import Parser, exit_on_user_error
-from util.errors import UserError
+from util.errors import UserError, reading
 from util.files import atomic_write
 
-NOTHING = "–"
-# Column: where its figure stands in results.json, and its format.
-FIGURES = {
+# Column: where its value stands in results.json, and its format.
+COLUMNS = {
     "images": ("num_images", "d"),
     "FID, published": ("record.expected.fid", ".2f"),
     "FID": ("fid", ".2f"),
@@ -31,8 +30,10 @@ FIGURES = {
     "images/s, published": ("record.expected.images_per_sec", ".1f"),
     "images/s": ("throughput_images_per_sec", ".1f"),
     "images/s with scoring": ("images_per_sec", ".1f"),
+    "features": ("extractor.name", ""),
+    "statistics": ("reference.path", ""),
+    "device": ("environment.device", ""),
 }
-COLUMNS = ("run", *FIGURES, "features", "statistics", "device")
 Row = dict[str, str]  # cells by column; what a run does not have is left out
 
 
@@ -45,21 +46,19 @@ def _value(results: Any, keys: str) -> Any:
 
 def _row(path: Path, results: dict[str, Any]) -> Row:
     """A run, named after its recipe and what was changed of it, or after its folder."""
-    figures = {column: (_value(results, keys), form) for column, (keys, form) in FIGURES.items()}
-    row = {column: format(value, form) for column, (value, form) in figures.items() if value is not None}
-    if "FID" in row:
-        row.pop("Fréchet distance", None)  # the same number
     recipe, changes = _value(results, "record.recipe"), _value(results, "record.changed") or {}
     changed_recipe = [recipe, *(f"{flag} {value}" for flag, value in changes.items())]
-    row["run"] = path.absolute().parent.name if recipe is None else ", ".join(changed_recipe)
-    reference, device = _value(results, "reference"), _value(results, "environment.device")
-    processes = _value(results, "environment.world_size")
-    texts = {
-        "features": _value(results, "extractor.name"),
-        "statistics": reference and f"{Path(reference['path']).name} ({reference['sha256'][:8]})",
-        "device": device and (device if processes == 1 else f"{processes} × {device}"),
-    }
-    return row | {column: text for column, text in texts.items() if text}
+    row = {"run": path.absolute().parent.name if recipe is None else ", ".join(changed_recipe)}
+    for column, (keys, form) in COLUMNS.items():
+        if (value := _value(results, keys)) is not None:
+            row[column] = format(value, form)
+    if "FID" in row:
+        row.pop("Fréchet distance", None)  # the same number
+    if "statistics" in row:
+        row["statistics"] = f"{Path(row['statistics']).name} ({results['reference']['sha256'][:8]})"
+    if (processes := _value(results, "environment.world_size")) != 1 and "device" in row:
+        row["device"] = f"{processes} × {row['device']}"
+    return row
 
 
 def read_results(path: Path) -> list[Row]:
@@ -69,11 +68,9 @@ def read_results(path: Path) -> list[Row]:
         UserError: if there is no such file, or it is something else.
     """
     path = path / "results.json" if path.is_dir() else path
-    try:
+    with reading("results", path):
         text = path.read_text()
         runs = [json.loads(line) for line in (text.splitlines() if path.suffix == ".jsonl" else [text])]
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} can't be read as results of an evaluation ({error}).") from None
     if not all(isinstance(results, dict) and "num_images" in results for results in runs):
         raise UserError(f"{path} holds no results of an evaluation; expected a results.json of main_lpd.py --evaluate.")
     return [_row(path, results) for results in runs]
@@ -81,9 +78,9 @@ def read_results(path: Path) -> list[Row]:
 
 def markdown_table(rows: list[Row]) -> str:
     """One line per run; a column in which no run has anything is left out."""
-    columns = [column for column in COLUMNS if any(column in row for row in rows)]
-    rules = ["--:" if column in FIGURES else "---" for column in columns]
-    lines = [columns, rules, *([row.get(column, NOTHING) for column in columns] for row in rows)]
+    columns = [column for column in ("run", *COLUMNS) if any(column in row for row in rows)]
+    rules = ["--:" if COLUMNS.get(column, ("", ""))[1] else "---" for column in columns]
+    lines = [columns, rules, *([row.get(column, "–") for column in columns] for row in rows)]
     return "".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |\n" for line in lines)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from util.files import atomic_write, sha256, write_json
 logger = logging.getLogger(__name__)
 
 CARD = "README.md"
+FILES = {EXPORTED_MODEL, EXPORTED_CONFIG, CARD, *TOKENIZERS}  # of an exported folder
 
 
 def export(checkpoint: Path, folder: Path, *, ema: bool = False, vqgan_path: Path | None = None) -> None:
@@ -41,31 +41,30 @@ def export(checkpoint: Path, folder: Path, *, ema: bool = False, vqgan_path: Pat
     if state is None:
         raise UserError(f"{checkpoint} holds no moving average of its weights; leave out --ema.")
     check_state(state, config, str(checkpoint))
-    trained_with = content.get("tokenizer_sha256")
+    trained_with, tokenizer = content.get("tokenizer_sha256"), None
     if vqgan_path is not None:
         load_tokenizer(vqgan_path)
+        tokenizer = TOKENIZERS[1] if vqgan_path.suffix == ".safetensors" else TOKENIZERS[0]
         given = sha256(vqgan_path)
         if trained_with not in (None, given):
             raise UserError(f"{checkpoint} was trained with another tokenizer than {vqgan_path} (SHA-256 differs).")
         trained_with = given
-    others = {path.name for path in folder.glob("*")} - {EXPORTED_MODEL, EXPORTED_CONFIG, CARD, *TOKENIZERS}
+    others = {path.name for path in folder.glob("*")} - FILES
     if others:
         raise UserError(f"{folder} holds {min(others)!r}, which no export wrote; choose another folder.")
 
     with atomic_write(folder / EXPORTED_MODEL) as file:
         tensors = {name: tensor.contiguous() for name, tensor in state.items()}
         safetensors.torch.save_file(tensors, file.name, metadata={"format": "pt"})
-    tokenizer = None
-    if vqgan_path is not None:
-        tokenizer = TOKENIZERS[1] if vqgan_path.suffix == ".safetensors" else TOKENIZERS[0]
-        with atomic_write(folder / tokenizer) as file, open(vqgan_path, "rb") as source:
-            shutil.copyfileobj(source, file)
-    for name in {*TOKENIZERS} - {tokenizer}:
+    for name in TOKENIZERS:
         (folder / name).unlink(missing_ok=True)  # of an earlier export
+    if vqgan_path is not None and tokenizer is not None:
+        with atomic_write(folder / tokenizer) as file:
+            file.write(vqgan_path.read_bytes())
     described = {"config": vars(config), "classes": content.get("classes"), "tokenizer_sha256": trained_with}
     write_json(folder / EXPORTED_CONFIG, EXPORT_FORMAT | described)
     with atomic_write(folder / CARD) as file:
-        file.write(_model_card(folder.name, config, trained_with, vqgan_path is not None).encode())
+        file.write(_model_card(folder.name, config, trained_with, tokenizer is not None).encode())
     logger.info("%s: %d tensors, %s", folder, len(tensors), "averaged weights" if ema else "weights")
 
 
@@ -83,26 +82,22 @@ def _recorded_config(content: dict[str, Any], source: Path) -> LPDConfig:
 
 
 def _model_card(name: str, config: LPDConfig, trained_with: str | None, has_tokenizer: bool) -> str:
-    tokenizer = "NAME_OR_FOLDER" if has_tokenizer else "TOKENIZER"
     return f"""---
 tags: [lpd, image-generation, class-conditional]
 ---
 # {name}
 
 A class-conditional image generator that decodes tokens in parallel, by the method of *Locality-aware Parallel Decoding*
-([arXiv 2507.01957](https://arxiv.org/abs/2507.01957)).
+([arXiv 2507.01957](https://arxiv.org/abs/2507.01957)): {config.img_size} pixels, {config.class_num} classes, width
+{config.embed_dim}, depth {config.depth}, {config.num_heads} heads.
 
-| pixels | classes | width × depth | heads | codes | tokenizer's stride |
-|---|---|---|---|---|---|
-| {config.img_size} | {config.class_num} | {config.embed_dim} × {config.depth} | {config.num_heads} | \
-{config.vocab_size} | {config.stride} |
-
-Tokenizer: {f"SHA-256 `{trained_with}`" if trained_with else "not recorded"}\
+Tokenizer: {config.vocab_size} codes, stride {config.stride}, SHA-256 `{trained_with}`\
 {", in this repository" if has_tokenizer else ""}. Generate images:
 
 ```bash
-python main_lpd.py --evaluate --pretrained_ckpt NAME_OR_FOLDER --vqgan_path {tokenizer} \\
-    --generation_steps {default_steps((config.grid_size, config.grid_size))} --cfg 3 --num_images 100 \\
+python main_lpd.py --evaluate --pretrained_ckpt NAME_OR_FOLDER \\
+    --vqgan_path {"NAME_OR_FOLDER" if has_tokenizer else "TOKENIZER"} \\
+    --generation_steps {default_steps(config.grid_size)} --cfg 3 --num_images 100 \\
     --feature_extractor none --save_images --output_dir samples
 ```
 """
@@ -122,7 +117,7 @@ def push(folder: Path, repo: str, private: bool = False) -> str:
         api.upload_folder(
             repo_id=url.repo_id,
             folder_path=folder,
-            allow_patterns=[EXPORTED_MODEL, EXPORTED_CONFIG, CARD, *TOKENIZERS],
+            allow_patterns=sorted(FILES),
             commit_message="LPD model",
         )
     return str(url)

@@ -6,21 +6,22 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi, constants, hf_hub_download, hf_hub_url, snapshot_download
 from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled, RepositoryNotFoundError
 from huggingface_hub.file_download import http_get, repo_folder_name
 from huggingface_hub.utils import WeakFileLock, build_hf_headers
+from huggingface_hub.utils.sha import git_hash
 
 from util.checkpoint import EXPORTED_CONFIG, EXPORTED_MODEL
-from util.errors import UserError
+from util.errors import UserError, reason_of
 from util.files import sha256
 
 logger = logging.getLogger(__name__)
@@ -46,18 +47,13 @@ class RemoteFile:
     digest: str  # the hub's ETag: SHA-256 of a large file, git's SHA-1 of a small one
     repo_type: str = "model"
 
-    @property
-    def url(self) -> str:
-        return hf_hub_url(self.repo, self.name, repo_type=self.repo_type)
-
     def matches(self, path: Path) -> bool:
         """Whether the file at ``path`` has this size and digest."""
         if path.stat().st_size != self.size:
             return False
         if len(self.digest) == 64:
             return sha256(path) == self.digest
-        content = path.read_bytes()
-        return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest() == self.digest
+        return git_hash(path.read_bytes()) == self.digest
 
 
 @contextlib.contextmanager
@@ -69,8 +65,7 @@ def hub_errors(what: str) -> Iterator[None]:
         reason = "there is no such repository, or it is shown only after a login (hf auth login)"
         raise UserError(f"{what} ({constants.ENDPOINT}): {reason}.") from None
     except (HFValidationError, HTTPError, OSError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
-        reason = "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else reason
+        reason = "HF_HUB_OFFLINE is set" if isinstance(error, OfflineModeIsEnabled) else reason_of(error)
         raise HubUnreachable(f"{what} ({constants.ENDPOINT}): {reason}.") from None
 
 
@@ -86,14 +81,14 @@ def list_files(repo: str, repo_types: Sequence[str] = ("model",)) -> list[Remote
     with hub_errors(f"can't list the files of {repo}"):
         for repo_type in repo_types:
             try:
-                info = HfApi().repo_info(repo, repo_type=repo_type, files_metadata=True, timeout=30)
+                info: Any = HfApi().repo_info(repo, repo_type=repo_type, files_metadata=True, timeout=30)
                 break
             except RepositoryNotFoundError:
                 if repo_type == repo_types[-1]:
                     raise
     files = [
         RemoteFile(repo, entry.rfilename, entry.size, entry.lfs.sha256 if entry.lfs else entry.blob_id, repo_type)
-        for entry in getattr(info, "siblings", None) or []
+        for entry in info.siblings
     ]
     return sorted(files, key=lambda file: file.name)
 
@@ -154,36 +149,22 @@ def fetch(
                 raise UserError(
                     f"{destination} differs from {file.name} of {file.repo}; it is kept: to download, move it away."
                 )
-            _download(file, part)
-            _check(file, part, check)
+            # The library's own hf_hub_download starts from the beginning after a kill, and compares no hashes.
+            with hub_errors(f"{file.name} of {file.repo} can't be downloaded"), open(part, "ab") as stream:
+                url, size = hf_hub_url(file.repo, file.name, repo_type=file.repo_type), stream.tell()
+                http_get(url, stream, resume_size=size, headers=build_hf_headers(), expected_size=file.size)
+                os.fsync(stream.fileno())
+            try:
+                if not file.matches(part):
+                    raise UserError("its hash differs from the hash that the hub states")
+                check(part)
+            except UserError as error:
+                part.unlink()
+                raise UserError(f"{file.name} of {file.repo} was downloaded and deleted: {error}") from None
             os.replace(part, destination)
             logger.info("%s: %.1f MB, checked against the hub's hash", destination, file.size / 1e6)
         finally:
             lock.unlink(missing_ok=True)  # a process that waits for the lock finds the file
-
-
-def _download(file: RemoteFile, part: Path) -> None:
-    # The library's own hf_hub_download starts from the beginning after a kill, and compares no hashes.
-    with hub_errors(f"{file.name} of {file.repo} can't be downloaded"), open(part, "ab") as stream:
-        http_get(
-            file.url,
-            stream,
-            resume_size=stream.tell(),
-            headers=build_hf_headers(),
-            expected_size=file.size,
-            displayed_filename=file.name,
-        )
-        os.fsync(stream.fileno())
-
-
-def _check(file: RemoteFile, part: Path, check: Callable[[Path], object]) -> None:
-    try:
-        if not file.matches(part):
-            raise UserError("its hash differs from the hash that the hub states")
-        check(part)
-    except UserError as error:
-        part.unlink()
-        raise UserError(f"{file.name} of {file.repo} was downloaded and deleted: {error}") from None
 
 
 def hub_name(path: Path) -> tuple[str, str | None] | None:
@@ -219,12 +200,11 @@ def find_file(path: Path, choose: Choice = choose_weights) -> Path:
         if not path.is_file():
             raise UserError(f"{path} does not exist.")
         return path
-    repo, wanted = name
     try:
-        return _find_on_hub(repo, wanted, choose)
+        return _find_on_hub(*name, choose)
     except HubUnreachable as error:
         reason = str(error).rstrip(".")
-        cached = _find_in_cache(repo, wanted, choose)
+        cached = _find_in_cache(*name, choose)
         if cached is None:
             raise UserError(f"{path} is not a file here, and on the hub: {reason}; nor is it cached.") from None
         logger.warning("%s; taken from the hub's cache: %s", reason, cached)
@@ -247,11 +227,9 @@ def _find_in_cache(repo: str, wanted: str | None, choose: Choice) -> Path | None
     try:
         folder = Path(snapshot_download(repo, local_files_only=True, allow_patterns=wanted or EXPORTED_CONFIG))
         path = folder / (wanted or choose([entry.name for entry in folder.iterdir()], repo))
+        blob = path.resolve(strict=True)
     except (OSError, ValueError):
         return None
-    if not path.is_file():
-        return None
-    blob = path.resolve()
     if blob.parent.name == "blobs" and not RemoteFile(repo, path.name, blob.stat().st_size, blob.name).matches(blob):
         raise UserError(f"{path} in the hub's cache is damaged: its hash differs; delete it.")
     return path

@@ -7,10 +7,7 @@ trained on it (:mod:`engine.classifier`).
 
 from __future__ import annotations
 
-import hashlib
-import io
 import logging
-import pickle
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.scoring.classifier import load_classifier
+from util.checkpoint import load_checkpoint
 from util.errors import UserError
 from util.files import sha256
 
@@ -72,16 +70,9 @@ def load_feature_extractor(
     """
     device = torch.device(device)
     if name == INCEPTION:
-        if weights_path is not None and not Path(weights_path).is_file():
-            raise UserError(
-                f"--inception_path {weights_path} does not exist; it should be {INCEPTION_FILE} of {INCEPTION_URL}."
-            )
         return _load_inception(download_inception() if weights_path is None else Path(weights_path), device)
     if not Path(name).is_file():
-        raise UserError(
-            f"feature extractor {name!r} is neither {INCEPTION!r} nor a file; a classifier to use instead is made by "
-            "python -m engine.classifier."
-        )
+        raise UserError(f"feature extractor {name!r} is neither {INCEPTION} nor a file of python -m engine.classifier.")
     classifier, classes = load_classifier(name, device)
     return FeatureExtractor(
         name=f"classifier-{classifier.config.arch}",
@@ -112,9 +103,8 @@ def download_inception() -> Path:
             torch.hub.download_url_to_file(INCEPTION_URL, str(cached), INCEPTION_SHA256_PREFIX)
         except (OSError, RuntimeError) as error:
             raise UserError(
-                f"the Inception weights {INCEPTION_FILE} are missing and can't be downloaded ({error}); get them from "
-                f"{INCEPTION_URL} (torch-fidelity's GitHub release v0.2.0) and put them at {cached}, or name the file "
-                "with --inception_path."
+                f"the Inception weights can't be downloaded ({error}); get {INCEPTION_URL} and put it at {cached}, or "
+                "name the file with --inception_path."
             ) from None
     return cached
 
@@ -123,20 +113,16 @@ def _load_inception(path: Path, device: torch.device) -> FeatureExtractor:
     # torch-fidelity pulls in torchvision and more: seconds that a run without Inception does not need.
     from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
-    data = path.read_bytes()
-    digest = hashlib.sha256(data).hexdigest()
+    digest = sha256(path)
     if not digest.startswith(INCEPTION_SHA256_PREFIX):
         raise UserError(
             f"{path} is not {INCEPTION_FILE}: its SHA-256 starts with {digest[:8]} and should start with "
             f"{INCEPTION_SHA256_PREFIX}; delete it (a broken download?) and get it from {INCEPTION_URL}."
         )
-    try:  # torch-fidelity unpickles without restrictions; what passes here holds nothing that runs
-        torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-    except (RuntimeError, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} holds more than plain tensors, so it is not {INCEPTION_FILE}.") from error
+    load_checkpoint(path)  # torch-fidelity unpickles without restrictions; what passes here holds nothing that runs
     with torch.random.fork_rng(devices=[]):  # the constructor draws random weights first
         network: nn.Module = FeatureExtractorInceptionV3(
-            INCEPTION, ["2048", "logits_unbiased"], feature_extractor_weights_path=io.BytesIO(data)
+            INCEPTION, ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)
         )
     network.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]  # faster convolutions
 

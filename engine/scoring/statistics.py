@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engine.scoring.features import INCEPTION, SPATIAL_DIM, FeatureExtractor
 from util.dist import Dist
-from util.errors import UserError
+from util.errors import UserError, reading
 from util.files import atomic_write, sha256
 
 Array = NDArray[np.float64]
@@ -85,11 +85,9 @@ class ReferenceStatistics:
                 f"{extractor.feature_dim} features of {extractor.name} ({extractor.weights_hash[:12]}…); compute them "
                 "with python -m engine.metrics."
             )
-        if self.metadata.get("img_size", img_size) != img_size:
-            raise UserError(
-                f"{self.path} holds statistics of {self.metadata['img_size']} px images, the images scored have "
-                f"{img_size} px."
-            )
+        measured = self.metadata.get("img_size", img_size)
+        if measured != img_size:
+            raise UserError(f"{self.path} holds statistics of {measured} px images, those scored have {img_size} px.")
 
     def check_adm_suite(self, img_size: int) -> None:
         """Raise UserError unless the file has what sFID, precision and recall need."""
@@ -113,44 +111,27 @@ def load_reference_statistics(path: str | Path) -> ReferenceStatistics:
         UserError: if there is no such file, or it does not hold finite statistics of matching shapes.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(
-            f"reference statistics {path} do not exist; ImageNet's are adm_in256_stats.npz (512: adm_in512_stats.npz) "
-            "or OpenAI's VIRTUAL_imagenet256_labeled.npz, other data's are made by python -m engine.metrics."
-        )
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {
-                name: file[name].astype(np.float64) for name in ("mu", "sigma", "mu_s", "sigma_s") if name in file
-            }
-            metadata = json.loads(str(file["metadata"])) if "metadata" in file else {}
-            samples = _stored_shape(path, "arr_0") if "arr_0" in file else None
-    except Exception as error:  # whatever a file that is not such an npz makes of the readers
-        raise UserError(f"{path} is not a readable npz file of reference statistics ({error}).") from None
-    mu, sigma = _gaussian(arrays, "mu", "sigma", path)
-    spatial = _gaussian(arrays, "mu_s", "sigma_s", path) if "mu_s" in arrays else None
+    with reading("file of reference statistics", path), np.load(path, allow_pickle=False) as file:
+        mu, sigma = _gaussian(file, "mu", "sigma", path)
+        spatial = _gaussian(file, "mu_s", "sigma_s", path) if "mu_s" in file else None
+        metadata = json.loads(str(file["metadata"])) if "metadata" in file else {}
+        samples = None
+        if "arr_0" in file:  # gigabytes, of which only the header is read
+            with file.zip.open("arr_0.npy") as array:
+                np.lib.format.read_magic(array)
+                samples = np.lib.format.read_array_header_1_0(array)[0]
     return ReferenceStatistics(path, sha256(path), mu, sigma, metadata, spatial, samples)
 
 
-def _gaussian(arrays: dict[str, Array], mean: str, covariance: str, path: Path) -> tuple[Array, Array]:
-    for name in (mean, covariance):
-        if name not in arrays:
-            raise UserError(f"{path} holds no array {name!r}; reference statistics have 'mu' and 'sigma'.")
-    mu, sigma = arrays[mean], arrays[covariance]
-    if mu.ndim != 1 or sigma.shape != (len(mu), len(mu)):
+def _gaussian(file: Mapping[str, NDArray], mean: str, covariance: str, path: Path) -> tuple[Array, Array]:
+    mu, sigma = (file[name].astype(np.float64) for name in (mean, covariance))
+    shaped = mu.ndim == 1 and sigma.shape == (len(mu), len(mu))
+    if not shaped or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise UserError(
-            f"{mean} and {covariance} of {path} have shapes {mu.shape} and {sigma.shape}; expected (d,) and (d, d)."
+            f"{mean} and {covariance} of {path}, with shapes {mu.shape} and {sigma.shape}, must have shapes (d,) and "
+            "(d, d) and finite values."
         )
-    if not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
-        raise UserError(f"{mean} or {covariance} of {path} has values that are not finite.")
     return mu, sigma
-
-
-def _stored_shape(path: Path, name: str) -> tuple[int, ...]:
-    """Shape of an array of an npz file, without reading the array."""
-    with zipfile.ZipFile(path) as archive, archive.open(f"{name}.npy") as member:
-        read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        return read[np.lib.format.read_magic(member)](member)[0]
 
 
 def save_reference_statistics(path: Path, statistics: FeatureStatistics, metadata: dict[str, Any]) -> None:

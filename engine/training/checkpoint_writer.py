@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import shutil
 import threading
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
 
-from util.checkpoint import LAST, previous_name, save_checkpoint, saved_step
+from util.checkpoint import LAST, last_name, save_checkpoint, saved_step
 
 logger = logging.getLogger(__name__)
 
@@ -20,7 +20,9 @@ NEW = "checkpoint-new.pth"  # complete, about to become `checkpoint-last.pth`
 
 
 class CheckpointWriter:
-    """`checkpoint-last.pth`, what it was before, and `checkpoint-<epoch>.pth`, of which none is ever half written.
+    """`checkpoint-last.pth`, what it was before, and `checkpoint-<epoch>.pth`.
+
+    Whenever the program is killed, :func:`util.checkpoint.find_checkpoints` finds the state of the last finished save.
 
     At most one write is under way: a save waits for the one before. A write that fails (on a full disk, for example)
     is reported and leaves `checkpoint-last.pth` as it was; the next save tries again. Leaving the `with` block waits
@@ -40,7 +42,6 @@ class CheckpointWriter:
         self._buffers: dict[tuple[Any, ...], torch.Tensor] = {}
         self._thread: threading.Thread | None = None
         self._failure: str | None = None
-        self._from_gpu = False
         if folder is not None:
             for leftover in folder.glob(".checkpoint-*.tmp"):  # of a run that was killed while it wrote
                 leftover.unlink()
@@ -55,7 +56,7 @@ class CheckpointWriter:
             return
         self.wait()
         copy = self._to_host(payload, ())
-        if self._from_gpu:
+        if torch.cuda.is_initialized():
             torch.cuda.synchronize()
         # Not a daemon thread: the program must not exit in the middle of a write.
         self._thread = threading.Thread(target=self._write, args=(self._folder, copy, epoch))
@@ -76,43 +77,31 @@ class CheckpointWriter:
             return [self._to_host(item, (*path, index)) for index, item in enumerate(value)]
         if not isinstance(value, torch.Tensor):
             return value
-        buffer = self._buffers.get(path)
-        if buffer is None or buffer.shape != value.shape or buffer.dtype != value.dtype:
-            self._from_gpu |= value.is_cuda
-            buffer = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
-            self._buffers[path] = buffer
-        return buffer.copy_(value, non_blocking=True)
+        if path not in self._buffers:
+            self._buffers[path] = torch.empty(value.shape, dtype=value.dtype, pin_memory=value.is_cuda)
+        return self._buffers[path].copy_(value, non_blocking=True)
 
     def _write(self, folder: Path, payload: dict[str, Any], epoch: int | None) -> None:
         try:
-            self._write_files(folder, payload, epoch)
+            save_checkpoint(folder / NEW, payload)
+            if epoch is not None:
+                _name_again(folder / NEW, folder / f"checkpoint-{epoch}.pth")
+            self._replace_last(folder)
         except Exception as error:
             self._failure = f"step {payload['step']} in {folder} ({error})"
             logger.error("NOT SAVED: %s; the previous checkpoint is kept, the next save tries again", self._failure)
         else:
             self._failure, self._last_is_good = None, True
 
-    def _write_files(self, folder: Path, payload: dict[str, Any], epoch: int | None) -> None:
-        new = folder / (NEW if epoch is None else f"checkpoint-{epoch}.pth")
-        save_checkpoint(new, payload)
-        self._retire(folder)
-        for suffix in (".pth", ".json"):
-            source, target = new.with_suffix(suffix), (folder / LAST).with_suffix(suffix)
-            if epoch is None:
-                os.replace(source, target)
-            else:
-                _link(source, target)
-
-    def _retire(self, folder: Path) -> None:
-        """Keep the present `checkpoint-last.pth` under another name, and no more than `keep_last` states in total."""
-        names = [LAST, *(previous_name(age) for age in range(1, self._keep_last))]
+    def _replace_last(self, folder: Path) -> None:
+        """Make the new checkpoint the last, which becomes the one before, and so on up to `keep_last` in total."""
+        names = [folder / last_name(age) for age in range(self._keep_last)]
         if self._last_is_good:
-            for older, newer in reversed(list(zip(names[1:], names, strict=False))):
-                for suffix in (".pth", ".json"):
-                    if (folder / newer).with_suffix(suffix).exists():
-                        _link((folder / newer).with_suffix(suffix), (folder / older).with_suffix(suffix))
+            for newer, older in reversed(list(itertools.pairwise(names))):
+                _rename(newer, older)
+        _rename(folder / NEW, folder / LAST)
         age = self._keep_last
-        while (surplus := folder / previous_name(age)).exists():  # of a run that kept more
+        while (surplus := folder / last_name(age)).exists():  # of a run that kept more
             surplus.unlink()
             surplus.with_suffix(".json").unlink(missing_ok=True)
             age += 1
@@ -120,17 +109,23 @@ class CheckpointWriter:
     def __enter__(self) -> CheckpointWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
+    def __exit__(self, *error: object) -> None:
         self.wait()
 
 
-def _link(source: Path, target: Path) -> None:
-    """Give a file a second name in one step; a file that had the name before loses it."""
-    temporary = target.with_name(f".{target.name}.link.tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        os.link(source, temporary)
-    except OSError:  # a file system without links, such as a mounted bucket
-        shutil.copyfile(source, temporary)
-    os.replace(temporary, target)
-    temporary.unlink(missing_ok=True)  # still there if both were names of one file already
+def _rename(checkpoint: Path, name: Path) -> None:
+    """Rename a checkpoint, if it is there, and what is readable of it."""
+    for suffix in (".pth", ".json"):
+        if checkpoint.with_suffix(suffix).exists():
+            os.replace(checkpoint.with_suffix(suffix), name.with_suffix(suffix))
+
+
+def _name_again(checkpoint: Path, name: Path) -> None:
+    """Give a checkpoint a second name; a copy where the file system has no links, as a mounted bucket."""
+    for suffix in (".pth", ".json"):
+        source, target = checkpoint.with_suffix(suffix), name.with_suffix(suffix)
+        target.unlink(missing_ok=True)
+        try:
+            os.link(source, target)
+        except OSError:
+            shutil.copyfile(source, target)

@@ -16,7 +16,7 @@ import torch
 import main_lpd
 from engine.config import Config
 from engine.decoding.latency import PUBLISHED_RUNS
-from engine.hub.published import DOWNLOADS, ORDERS_DIR
+from engine.hub.download import DOWNLOADS, ORDERS_DIR
 from engine.options import parse, recipe_changes
 from engine.recipes import EVAL_RECIPES, RELEASED, TOKENIZER, TRAIN_RECIPES, checkpoint_path
 from models import MODEL_SIZES

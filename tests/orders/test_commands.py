@@ -114,7 +114,7 @@ def test_pictures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     [
         (["generate", "o.csv"], "o.csv"),
         (["generate", "o.json", "--num", "0"], "--num 0"),
-        (["generate", "o.json", "--img_size", "250"], "--img_size 250"),
+        (["generate", "o.json", "--img_size", "250"], "image size 250"),
         (["generate", "o.json", "--grid", "8by8"], "8by8"),
         (["generate", "o.json", "--grid", "8x8x8"], "8x8x8"),
         (["generate", "o.json", "--grid", "0"], "'0'"),

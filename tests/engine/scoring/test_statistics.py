@@ -138,7 +138,7 @@ def test_bad_reference_statistics_are_refused(tmp_path: Path, arrays: dict, mess
 
 
 def test_damaged_reference_files_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="do not exist"):
+    with pytest.raises(UserError, match="does not exist"):
         load_reference_statistics(tmp_path / "none.npz")
     whole = tmp_path / "whole.npz"
     np.savez(whole, mu=np.zeros(3), sigma=np.eye(3))
