@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import pickle
 from pathlib import Path
 
 import numpy as np
@@ -127,9 +126,6 @@ class TestImageFolder:
         _image(tmp_path / "set/b/x.png")
         with pytest.raises(UserError, match=r"set/a holds no images"):
             ImageFolder(tmp_path / "set", 8)
-        _image(tmp_path / "set/a/y.png")
-        with pytest.raises(UserError, match="image size 0"):
-            ImageFolder(tmp_path / "set", 0)
 
 
 class TestCodes:
@@ -148,7 +144,7 @@ class TestCodes:
 
     @pytest.mark.parametrize("context", ["fork", "spawn"])
     def test_loader_with_workers(self, cache: Path, context: str) -> None:
-        """Guards against pickling a memory map (a copy of the whole cache) and against a batch collated twice."""
+        """Guards against a batch collated twice."""
         dataset = open_codes(cache)
         sampler = GlobalBatchSampler(N, 4, rank=0, world_size=1, seed=1, num_steps=4)
         loader = DataLoader(
@@ -158,12 +154,6 @@ class TestCodes:
             assert codes.tolist() == PLAIN[rows].tolist()
             assert codes_flip.tolist() == FLIP[rows].tolist()
             assert labels.tolist() == LABELS[rows].tolist()
-
-    def test_pickle_holds_no_codes(self, cache: Path) -> None:
-        """Guards against a worker process receiving the codes instead of the path."""
-        pickled = pickle.dumps(open_codes(cache))
-        assert PLAIN[0].tobytes() not in pickled
-        assert pickle.loads(pickled).get_batch([2])[0].tolist() == PLAIN[[2]].tolist()  # noqa: S301 - made above
 
     def test_disagreement_is_refused(self, cache: Path) -> None:
         """Guards against training on codes of another tokenizer, size or codebook."""
