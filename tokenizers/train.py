@@ -8,6 +8,7 @@ not collapse.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -206,7 +207,7 @@ class _Training:
         )
         with (
             StopSignal() as stop,
-            MetricsWriter(self.folder / "metrics.jsonl", self.done) as writer,
+            contextlib.closing(MetricsWriter(self.folder / "metrics.jsonl", self.done)) as writer,
             tqdm(total=config.steps, initial=self.done, desc="tokenizer", unit="step") as bar,
         ):
             for step, batch in zip(steps, batches, strict=True):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -70,7 +71,7 @@ class Dist:
         """
         if self.world_size == 1:
             return function()
-        key = f"on_main: {_restarts()} {next(_calls)}"
+        key = f"on_main: {next(_calls)}"
         result, message = None, None
         if self.is_main:
             try:
@@ -94,11 +95,9 @@ def resolve_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device: torch.device | None = None
-    with contextlib.suppress(RuntimeError):  # of another name
-        device = torch.device(name)
-    if device is None or device.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise UserError(f"the device {name!r} can't be used; name auto, cpu, cuda or cuda:N.")
+    device = torch.device(name)
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if device.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
@@ -111,15 +110,11 @@ def resolve_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     return device
 
 
-def _connect(timeout: timedelta = timedelta(minutes=5)) -> torch_dist.TCPStore:
-    """The store in which the processes of a run find each other."""
+def _connect(timeout: timedelta = timedelta(minutes=5)) -> torch_dist.Store:
+    """The store in which the processes of a run find each other; torchrun keeps it when it restarts them."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return torch_dist.TCPStore(address, port, is_master=False, timeout=timeout)
-
-
-def _restarts() -> str:
-    """How often torchrun has restarted the processes, which keep the store."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = torch_dist.TCPStore(address, port, is_master=False, timeout=timeout)
+    return torch_dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
 
 
 def _wait_for(key: str) -> None:
@@ -134,7 +129,7 @@ def _wait_for(key: str) -> None:
 def said_already(line: str) -> bool:
     """Whether another process of this run has asked about the same line; False where the store can't be reached."""
     try:
-        return _connect(timedelta(seconds=5)).add(f"said: {_restarts()} {line}", 1) > 1
+        return _connect(timedelta(seconds=5)).add(f"said: {line}", 1) > 1
     except (KeyError, ValueError, RuntimeError):
         return False
 
@@ -149,10 +144,10 @@ def distributed(device: str = "auto") -> Iterator[Dist]:
     rank = int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     resolved = resolve_device(device, local_rank)
-    if resolved.type == "cuda":
+    cuda = resolved.type == "cuda"
+    if cuda:
         torch.cuda.set_device(resolved)
     if world_size > 1:
-        cuda = resolved.type == "cuda"
         torch_dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT, device_id=resolved if cuda else None)
     yield Dist(rank, world_size, resolved)
     # Not after an exception: leaving waits for the other processes, which may be in a collective. torchrun ends them.

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections import deque
+import itertools
 from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -68,18 +68,12 @@ def image_batches(images: ImageDataset, batch_size: int) -> Iterator[Tensor]:
 
     Threads will do: decoding does not hold Python's lock.
     """
-    ahead: deque[Future[Tensor]] = deque()
     with ThreadPoolExecutor() as pool:
-        for index in range(len(images)):
-            ahead.append(pool.submit(images.load, index))
-            if len(ahead) == 2 * batch_size:
-                yield _next(ahead, batch_size)
-        while ahead:
-            yield _next(ahead, min(batch_size, len(ahead)))
-
-
-def _next(ahead: deque[Future[Tensor]], count: int) -> Tensor:
-    return torch.stack([ahead.popleft().result() for _ in range(count)])
+        starts = range(0, len(images), batch_size)
+        batches = (range(start, min(start + batch_size, len(images))) for start in starts)
+        reading = ([pool.submit(images.load, index) for index in batch] for batch in batches)
+        for batch, _ in itertools.pairwise(itertools.chain(reading, [None])):
+            yield torch.stack([image.result() for image in batch or ()])
 
 
 def load_all(dataset: Images, threads: int | None = None) -> tuple[Tensor, Tensor]:
