@@ -58,11 +58,7 @@ class Dist:
 
     def broadcast(self, value: T) -> T:
         """Rank 0's ``value`` on every process. For small plain objects."""
-        if self.world_size == 1:
-            return value
-        box = [value]
-        torch_dist.broadcast_object_list(box, src=0)
-        return box[0]
+        return self.gather(value)[0]
 
     def on_main(self, function: Callable[[], T]) -> T:
         """Run ``function`` on rank 0; every process gets its result (a small plain object) or its UserError.

@@ -10,6 +10,7 @@ The published layout, one ``<class>/<image>.npz`` per image with ``indices`` and
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import json
 import logging
@@ -60,16 +61,11 @@ class CacheHeader:
         """Read a ``header.json``; UserError if it is missing, so that the cache is unfinished, or another file."""
         if not path.is_file():
             raise UserError(f"{path.parent} is an unfinished cache; run main_cache.py again to finish it.")
-        try:
+        with contextlib.suppress(ValueError, TypeError):
             header = CacheHeader(**json.loads(path.read_text()))
-        except (ValueError, TypeError):
-            raise UserError(f"{path} is not the header of a code cache of version {CACHE_VERSION}.") from None
-        if (header.format, header.version) != (CACHE_FORMAT, CACHE_VERSION):
-            raise UserError(
-                f"{path} is of format {header.format!r} version {header.version}; expected {CACHE_FORMAT!r} version "
-                f"{CACHE_VERSION}."
-            )
-        return header
+            if (header.format, header.version) == (CACHE_FORMAT, CACHE_VERSION):
+                return header
+        raise UserError(f"{path} is not the header of a code cache of version {CACHE_VERSION}.")
 
 
 def write_codes(
