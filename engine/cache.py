@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import logging
 import shutil
 import zipfile
@@ -28,7 +27,7 @@ from tqdm import tqdm
 from tokenizers import exact_precision, load_tokenizer
 from util.config import check, setting
 from util.data.codes import HEADER, PARTS, CacheHeader, NpzCodes, write_codes
-from util.data.images import ImageDataset, hash_names, open_images
+from util.data.images import ImageDataset, open_images
 from util.data.loading import load_batches
 from util.dist import Dist
 from util.errors import UserError
@@ -109,11 +108,6 @@ class _Rows(Dataset[tuple[Tensor, str]]):
             return self.blank, str(error)
 
 
-def _code_pair(dataset: NpzCodes, index: int) -> Tensor:
-    codes, codes_flip, _ = dataset[index]
-    return torch.stack([codes, codes_flip])
-
-
 class _Builder:
     """Makes a cache; one per process.
 
@@ -131,21 +125,18 @@ class _Builder:
         if config.data_path is not None:
             if size % stride:
                 raise UserError(f"--img_size {size} must be a multiple of the tokenizer's stride, {stride}.")
-            source = images = open_images(config.data_path, size)
-            self.rows = _Rows(images.load, torch.zeros(size, size, 3, dtype=torch.uint8))
-            source_sha256 = images.fingerprint()
+            source, blank = open_images(config.data_path, size), torch.zeros(size, size, 3, dtype=torch.uint8)
         else:
-            source = codes = NpzCodes(Path(str(config.convert_from)))
-            if size != codes.grid_size * stride:
+            source = NpzCodes(Path(str(config.convert_from)))
+            grid = source.grid_size
+            if size != grid * stride:
                 raise UserError(
-                    f"{config.convert_from} holds {codes.grid_size}×{codes.grid_size} codes per image, with this "
-                    f"tokenizer those of {codes.grid_size * stride} px images; --img_size is {size}."
+                    f"{config.convert_from} holds {grid}×{grid} codes per image, with this tokenizer those of "
+                    f"{grid * stride} px images; --img_size is {size}."
                 )
-            codes.vocab_size = vocab_size
-            blank = torch.zeros(2, codes.num_tokens, dtype=torch.int64)
-            self.rows = _Rows(functools.partial(_code_pair, codes), blank)
-            source_sha256 = hash_names(codes.paths)
-        self.labels = source.labels
+            source.vocab_size = vocab_size
+            blank = torch.zeros(2, grid**2, dtype=torch.int64)
+        self.rows, self.labels = _Rows(source.load, blank), source.labels
         self.job = CacheHeader(
             img_size=size,
             grid_size=size // stride,
@@ -153,7 +144,7 @@ class _Builder:
             tokenizer_sha256=sha256(config.vqgan_path),
             vocab_size=vocab_size,
             source=config.data_path or str(config.convert_from),
-            source_sha256=source_sha256,
+            source_sha256=source.fingerprint(),
         )
         starts = range(0, len(self.labels), PART_SIZE)
         self.parts = [range(start, min(start + PART_SIZE, len(self.labels))) for start in starts]
@@ -220,18 +211,17 @@ class _Builder:
 
     def _make_part(self, part: range, batches: Iterator[list[Any]], progress: tqdm) -> list[str]:
         """Encode and write one part; returns what was broken in it. A part that must be made again is not written."""
-        codes = np.empty((2, len(part), self.job.grid_size**2), dtype=np.uint16)
+        codes: list[Tensor] = []
         reasons: list[str] = []
         while len(reasons) < len(part):
             batch, batch_reasons = next(batches)
-            start, stop = len(reasons), len(reasons) + len(batch)
-            codes[:, start:stop] = self._encode(batch).cpu().numpy()
+            codes.append(self._encode(batch).cpu())
             reasons += batch_reasons
             progress.update(len(batch))
         errors = [reason for reason in reasons if reason]
         if self.config.skip_broken or not errors:
             with atomic_write(self._part_path(part)) as file:
-                np.savez(file, codes=codes, reasons=np.array(reasons, dtype=np.str_))
+                np.savez(file, codes=torch.cat(codes, 1).numpy().astype(np.uint16), reasons=np.array(reasons, np.str_))
         return errors
 
     @torch.inference_mode()
@@ -256,17 +246,15 @@ class _Builder:
         path = self._part_path(part)
         try:
             with np.load(path) as file:  # checks the archive's CRC
-                codes, reasons = file["codes"], file["reasons"]
+                return file["codes"], file["reasons"]
         except FileNotFoundError:
             return None
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
             logger.warning("%s is damaged (%s) and is made again", path, error)
             return None
-        fits = codes.shape == (2, len(part), self.job.grid_size**2) and reasons.shape == (len(part),)
-        return (codes, reasons) if fits else None
 
     def _join_parts(self) -> CacheHeader:
-        """Write the files of the finished cache and remove the parts."""
+        """Write the files of the finished cache, all codes in memory (ImageNet's: 1.3 GB), and remove the parts."""
         codes = np.empty((2, len(self.labels), self.job.grid_size**2), dtype=np.uint16)
         reasons: list[str] = []
         for part in self.parts:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -37,10 +36,17 @@ def load_tokenizer(path: str | Path, device: str | torch.device = "cpu") -> VQMo
         UserError: when the file is missing, damaged, or does not hold exactly the parameters of its size.
     """
     path = Path(path)
-    state, described = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pt(path)
     try:
+        content = load_checkpoint(path)
+    except UserError as error:
+        raise UserError(f"tokenizer file: {str(error).rstrip('.')}; {RELEASED}.") from error
+    state, described = content["model"], content.get("config")
+    try:
+        if path.suffix == ".safetensors":
+            with safetensors.safe_open(path, framework="pt") as file:
+                described = json.loads((file.metadata() or {}).get("config", "null"))
         config = VQConfig(**described or {})
-    except (TypeError, UserError) as error:
+    except (TypeError, ValueError) as error:
         raise UserError(f"tokenizer file {str(path)!r} has a bad config {described!r}: {error}") from error
     with torch.device("meta"):  # shapes only: random weights would be thrown away
         model = VQModel(config)
@@ -59,25 +65,6 @@ def save_tokenizer(model: VQModel, path: str | Path) -> None:
             file.write(safetensors.torch.save(state, metadata={"config": json.dumps(config)}))
         else:
             torch.save({"model": state, "config": config}, file)
-
-
-def _read_pt(path: Path) -> tuple[dict[str, Tensor], Any]:
-    try:
-        content = load_checkpoint(path)
-    except UserError as error:
-        raise UserError(f"tokenizer file: {str(error).rstrip('.')}; {RELEASED}.") from error
-    return content["model"], content.get("config")
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            config = (file.metadata() or {}).get("config")
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(config or "null")  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise UserError(
-            f"tokenizer file {str(path)!r} is missing, damaged or not a safetensors file; {RELEASED}."
-        ) from error
 
 
 def _check_parameters(state: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:

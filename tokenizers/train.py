@@ -129,17 +129,19 @@ def _read_earlier(folder: Path, described: dict[str, Any]) -> tuple[dict[str, An
         except UserError as error:
             log.warning("training starts from the beginning: %s", error)
     for found in filter(None, (state, metrics)):
-        before, now = (
-            {**values["tokenizer"], **values["training"], "number of training images": values["train_images"]}
-            for values in (found, described)
-        )
-        for name, value in now.items():
+        before = _flat(found)
+        for name, value in _flat(described).items():
             if name not in ("num_workers", "eval_freq") and before.get(name) != value:
                 raise UserError(
                     f"{folder} holds a tokenizer trained with {name} {before.get(name)}, not {value}; give another "
                     "--output_dir, or delete this one."
                 )
     return state, metrics
+
+
+def _flat(described: dict[str, Any]) -> dict[str, Any]:
+    count = described["train_images"]
+    return {**described["tokenizer"], **described["training"], "number of training images": count}
 
 
 class _Training:

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from util.data.images import list_class_folders
+from util.data.images import hash_names, list_class_folders
 from util.errors import UserError
 from util.files import atomic_write, sha256, write_json
 
@@ -172,6 +172,14 @@ class NpzCodes(CodeDataset):
                 raise UserError(f"{file} holds {pair.shape[1]} codes, other files {self.num_tokens}.")
             codes[:, row] = pair
         return codes
+
+    def load(self, index: int) -> torch.Tensor:
+        """Plain and mirrored codes of image ``index``, int64 (2, L)."""
+        return torch.stack(self[index][:2])
+
+    def fingerprint(self) -> str:
+        """Of the sorted list of relative paths."""
+        return hash_names(self.paths)
 
 
 def _load_array(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
