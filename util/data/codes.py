@@ -207,15 +207,12 @@ def _load_npz(path: Path) -> np.ndarray:
     return np.array(pair, dtype=np.int64)
 
 
-def open_codes(
-    path: str | Path, *, img_size: int | None = None, tokenizer_hash: str | None = None, vocab_size: int | None = None
-) -> CodeDataset:
+def open_codes(path: str | Path, *, img_size: int | None = None, tokenizer_hash: str | None = None) -> CodeDataset:
     """Open a cache of either format and compare what is given with what it was made of.
 
     Args:
         img_size: crop side in pixels.
         tokenizer_hash: SHA-256 of the tokenizer's file (:func:`util.files.sha256`).
-        vocab_size: V; all codes are below it. Those of single images are compared as they are read.
 
     Raises:
         UserError: if there is no cache, it is unfinished or damaged, or something differs.
@@ -224,20 +221,15 @@ def open_codes(
     if not path.is_dir():
         raise UserError(f"{path} is not a folder; expected a cache of codes made by main_cache.py.")
     if not (path / HEADER).exists() and not (path / PARTS).exists():
-        dataset: CodeDataset = NpzCodes(path)
         logger.warning("%s has no header: its tokenizer and image size cannot be checked", path)
-    else:
-        dataset = MappedCodes(path)
-        header = dataset.header
-        if img_size is not None and header.img_size != img_size:
-            raise UserError(f"cache {path} was made at {header.img_size} px, not {img_size} px; make one of this size.")
-        if tokenizer_hash is not None and header.tokenizer_sha256 != tokenizer_hash:
-            raise UserError(
-                f"cache {path} was made with another tokenizer (SHA-256 {header.tokenizer_sha256[:12]}…, yours is "
-                f"{tokenizer_hash[:12]}…); give that tokenizer or make a new cache."
-            )
-        if vocab_size is not None and header.max_code >= vocab_size:
-            raise UserError(f"cache {path} holds codes up to {header.max_code}; expected codes below {vocab_size}.")
-    if vocab_size is not None:
-        dataset.vocab_size = vocab_size
+        return NpzCodes(path)
+    dataset = MappedCodes(path)
+    header = dataset.header
+    if img_size is not None and header.img_size != img_size:
+        raise UserError(f"cache {path} was made at {header.img_size} px, not {img_size} px; make one of this size.")
+    if tokenizer_hash is not None and header.tokenizer_sha256 != tokenizer_hash:
+        raise UserError(
+            f"cache {path} was made with another tokenizer (SHA-256 {header.tokenizer_sha256[:12]}…, yours is "
+            f"{tokenizer_hash[:12]}…); give that tokenizer or make a new cache."
+        )
     return dataset

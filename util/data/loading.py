@@ -72,8 +72,8 @@ def image_batches(images: ImageDataset, batch_size: int) -> Iterator[Tensor]:
         starts = range(0, len(images), batch_size)
         batches = (range(start, min(start + batch_size, len(images))) for start in starts)
         reading = ([pool.submit(images.load, index) for index in batch] for batch in batches)
-        for batch, _ in itertools.pairwise(itertools.chain(reading, [None])):
-            yield torch.stack([image.result() for image in batch or ()])
+        for batch, _ in itertools.pairwise(itertools.chain(reading, [[]])):  # of pairs, the second is read meanwhile
+            yield torch.stack([image.result() for image in batch])
 
 
 def load_all(dataset: Images, threads: int | None = None) -> tuple[Tensor, Tensor]:
