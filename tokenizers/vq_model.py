@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -217,18 +218,15 @@ class Level(nn.Module):
         super().__init__()
         self.res = nn.ModuleList(ResBlock(width_in if i == 0 else width_out, width_out) for i in range(blocks))
         self.attn = nn.ModuleList(Attention(width_out) for _ in range(blocks if attention else 0))
-        self.downsample = Downsample(width_out) if downsample else None
-        self.upsample = Upsample(width_out) if upsample else None
+        self.downsample = _downsample(width_out) if downsample else nn.Identity()
+        self.upsample = _upsample(width_out) if upsample else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         for i, res in enumerate(self.res):
             x = res(x)
             if self.attn:
                 x = self.attn[i](x)
-        for resample in (self.downsample, self.upsample):
-            if resample is not None:
-                x = resample(x)
-        return x
+        return self.upsample(self.downsample(x))
 
 
 class ResBlock(nn.Module):
@@ -240,12 +238,12 @@ class ResBlock(nn.Module):
         self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1)
         self.norm2 = _norm(width_out)
         self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else None
+        self.nin_shortcut = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (x if self.nin_shortcut is None else self.nin_shortcut(x))
+        return h + self.nin_shortcut(x)
 
 
 class Attention(nn.Module):
@@ -267,28 +265,6 @@ class Attention(nn.Module):
         return x + self.proj_out(attended)
 
 
-class Downsample(nn.Module):
-    """Halve the sides: zeros on the right and the bottom, then a 3×3 convolution of stride 2."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """Double the sides: repeat every pixel, then a 3×3 convolution."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
 @contextlib.contextmanager
 def exact_precision() -> Iterator[None]:
     """Float32 without TF32 or autotuning: the nearest of thousands of codes must not depend on a choice of kernels."""
@@ -298,6 +274,18 @@ def exact_precision() -> Iterator[None]:
 
 def _middle(width: int) -> nn.ModuleList:
     return nn.ModuleList([ResBlock(width, width), Attention(width), ResBlock(width, width)])
+
+
+def _downsample(width: int) -> nn.Sequential:
+    """Halve the sides: zeros on the right and the bottom, then a 3×3 convolution of stride 2."""
+    conv = nn.Conv2d(width, width, 3, stride=2)
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv))
+
+
+def _upsample(width: int) -> nn.Sequential:
+    """Double the sides: repeat every pixel, then a 3×3 convolution."""
+    conv = nn.Conv2d(width, width, 3, padding=1)
+    return nn.Sequential(OrderedDict(repeat=nn.Upsample(scale_factor=2.0, mode="nearest"), conv=conv))
 
 
 def _norm(width: int) -> nn.GroupNorm:

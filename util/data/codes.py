@@ -143,7 +143,7 @@ class CodeDataset(Dataset[CodeBatch], abc.ABC):
 
 
 class MappedCodes(CodeDataset):
-    """A code cache: rows of memory-mapped files, so that opening it reads only the header and the labels."""
+    """A code cache: rows of memory-mapped files, so that opening it reads only the header."""
 
     def __init__(self, path: Path) -> None:
         self.header: CacheHeader = CacheHeader.read(path / HEADER)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Generator, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,8 +16,6 @@ from tqdm import tqdm
 from util.data.codes import CodeDataset, MappedCodes
 from util.data.images import ImageDataset
 from util.signals import ignore_stop_signals
-
-T = TypeVar("T")
 
 
 class Images(Protocol):
@@ -58,7 +56,7 @@ def load_batches(
             iterator._shutdown_workers()
 
 
-def whole_batch(batch: T) -> T:
+def whole_batch(batch: Any) -> Any:
     """``collate_fn`` of a :class:`CodeDataset`, whose ``__getitems__`` returns a whole batch already."""
     return batch
 
