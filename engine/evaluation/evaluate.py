@@ -37,8 +37,8 @@ from engine.scoring.features import SPATIAL_DIM, FeatureExtractor
 from engine.scoring.metrics import adm_scores, score
 from engine.scoring.statistics import FeatureStatistics
 from models.lpd import LPD
+from models.sampling import image_seeds
 from tokenizers import VQModel
-from util.counter_rng import fold_in
 from util.dist import Dist
 from util.errors import UserError
 from util.files import sha256, write_json
@@ -50,11 +50,6 @@ logger = logging.getLogger(__name__)
 def image_labels(num_images: int, class_num: int) -> Tensor:
     """Class of every image, int64 (num_images,): sorted and balanced; 50,000 of ImageNet are 50 of each."""
     return torch.arange(num_images) * class_num // num_images
-
-
-def image_seeds(seed: int, indices: Tensor) -> Tensor:
-    """Seeds of images (B,) int64, a function of ``seed`` and the image's number alone."""
-    return fold_in(torch.tensor(seed), indices)
 
 
 def evaluate(
