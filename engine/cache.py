@@ -46,10 +46,8 @@ class CacheConfig:
     """A code cache to make: of the images in ``data_path``, or of the published layout in ``convert_from``.
 
     The files in ``convert_from`` do not say what they were made with: ``vqgan_path`` and ``img_size`` must be right, of
-    which only the grid and the range of codes can be checked.
-
-    Raises:
-        UserError: for a setting out of its range, and unless there is exactly one of the two sources.
+    which only the grid and the range of codes can be checked. UserError for a setting out of its range, and unless
+    there is exactly one of the two sources.
     """
 
     vqgan_path: Path = setting(help="tokenizer file, such as vq_ds16_c2i.pt")

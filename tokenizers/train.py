@@ -53,11 +53,7 @@ TOKENIZER, METRICS, STATE = "tokenizer.pt", "metrics.json", "state.pth"  # the l
 
 @dataclass(frozen=True)
 class TokenizerTrainConfig:
-    """How to train. The learning rate rises to ``lr``, then falls to 0.
-
-    Raises:
-        UserError: for a setting out of its range.
-    """
+    """How to train. The learning rate rises to ``lr``, then falls to 0. UserError for a setting out of its range."""
 
     steps: int = setting(help="optimizer steps", at_least=1)
     batch_size: int = setting(64, "images per step", at_least=1)
@@ -332,11 +328,7 @@ def evaluate(model: VQModel, pixels: Tensor, batch_size: int) -> dict[str, float
 
 @dataclass(frozen=True)
 class TokenizerCommand:
-    """What ``python -m tokenizers.train`` does.
-
-    Raises:
-        UserError: for settings out of their ranges, or that do not go together.
-    """
+    """What ``python -m tokenizers.train`` does. UserError for settings out of range, or that do not go together."""
 
     data_path: Path = setting(help="images: one subfolder per class, or photos.npz:train")
     output_dir: Path = setting(help="folder for the results; made if missing")

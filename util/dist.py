@@ -84,11 +84,7 @@ class Dist:
 
 
 def resolve_device(name: str = "auto", local_rank: int = 0) -> torch.device:
-    """``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
-
-    Raises:
-        UserError: for any other name, or a GPU that is not there.
-    """
+    """``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``; UserError for others, or a missing GPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):

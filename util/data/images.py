@@ -125,11 +125,7 @@ class ImageFolder(ImageDataset):
 
 
 class ImageArchive(ImageDataset):
-    """The images of an image archive, or those of one split of it.
-
-    Raises:
-        UserError: if the file is missing, damaged or incomplete, or has no images of this split.
-    """
+    """The images of an image archive, or of one split of it; UserError if it is damaged or has no such images."""
 
     def __init__(self, path: str | Path, img_size: int, skip_broken: bool = False, split: str | None = None) -> None:
         arrays = _read_archive(Path(path))
@@ -158,10 +154,9 @@ class ImageArchive(ImageDataset):
 
 
 class Cifar10(ImageDataset):
-    """A split of CIFAR-10 (Krizhevsky, 2009) as torchvision unpacks it; its loader compares all files with known MD5s.
+    """A split of CIFAR-10 (Krizhevsky, 2009) as torchvision unpacks it.
 
-    Raises:
-        UserError: if the folder is incomplete or damaged.
+    Its loader compares all files with known MD5s; UserError if the folder is incomplete or damaged.
     """
 
     def __init__(self, folder: str | Path, img_size: int, skip_broken: bool = False, split: str = "train") -> None:
