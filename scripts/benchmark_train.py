@@ -144,7 +144,7 @@ class Benchmark:
 
     def cached_batches(self, cache: Path) -> Iterator[list[torch.Tensor]]:
         """Through the loader of training."""
-        dataset = open_codes(cache, vocab_size=self.lpd.vocab_size)
+        dataset = open_codes(cache)
         sampler = GlobalBatchSampler(len(dataset), self.config.batch_size, 0, 1, seed=0)
         return load_batches(dataset, sampler, 0, self.device)
 

@@ -145,7 +145,7 @@ def test_a_published_training_draws_from_the_schedules_of_its_file(place: Path) 
     rows = [[1] * 200 + [56], [1, 55, 200]]
     (place / "two.json").write_text(json.dumps(rows))
     words = [*shlex.split(COMMANDS[7]), "--group_sizes_list", "two.json", "--device", "cpu", "--dry_run"]
-    with distributed("cpu") as dist, FolderLock(place / "output", "training") as lock:
+    with distributed("cpu") as dist, FolderLock(place / "output") as lock:
         prepared = prepare_training(parse([*words, "--batch_size", "8", "--lr", "1e-3"]), dist, lock)
     assert [list(row) for row in prepared.schedules] == rows
     assert prepared.start_from is None

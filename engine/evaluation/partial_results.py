@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -61,7 +62,7 @@ class PartialResults:
         """Write what was added since the last save as one file."""
         if self._pending:
             columns = {name: [getattr(batch, name) for batch in self._pending] for name in ARRAYS}
-            arrays = {
+            arrays: dict[str, Any] = {
                 name: np.concatenate([torch.as_tensor(a).cpu() for a in given]) for name, given in columns.items()
             }
             timing = np.array([[batch.timed_images, batch.timed_sec] for batch in self._pending])

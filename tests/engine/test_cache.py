@@ -92,7 +92,7 @@ def test_rows_are_the_codes_of_each_crop_and_its_mirror_image(images: Path, vqga
     """Guards against rows out of order, labels of other images, a flip along the wrong axis, or part borders lost."""
     header = _cache(images, tmp_path / "cache", vqgan)
     reference = open_codes(_npz_layout(images, vqgan, tmp_path / "npz"))
-    cached = open_codes(tmp_path / "cache", img_size=SIZE, vocab_size=32)
+    cached = open_codes(tmp_path / "cache", img_size=SIZE)
     for got, wanted in zip(cached.get_batch(range(11)), reference.get_batch(range(11)), strict=True):
         torch.testing.assert_close(got, wanted, rtol=0, atol=0)
     assert cached.labels.tolist() == [0] * 6 + [1] * 5

@@ -54,7 +54,7 @@ HOLD = """
 import sys
 from pathlib import Path
 from util.folder_lock import FolderLock
-with FolderLock(Path(sys.argv[1]), "training") as lock:
+with FolderLock(Path(sys.argv[1])) as lock:
     lock.acquire()
     print("held", flush=True)
     sys.stdin.read()
@@ -68,11 +68,11 @@ def test_a_folder_is_held_until_its_process_dies(tmp_path: Path) -> None:
     )
     assert holder.stdout is not None
     assert holder.stdout.readline() == "held\n"
-    with FolderLock(tmp_path, "training") as lock, pytest.raises(UserError, match="another training"):
+    with FolderLock(tmp_path) as lock, pytest.raises(UserError, match="another training"):
         lock.acquire()
     holder.kill()
     holder.communicate()
-    with FolderLock(tmp_path, "training") as lock:
+    with FolderLock(tmp_path) as lock:
         lock.acquire()
 
 
@@ -83,6 +83,6 @@ def test_a_file_system_without_locks_is_a_warning(
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr("util.folder_lock.fcntl.lockf", no_locks)
-    with FolderLock(tmp_path, "training") as lock:
+    with FolderLock(tmp_path) as lock:
         lock.acquire()
     assert "No locks available" in caplog.text

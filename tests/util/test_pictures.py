@@ -5,11 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
-import pytest
 import torch
 from PIL import Image
 
-from util.errors import UserError
 from util.pictures import image_grid, save_png, to_float, to_uint8
 
 
@@ -74,17 +72,3 @@ def test_grid_writes_its_texts() -> None:
     for texts in ({"labels": ["seven", "eight"]}, {"row_titles": ["row"]}):
         assert _contains(image_grid(blank, 2, **texts), (0, 0, 0)) > 0
     assert _contains(image_grid(blank, 2), (0, 0, 0)) == 0
-
-
-@pytest.mark.parametrize(
-    ("count", "columns", "texts"),
-    [
-        (2, 0, {}),
-        (0, 2, {}),
-        (2, 2, {"labels": ["one"]}),
-        (2, 1, {"row_titles": ["one"]}),
-    ],
-)
-def test_grid_refuses_what_does_not_fit(count: int, columns: int, texts: dict) -> None:
-    with pytest.raises(UserError, match="grid"):
-        image_grid(np.zeros((count, 4, 4, 3), dtype=np.uint8), columns, **texts)
