@@ -28,6 +28,7 @@ from engine.evaluation.inputs import open_inputs
 from engine.scoring.features import FeatureExtractor
 from engine.scoring.statistics import FeatureStatistics, save_reference_statistics
 from models.lpd import LPD, LPDConfig
+from tests.helpers.processes import ALONE
 from tokenizers import VQConfig, VQModel
 from util.cli import from_args
 from util.dist import Dist, distributed
@@ -35,7 +36,6 @@ from util.dist import Dist, distributed
 NUM_IMAGES, CLASSES, SIZE, DIM = 23, 5, 16, 6
 GROUP_SIZES = (1, 3, 5, 7)
 Batch = tuple[torch.Tensor, ...]
-ALONE = Dist(0, 1, torch.device("cpu"))
 
 
 def networks() -> tuple[LPD, VQModel]:

@@ -18,12 +18,11 @@ from engine.training.checkpoint_writer import CheckpointWriter
 from engine.training.monitor import Monitor, peak_flops
 from engine.training.stop import READ_BACK_DELAY, StopRequest
 from tests.helpers.commands import ROOT
+from tests.helpers.processes import ALONE
 from util.checkpoint import LAST, load_checkpoint
 from util.cli import exit_on_user_error
 from util.dist import Dist
 from util.errors import UserError
-
-CPU = Dist(0, 1, torch.device("cpu"))
 
 
 class Clock:
@@ -46,7 +45,7 @@ def monitor(folder: Path, **changes: object) -> Monitor:
     values: dict = {"start_step": 0, "total_steps": 100, "steps_per_epoch": 4, "global_batch": 32}
     values |= {"flops_per_image": 1e12, "samples_of": lambda step: [step]}
     folder.mkdir(exist_ok=True)
-    return Monitor(folder, CPU, **(values | changes))
+    return Monitor(folder, ALONE, **(values | changes))
 
 
 def lines(folder: Path) -> list[dict]:
