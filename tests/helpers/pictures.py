@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,8 +30,8 @@ def ink(pixels: Pixels, colour: ArrayLike, tolerance: int = 0) -> NDArray[np.boo
 
 def assert_not_blank(picture: Picture, share: float = 0.01) -> None:
     """At least this share of the pixels differs from the most frequent colour."""
-    pixels = pixels_of(picture).reshape(-1, 3)
-    counts = np.unique(pixels, axis=0, return_counts=True)[1]
+    pixels = pixels_of(picture).reshape(-1, 3) @ np.array([1 << 16, 1 << 8, 1])
+    counts = np.unique(pixels, return_counts=True)[1]
     assert 1 - counts.max() / len(pixels) >= share, "the picture is blank"
 
 
@@ -123,3 +124,18 @@ def _longest_run(mask: NDArray[np.bool_], gap: int = 5) -> slice:
     runs = np.split(places, np.flatnonzero(np.diff(places) > gap + 1) + 1)
     longest = max(runs, key=lambda run: run[-1] - run[0])
     return slice(int(longest[0]), int(longest[-1]) + 1)
+
+
+def assert_curve(pixels: Pixels, colour: ArrayLike, values: Sequence[float], x: Sequence[float] | None = None) -> None:
+    """There is a line in this colour through these values, at `x`, or else at equal distances from left to right."""
+    points = np.argwhere(ink(pixels, colour, 8))
+    assert len(points), "there is no line in this colour"
+    (top, left), (bottom, right) = points.min(0), points.max(0)
+    assert right - left > pixels.shape[1] / 4, "the line is short"
+    heights = (np.array(values) - min(values)) / (max(values) - min(values))
+    x = np.arange(len(values)) if x is None else np.array(x)
+    columns = left + 2 + (x - x[0]) / (x[-1] - x[0]) * (right - left - 4)
+    for column, height in zip(columns.round(), heights, strict=True):
+        here = points[np.abs(points[:, 1] - column) <= 1, 0]
+        assert len(here), "the line has a gap"
+        assert np.abs((bottom - here) / (bottom - top) - height).min() < 0.1, "the line runs elsewhere"
