@@ -131,10 +131,14 @@ def test_published_command_line_is_taken_as_it_is(command: str, capsys: pytest.C
     unused = {"--log_dir", "--resume_epoch", "--vqgan_stride", "--vqgan_vocab_size", "--pin_mem", "--no_pin_mem"}
     unused |= {"--world_size", "--local_rank", "--dist_on_itp", "--dist_url"}
     assert sorted(notes) == sorted(unused & set(words))
+    compared = set()
     for flag, value in announced["settings"].items():
         if f"--{flag}" in words and f"--{flag}" not in smaller and not isinstance(value, bool):
             given = words[words.index(f"--{flag}") + 1]
             assert value == type(value)(given), flag
+            compared.add(flag)
+    assert compared >= {"model", "img_size", "class_num", "pretrained_ckpt" if "--evaluate" in words else "epochs"}
+    assert len(compared) >= 15
     assert announced["model"]["img_size"] == announced["settings"]["img_size"]
     assert not Path("output").exists()
 

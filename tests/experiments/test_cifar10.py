@@ -26,10 +26,10 @@ from experiments.cifar10 import page, report, run, sweep
 from experiments.cifar10.scales import FULL, TINY
 from scripts.stages import Clock, OutOfTime, Stages
 from tests.helpers.commands import ROOT
+from tests.helpers.commands import run as run_command
 from tests.helpers.evaluation_case import toy_extractor
 from tests.helpers.pictures import assert_curve, assert_not_blank, ink, pixels_of
 from tests.helpers.slurm_cluster import wait_until
-from util.cli import exit_on_user_error
 from util.data.images import open_images, write_image_archive
 from util.errors import UserError
 from util.files import write_json
@@ -296,13 +296,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(sys, "argv", ["run", "--device", "cpu", *map(str, arguments)])
-        try:
-            exit_on_user_error(run.main)
-            status = 0
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        return status, *capfd.readouterr()
+        return run_command(run.main, "--device", "cpu", *arguments), *capfd.readouterr()
 
     return call
 

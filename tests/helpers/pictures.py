@@ -133,8 +133,8 @@ def assert_curve(pixels: Pixels, colour: ArrayLike, values: Sequence[float], x: 
     (top, left), (bottom, right) = points.min(0), points.max(0)
     assert right - left > pixels.shape[1] / 4, "the line is short"
     heights = (np.array(values) - min(values)) / (max(values) - min(values))
-    x = np.arange(len(values)) if x is None else np.array(x)
-    columns = left + 2 + (x - x[0]) / (x[-1] - x[0]) * (right - left - 4)
+    at = np.arange(len(values)) if x is None else np.array(x)
+    columns = left + 2 + (at - at[0]) / (at[-1] - at[0]) * (right - left - 4)
     for column, height in zip(columns.round(), heights, strict=True):
         here = points[np.abs(points[:, 1] - column) <= 1, 0]
         assert len(here), "the line has a gap"

@@ -19,8 +19,8 @@ from orders.figures import TITLES, SteppedOrder
 from orders.schedule import grid_group_sizes
 from orders.statistics import order_statistics
 from tests.helpers.commands import ROOT
+from tests.helpers.commands import run as run_command
 from tests.helpers.pictures import assert_mosaic, assert_text, pixels_of
-from util.cli import exit_on_user_error
 from util.errors import UserError
 
 
@@ -177,10 +177,7 @@ def test_mistakes_get_one_sentence_and_no_file(
     tmp_path: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["orders", *arguments])
-    with pytest.raises(SystemExit) as status:
-        exit_on_user_error(main)
-    assert status.value.code == 2
+    assert run_command(main, *arguments) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
 
@@ -188,7 +185,7 @@ def test_mistakes_get_one_sentence_and_no_file(
 def test_orders_need_no_torch() -> None:
     """Drawing orders must not cost the seconds that torch takes to import."""
     code = (
-        "import sys, orders; orders.generate_orders('lpd', 2, orders.group_sizes(256, 20), 16);"
+        "import sys, orders, orders.__main__; orders.generate_orders('lpd', 2, orders.group_sizes(256, 20), 16);"
         "print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

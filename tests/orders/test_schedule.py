@@ -108,7 +108,8 @@ def test_own_group_sizes(text: str, tmp_path: Path) -> None:
 )
 def test_bad_group_sizes_are_named_and_never_run(text: str) -> None:
     """Guards against the published ``eval`` on this flag."""
-    with pytest.raises(UserError):
+    named = {"1,3,5": "sum to 9", "no.json": "'no.json' does not exist"}.get(text, "must be positive integers")
+    with pytest.raises(UserError, match=named):
         parse_group_sizes(text, 16)
 
 

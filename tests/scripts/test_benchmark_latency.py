@@ -20,6 +20,7 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     benchmark_latency.main()
 
 
+@pytest.mark.slow
 def test_all_cases_are_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -56,9 +57,9 @@ def test_flops_of_the_published_tokenizer(img_size: int, gigaflops: float) -> No
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--rows", "lpd_m"], "lpd_m"),
+        (["--rows", "lpd_m"], "--rows is 'lpd_m'"),
         (["--threads", 0], "threads is 0"),
-        (["--runs", 0], "--runs"),
+        (["--runs", 0], "--runs is 0"),
         (["--paths", "graph"], "graph needs a CUDA GPU"),
     ],
 )

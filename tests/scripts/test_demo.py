@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,8 +13,8 @@ from matplotlib import colormaps
 import scripts.demo
 from orders.schedule import grid_group_sizes
 from tests.helpers.commands import ROOT
+from tests.helpers.commands import run as run_command
 from tests.helpers.pictures import assert_curve, assert_mosaic, assert_not_blank, assert_text, pixels_of
-from util.cli import exit_on_user_error
 
 
 @pytest.fixture
@@ -24,13 +23,7 @@ def demo(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(sys, "argv", ["demo", "--device", "cpu", *map(str, arguments)])
-        try:
-            exit_on_user_error(scripts.demo.main)
-            status = 0
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        return status, *capfd.readouterr()
+        return run_command(scripts.demo.main, "--device", "cpu", *arguments), *capfd.readouterr()
 
     return run
 

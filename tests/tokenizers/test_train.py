@@ -1,4 +1,4 @@
-"""Training small tokenizers: it learns, the codebook stays alive, files are whole, mistakes are named."""
+"""Training small tokenizers: it learns, the codebook stays alive, files are complete, mistakes are named."""
 
 from __future__ import annotations
 
@@ -196,7 +196,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path: Path, monkeypa
 @pytest.mark.parametrize(
     ("told", "status", "step"), [(signal.SIGTERM, 75, 3), (signal.SIGUSR2, 75, 13), (signal.SIGINT, 130, 9)]
 )
-def test_a_stop_signal_saves_and_the_same_call_goes_on_exactly(
+def test_a_stop_signal_saves_and_the_same_call_resumes_exactly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: signal.Signals, status: int, step: int
 ) -> None:
     """Guards against steps since the last measurement being lost, and a time limit below them that never gets on."""
@@ -276,7 +276,7 @@ def test_dead_entries_move_to_badly_served_features_and_live_ones_stay() -> None
     assert (moments[alive] > 0).any()
 
 
-def test_revival_counts_anew_after_each_check() -> None:
+def test_revival_counts_from_zero_after_each_check() -> None:
     """Guards against counts of long ago keeping a dead entry."""
     codebook = Codebook(4, 4)
     with torch.no_grad():

@@ -7,12 +7,14 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from tests.helpers.commands import ROOT
 from tokenizers import VQConfig, VQModel, save_tokenizer
 
 
+@pytest.mark.slow
 def test_a_broken_image_ends_the_training_at_once(tmp_path: Path) -> None:
     """Loading processes ignore stop signals, so an error must end them in another way, or the exit waits forever."""
     rng = np.random.default_rng(0)

@@ -38,7 +38,7 @@ def archive(tmp_path: Path) -> Path:
 
 
 def change(path: Path, **arrays: Any) -> None:
-    """Write the file anew with other arrays; None leaves one out."""
+    """Write the file again with other arrays; None leaves one out."""
     with np.load(path) as file:
         contents = dict(file) | arrays
     np.savez(path, **{name: array for name, array in contents.items() if array is not None})
