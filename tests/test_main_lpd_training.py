@@ -25,10 +25,10 @@ from models import build_model
 from tests.helpers.commands import run
 from tests.helpers.pictures import assert_not_blank, pixels_of
 from tests.helpers.processes import ALONE
+from tests.helpers.tiny_models import tiny_tokenizer
 from tests.helpers.tiny_run import V
 from tests.helpers.training_case import make_cache
-from tokenizers import VQConfig, VQModel, load_tokenizer
-from tokenizers.checkpoint import save_tokenizer
+from tokenizers import load_tokenizer, save_tokenizer
 from util.checkpoint import LAST, load_checkpoint, load_newest
 from util.data.codes import MappedCodes
 from util.files import sha256
@@ -39,8 +39,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Codes of three classes, their tokenizer, and checkpoints of five classes: own and in the released layout."""
     folder = tmp_path_factory.mktemp("training")
     torch.manual_seed(0)
-    tokenizer = VQModel(VQConfig(base_width=32, multipliers=(1,) * 5, res_blocks=1, z_channels=32, codebook_size=V))
-    save_tokenizer(tokenizer, folder / "tokenizer.pt")
+    save_tokenizer(tiny_tokenizer(16, V), folder / "tokenizer.pt")
     header = make_cache(folder / "codes") / "header.json"
     header.write_text(
         json.dumps(json.loads(header.read_text()) | {"tokenizer_sha256": sha256(folder / "tokenizer.pt")})

@@ -21,6 +21,7 @@ from engine import cache as cache_module
 from engine.cache import CacheConfig, build_cache, verify_cache
 from tests.helpers.commands import ROOT, run
 from tests.helpers.processes import ALONE
+from tests.helpers.tiny_models import tiny_tokenizer, write_images
 from tokenizers import VQConfig, VQModel, load_tokenizer, save_tokenizer
 from util.data.codes import PARTS, CacheHeader, open_codes
 from util.data.images import ImageFolder
@@ -34,21 +35,13 @@ SIZE = 8  # pixels; 4×4 codes
 @pytest.fixture(scope="module")
 def vqgan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    config = VQConfig(base_width=8, multipliers=(1, 1), res_blocks=1, z_channels=8, codebook_size=32, code_dim=4)
     path = tmp_path_factory.mktemp("tokenizer") / "vq.pt"
-    save_tokenizer(VQModel(config), path)
+    save_tokenizer(tiny_tokenizer(2, 32), path)
     return path
 
 
 def _write_images(root: Path, counts: dict[str, int]) -> Path:
-    rng = np.random.default_rng(0)
-    for name, count in counts.items():
-        (root / name).mkdir(parents=True)
-        for i in range(count):
-            Image.fromarray(rng.integers(0, 256, (SIZE, SIZE + 3, 3), dtype=np.uint8)).save(
-                root / name / f"{i:04d}.png"
-            )
-    return root
+    return write_images(root, counts, SIZE + 3, SIZE)
 
 
 @pytest.fixture(scope="module")

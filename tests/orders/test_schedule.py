@@ -59,7 +59,7 @@ def test_cosine_matches_the_published_rows_to_within_one() -> None:
     """The published tables are roundings of the same curve: a wrong quarter of the cosine would show here."""
     for sizes in published_group_sizes(256)[3:]:
         wanted = _cosine(256, len(sizes))[1:]
-        assert max(abs(size - want) for size, want in zip(sizes[1:], wanted, strict=True)) <= 2
+        assert max(abs(size - want) for size, want in zip(sizes[1:], wanted, strict=True)) <= 1
 
 
 def test_training_schedules_of_another_grid() -> None:

@@ -16,7 +16,8 @@ from models import build_model
 from models.inference import narrow_linear_weights, packed_copy, share_weights
 from models.lpd import LPD
 from models.sampling import Sampling
-from tokenizers import VQConfig, VQModel
+from tests.helpers.tiny_models import far_from_initialisation, tiny_tokenizer
+from tokenizers import VQModel
 from util.errors import UserError
 from util.pictures import to_uint8
 
@@ -26,14 +27,12 @@ V, CLASSES, SIZES = 50, 5, [1, 3, 5, 7]
 def small_model() -> LPD:
     torch.manual_seed(0)
     model = build_model("lpd_debug", img_size=16, stride=4, class_num=CLASSES, vocab_size=V).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.4)  # far from initialisation, where rows barely differ
-    return model
+    return far_from_initialisation(model, std=0.4)
 
 
 def small_tokenizer() -> VQModel:
     torch.manual_seed(1)
-    return VQModel(VQConfig(8, (1, 1, 1), res_blocks=1, z_channels=8, codebook_size=V, code_dim=4)).eval()
+    return tiny_tokenizer(4, V)
 
 
 def batch(size: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

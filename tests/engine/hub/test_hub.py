@@ -32,7 +32,8 @@ from orders import generate_orders, save_orders
 from tests.helpers.commands import ROOT
 from tests.helpers.commands import run as run_command
 from tests.helpers.fake_hub import FakeHub, start
-from tokenizers import VQConfig, VQModel, save_tokenizer
+from tests.helpers.tiny_models import tiny_tokenizer
+from tokenizers import save_tokenizer
 from util.checkpoint import load_checkpoint, save_checkpoint
 from util.errors import UserError
 from util.files import sha256
@@ -170,7 +171,7 @@ def published(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for name in ("lpd_l_256", "lpd_xl_256", "lpd_xxl_256", "lpd_l_512", "lpd_xl_512"):
         content = file_bytes({"model": state_dict(), "epoch": 449}, tmp_path / "x")
         hub.repos[f"mit-han-lab/{name}"] = {"README.md": b"", f"weights/{name}-final.pth": content}
-    save_tokenizer(VQModel(VQConfig(8, (1, 1, 1), 1, 8, 12, 4)), tmp_path / "x.pt")
+    save_tokenizer(tiny_tokenizer(), tmp_path / "x.pt")
     hub.repos["FoundationVision/LlamaGen"] = {
         "vq_ds16_c2i.pt": (tmp_path / "x.pt").read_bytes(),
         "c2i_B_256.pt": b"another",
@@ -294,7 +295,7 @@ def test_names_and_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """A training checkpoint with averaged weights, and the tokenizer beside it."""
-    save_tokenizer(VQModel(VQConfig(8, (1, 1, 1), 1, 8, 12, 4)), tmp_path / "tok.pt")
+    save_tokenizer(tiny_tokenizer(), tmp_path / "tok.pt")
     path = tmp_path / "run" / "checkpoint-last.pth"
     content = {"model": state_dict(0), "model_ema": state_dict(1), "optimizer": {"state": torch.zeros(3)}, "step": 7}
     content |= {"config": vars(TINY), "classes": ["a", "b", "ç"], "tokenizer_sha256": sha256(tmp_path / "tok.pt")}

@@ -16,8 +16,8 @@ from orders import generate_orders
 from tests.helpers.evaluation_case import eval_config
 from tests.helpers.pictures import assert_shows
 from tests.helpers.processes import ALONE
+from tests.helpers.tiny_models import tiny_tokenizer
 from tests.helpers.tiny_run import V
-from tokenizers import VQConfig, VQModel
 from util.dist import Dist
 from util.pictures import to_uint8
 
@@ -41,7 +41,7 @@ def model() -> LPD:
 def test_same_images_from_two_processes_and_every_time(tmp_path: Path) -> None:
     """Pictures of different epochs are compared, so nothing but the weights may change them."""
     torch.manual_seed(3)
-    first, tokenizer = model(), VQModel(VQConfig(8, (1,) * 5, 1, 8, V, 4)).eval()
+    first, tokenizer = model(), tiny_tokenizer(16, V)
     config, names = eval_config(tmp_path, group_sizes=SIZES, cfg=2.0, seed=5, classes=("a", "b", "c"))
     draw = SampleGrid(first.config, tokenizer, config, names, ALONE)
     picture = draw(first)

@@ -24,10 +24,10 @@ from orders import published_group_sizes
 from tests.helpers.commands import run as run_command
 from tests.helpers.pictures import pixels_of
 from tests.helpers.processes import ALONE, in_processes
+from tests.helpers.tiny_models import tiny_tokenizer
 from tests.helpers.tiny_run import CLASSES, L, V
 from tests.helpers.training_case import SCHEDULES, build, config, make_cache
-from tokenizers import VQConfig, VQModel
-from tokenizers.checkpoint import save_tokenizer
+from tokenizers import save_tokenizer
 from util.checkpoint import LAST, load_checkpoint, save_checkpoint
 from util.data.codes import MappedCodes
 from util.dist import Dist
@@ -176,8 +176,7 @@ def test_average_of_narrow_weights_is_float32() -> None:
 def test_evaluation_of_the_average_is_that_of_its_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """--use_ema by the command: another result than the last weights, and a clear error where there is no average."""
     torch.manual_seed(0)
-    tokenizer = VQModel(VQConfig(base_width=8, multipliers=(1, 1), res_blocks=1, z_channels=8, codebook_size=V))
-    save_tokenizer(tokenizer, tmp_path / "tokenizer.pt")
+    save_tokenizer(tiny_tokenizer(2, V), tmp_path / "tokenizer.pt")
     weights, average = (
         build_model("lpd_debug", img_size=8, stride=2, class_num=CLASSES, vocab_size=V) for _ in range(2)
     )

@@ -19,9 +19,9 @@ from engine.training.stop import StopRequest
 from engine.training.trainer import TrainConfig, draw_samples, mirrored_codes, train
 from models.lpd import LPD
 from tests.helpers.processes import ALONE, in_processes
+from tests.helpers.tiny_models import tiny_tokenizer
 from tests.helpers.tiny_run import L
 from tests.helpers.training_case import SCHEDULES, build, config, make_cache, stopped_at
-from tokenizers import VQConfig, VQModel
 from util.checkpoint import LAST, load_checkpoint
 from util.data.codes import MappedCodes, open_codes
 from util.data.loading import load_batches
@@ -129,7 +129,7 @@ def test_orders_are_uniform_over_positions() -> None:
 
 def test_images_are_encoded_and_mirrored_like_cached_codes(tmp_path: Path) -> None:
     """Training from images sees the same codes as training from a cache of the same images."""
-    vq = VQModel(VQConfig(base_width=32, multipliers=(1, 1), codebook_size=16, z_channels=32)).eval()
+    vq = tiny_tokenizer(2, 16)
     images = torch.randint(256, (3, 8, 8, 3), dtype=torch.uint8)
     scaled = images.permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
