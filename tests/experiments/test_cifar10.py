@@ -26,14 +26,16 @@ from experiments.cifar10 import page, report, run, sweep
 from experiments.cifar10.scales import FULL, TINY
 from scripts.stages import Clock, OutOfTime, Stages
 from tests.helpers.commands import ROOT
+from tests.helpers.commands import run as run_command
 from tests.helpers.evaluation_case import toy_extractor
+from tests.helpers.pictures import assert_curve, assert_not_blank, ink, pixels_of
 from tests.helpers.slurm_cluster import wait_until
-from util.cli import exit_on_user_error
 from util.data.images import open_images, write_image_archive
 from util.errors import UserError
 from util.files import write_json
 
 LOAD_FEATURE_EXTRACTOR = features.load_feature_extractor
+BLUE, OLIVE = (31, 119, 180), (188, 189, 34)  # of the first order in a plot, and of the last
 GUIDANCE = dict.fromkeys(FULL.orders, 2.0)
 
 
@@ -157,6 +159,7 @@ def test_an_unfinished_sweep_has_a_page_too(tmp_path: Path) -> None:
         part = found | {"cells": found["cells"][:kept]}
         assert "| locality-aware |" in page.page(part)
         page.plot_quality(part, tmp_path / "quality.png")
+        assert_not_blank(tmp_path / "quality.png")
 
 
 def test_page_and_plots_are_made_from_the_json_alone(tmp_path: Path) -> None:
@@ -173,7 +176,13 @@ def test_page_and_plots_are_made_from_the_json_alone(tmp_path: Path) -> None:
     assert "| random | 12.00 |" in text
     assert "PSNR 27.12 dB" in text
     assert "93.75% of the test photos" in text
-    assert (folder / "images" / "cifar10_quality.png").stat().st_size > 10_000
+    loss, quality = (pixels_of(folder / "images" / f"cifar10_{name}.png") for name in ("loss", "quality"))
+    assert_curve(loss, BLUE, [6.5, 6.0])
+    distances, accuracies = quality[:, :560], quality[:, 560:1135]
+    rivals = [10 + 40 / steps for steps in (8, 16, 32, 64, 256)]
+    assert_curve(distances, OLIVE, [*rivals[:4], (rivals[3] + rivals[4]) / 2, rivals[4]])  # from 8 to 256 by doubling
+    for panel, colour in ((distances, BLUE), (accuracies, OLIVE)):  # what stays level
+        assert ink(panel, colour, 30).sum(1).max() > 300
     report.publish(folder, "test", tmp_path / "repository")
     assert (tmp_path / "repository" / "docs" / "cifar10.md").read_text() == text
     assert json.loads((tmp_path / "repository" / "benchmarks" / "results" / "cifar10_test.json").read_text()) == found
@@ -287,13 +296,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(sys, "argv", ["run", "--device", "cpu", *map(str, arguments)])
-        try:
-            exit_on_user_error(run.main)
-            status = 0
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        return status, *capfd.readouterr()
+        return run_command(run.main, "--device", "cpu", *arguments), *capfd.readouterr()
 
     return call
 

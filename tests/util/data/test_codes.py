@@ -207,7 +207,7 @@ class TestCodes:
             open_codes(tmp_path / "nowhere")
 
     def test_damaged_npz_files_are_named(self, npz: Path) -> None:
-        """Guards against a traceback of numpy for a file that is no file of codes."""
+        """Guards against a traceback of numpy for a file that does not hold codes."""
         dataset: CodeDataset = open_codes(npz)
         file = npz / "cat/3.npz"
         for damage, sentence in (
@@ -236,7 +236,7 @@ class TestGlobalBatchSampler:
         assert _steps(1, 0, 7) == _steps(2, 0, 7) == _steps(4, 0, 7) == _steps(8, 0, 7)
 
     @pytest.mark.parametrize("start", [1, 2, 3, 5])
-    def test_resume_goes_on_where_it_stopped(self, start: int) -> None:
+    def test_a_run_resumes_where_it_stopped(self, start: int) -> None:
         """Guards against repeated or lost samples after a restart in mid-epoch or at its border."""
         assert _steps(2, start, 7 - start) == _steps(2, 0, 7)[start:]
 
