@@ -6,15 +6,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from engine.config import Config
 from engine.hub.published import COMMAND, DOWNLOADS, GUIDED_DIFFUSION, OPENAI_STATISTICS, ORDERS_DIR, ORDERS_REPO
 from engine.hub.remote import Choice, find_file, hub_name
 from engine.recipes import TOKENIZER
 from engine.scoring.features import INCEPTION, INCEPTION_URL, inception_cache
-from models.lpd import LPD, LPDConfig, load_weights
-from tokenizers import VQModel, load_tokenizer
+from models.lpd import LPDConfig
 from util.checkpoint import find_checkpoints, load_checkpoint
 from util.dist import Dist
 from util.errors import UserError
@@ -120,20 +117,6 @@ def load_pretrained(path: Path, use_ema: bool) -> dict[str, Any]:
             raise UserError(f"{path} holds no moving average of the weights; leave out --use_ema.")
         checkpoint["model"] = checkpoint.pop("model_ema")
     return checkpoint
-
-
-def load_trained(
-    checkpoint_path: Path, tokenizer_path: Path, device: torch.device
-) -> tuple[LPD, VQModel, tuple[str, ...]]:
-    """The model of a training's checkpoint in eval mode, its tokenizer, and the names of its classes in label order.
-
-    Raises:
-        UserError: for a file that is missing or damaged, or that does not hold these.
-    """
-    checkpoint = load_checkpoint(checkpoint_path)
-    model = LPD(LPDConfig(**checkpoint["config"]))
-    load_weights(model, checkpoint["model"], str(checkpoint_path))
-    return model.to(device).eval(), load_tokenizer(tokenizer_path, device), tuple(checkpoint["classes"])
 
 
 def check_tokenizer(checkpoint: dict[str, Any], source: Path, tokenizer_sha256: str | None) -> None:

@@ -192,9 +192,6 @@ class Benchmark:
             "flops_share": flops_per_sec / self.limits["flops_per_sec"],
             "peak_memory_gib": peak_memory_gib(self.device),
         }
-        if self.device.type == "cuda":
-            free, total = torch.cuda.mem_get_info(self.device)
-            result["device_memory_gib"] = (total - free) / 2**30  # with graphs and libraries
         if self.config.profile is not None:
             name = f"{row.name}_{decoder.path}_batch{batch_size}{'' if pixels else '_tokens'}.txt"
             write_profile(decoder, self.config.profile / name.replace(", ", "_").replace(" ", "_"))

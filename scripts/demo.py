@@ -23,7 +23,7 @@ from PIL import Image
 from engine.evaluation.config import EvalConfig
 from engine.evaluation.evaluate import evaluate
 from engine.evaluation.inputs import open_inputs
-from engine.inputs import load_trained
+from engine.image_generator import ImageGenerator
 from engine.scoring.config import ScoringConfig
 from engine.scoring.features import load_feature_extractor
 from models.sampling import Sampling
@@ -105,10 +105,10 @@ def run_stages(stages: Stages, out: Path, device: str, quick: bool) -> None:
 
 def compare_orders(out: Path, device: torch.device, num_images: int) -> str:
     """A Markdown table: one model, several generation orders; results and pictures go to `eval/<order>_<steps>`."""
-    dist = Dist(0, 1, device)
-    model, tokenizer, classes = load_trained(out / "lpd" / LAST, out / "tokenizer" / "tokenizer.pt", device)
-    scoring = ScoringConfig(feature_extractor=str(out / "classifier.pt"), reference_statistics=out / "reference.npz")
-    extractor = load_feature_extractor(str(out / "classifier.pt"), device)
+    dist, classifier = Dist(0, 1, device), str(out / "classifier.pt")
+    trained = ImageGenerator(out / "lpd" / LAST, out / "tokenizer" / "tokenizer.pt", device=str(device))
+    extractor = load_feature_extractor(classifier, device)
+    scoring = ScoringConfig(feature_extractor=classifier, reference_statistics=out / "reference.npz")
     lines = [
         "| digits | decoding steps | read as the class asked for | Fréchet distance | seconds per image |",
         "|---|---|---|---|---|",
@@ -129,8 +129,8 @@ def compare_orders(out: Path, device: torch.device, num_images: int) -> str:
             sampling=Sampling(cfg=CFG),
             scoring=scoring,
         )
-        inputs = open_inputs(config, model.config, dist, classes, extractor)
-        add(order, steps, evaluate(model, tokenizer, config, inputs, dist))
+        inputs = open_inputs(config, trained.model.config, dist, trained.classes, extractor)
+        add(order, steps, evaluate(trained.model, trained.tokenizer, config, inputs, dist))
     for floor in ("real", "reconstructed"):
         add(floor, "–", json.loads((out / "floors" / f"reference_{floor}.json").read_text()))
     return "\n".join(lines)

@@ -15,7 +15,7 @@ from typing import Any
 from engine.evaluation.config import EvalConfig
 from engine.evaluation.evaluate import evaluate
 from engine.evaluation.inputs import open_inputs
-from engine.inputs import load_trained
+from engine.image_generator import ImageGenerator
 from engine.scoring.config import ScoringConfig
 from engine.scoring.features import INCEPTION, load_feature_extractor
 from experiments.cifar10.scales import ABLATION_STEPS, GRID, IMG_SIZE, OWN_STEPS, STRIDE, Scale
@@ -138,7 +138,7 @@ def finished_rows(out: Path, scale: Scale) -> list[dict[str, Any]]:
 def run_sweep(out: Path, scale: Scale, dist: Dist, inception: Path | None, stages: Stages) -> None:
     """Evaluate the cells that have no results yet; raises OutOfTime between two of them."""
     hashes, files = file_hashes(out), model_files(out)
-    model, tokenizer, classes = load_trained(files["checkpoint"], files["tokenizer"], dist.device)
+    trained = ImageGenerator(files["checkpoint"], files["tokenizer"], device=str(dist.device))
     cuda = dist.device.type == "cuda"
     own = ScoringConfig(feature_extractor=str(files["classifier"]), reference_statistics=out / "reference.npz")
     scorings = {"own": (own, load_feature_extractor(str(files["classifier"]), dist.device))}
@@ -173,8 +173,8 @@ def run_sweep(out: Path, scale: Scale, dist: Dist, inception: Path | None, stage
             sampling=Sampling(cfg=cell.cfg),
             scoring=scoring,
         )
-        inputs = open_inputs(config, model.config, dist, classes, extractor)
-        evaluate(model, tokenizer, config, inputs, dist, record=asdict(cell) | hashes)
+        inputs = open_inputs(config, trained.model.config, dist, trained.classes, extractor)
+        evaluate(trained.model, trained.tokenizer, config, inputs, dist, record=asdict(cell) | hashes)
 
     guidance = best_guidance(scale, evaluate_missing(tuning_cells(scale)))
     print("guidance:", ", ".join(f"{order} {cfg:g}" for order, cfg in guidance.items()), flush=True)
