@@ -50,7 +50,7 @@ def test_quick_demo_from_start_to_table_and_again(tmp_path: Path, demo: Callable
 
     status, printed, errors = demo("--quick", "--output_dir", tmp_path / "demo")
     assert status == 0, errors[-3000:]
-    assert printed.count("done before") == 7
+    assert printed.count("done before") == 9
 
 
 def test_wrong_arguments(tmp_path: Path, demo: Callable[..., tuple[int, str, str]]) -> None:
