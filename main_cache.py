@@ -19,13 +19,11 @@ def main() -> None:
         "is resumed by the same command, with any number of processes; a finished cache is verified."
     )
     parser.add_config(CacheConfig)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add_unused_tokenizer_flags(parser)
     parser.add_unused("--seed", instead="the codes follow from the images and the tokenizer, nothing is drawn")
     add_unused_process_flags(parser)
-    args = parser.parse_args()
-    config = from_args(CacheConfig, args)
-    with distributed(args.device) as dist:
+    config = from_args(CacheConfig, parser.parse_args())
+    with distributed(config.device) as dist:
         setup_logging(dist.rank)
         build_cache(config, dist)
 

@@ -29,7 +29,7 @@ from util.config import check, setting
 from util.data.codes import HEADER, PARTS, CacheHeader, NpzCodes, write_codes
 from util.data.images import ImageDataset, open_images
 from util.data.loading import load_batches
-from util.dist import Dist
+from util.dist import DeviceConfig, Dist
 from util.errors import UserError
 from util.files import atomic_write, sha256, write_json
 from util.pictures import to_float
@@ -42,7 +42,7 @@ JOB = "job.json"  # in the folder of parts: what they are made of
 
 
 @dataclass(frozen=True)
-class CacheConfig:
+class CacheConfig(DeviceConfig):
     """A code cache to make: of the images in ``data_path``, or of the published layout in ``convert_from``.
 
     The files in ``convert_from`` do not say what they were made with: ``vqgan_path`` and ``img_size`` must be right, of

@@ -21,17 +21,16 @@ from engine.evaluation.outputs import describe_environment
 from util.cli import Parser, from_args
 from util.config import check, record, setting
 from util.data.codes import CODES, CODES_FLIP, HEADER, LABELS, CacheHeader
-from util.dist import Dist, resolve_device
+from util.dist import DeviceConfig, Dist, resolve_device
 from util.files import write_json
 
 C = TypeVar("C", bound="BenchmarkConfig")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class BenchmarkConfig:
+class BenchmarkConfig(DeviceConfig):
     """Where a benchmark runs and writes; the base of what it measures."""
 
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     threads: int | None = setting(None, "of the CPU (default: torch's)", at_least=1)
     output: Path | None = setting(None, "JSON file for the results")
 

@@ -31,7 +31,7 @@ from orders.config import OrderConfig
 from scripts.stages import Stages, train_and_judge
 from util.checkpoint import LAST
 from util.cli import Parser, exit_on_user_error
-from util.dist import Dist, resolve_device
+from util.dist import DeviceConfig, Dist, resolve_device
 from util.errors import UserError
 from util.files import check_output_dir
 from util.logger import setup_logging
@@ -154,7 +154,7 @@ def conditions(device: torch.device) -> str:
 def main() -> None:
     parser = Parser(prog="bash scripts/demo.sh", description="The whole path on handwritten digits.")
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="folder of everything that is made")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_config(DeviceConfig)
     parser.add_argument("--quick", action="store_true", help="only see that everything runs; the scores mean nothing")
     parser.add_argument("--fresh", action="store_true", help="start over instead of resuming")
     args = parser.parse_args()

@@ -33,7 +33,7 @@ from util.cli import Parser, exit_on_user_error, from_args
 from util.config import check, part, record, setting
 from util.data.images import open_images
 from util.data.loading import Images, load_all
-from util.dist import resolve_device
+from util.dist import DeviceConfig, resolve_device
 from util.errors import UserError
 from util.files import atomic_write, check_output_dir, write_json
 from util.logger import MetricsWriter, setup_logging
@@ -327,7 +327,7 @@ def evaluate(model: VQModel, pixels: Tensor, batch_size: int) -> dict[str, float
 
 
 @dataclass(frozen=True)
-class TokenizerCommand:
+class TokenizerCommand(DeviceConfig):
     """What ``python -m tokenizers.train`` does. UserError for settings out of range, or that do not go together."""
 
     data_path: Path = setting(help="images: one subfolder per class, or photos.npz:train")
@@ -339,7 +339,6 @@ class TokenizerCommand:
     stride: int = setting(16, "pixels per token and side: 1, 2, 4, 8 or 16")
     epochs: int | None = setting(None, "passes over the training images, instead of --steps", at_least=1)
     skip_broken: bool = setting(False, "leave out images that cannot be read")
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
 
     def __post_init__(self) -> None:
         check(self)

@@ -19,12 +19,20 @@ from typing import TypeVar
 import torch
 import torch.distributed as torch_dist
 
+from util.config import setting
 from util.errors import UserError
 
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)  # of a collective; rank 0 does what takes longer in Dist.on_main
 _calls = itertools.count()  # of on_main, the same in all processes
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceConfig:
+    """Where a command computes."""
+
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from models.flops import training_flops
 from scripts.stages import TRAINING_STAGES, OutOfTime, Stages, train_and_judge
 from util.cli import Parser, exit_on_user_error
 from util.data.images import CIFAR10_FOLDER, open_images, write_image_archive
-from util.dist import Dist, resolve_device
+from util.dist import DeviceConfig, Dist, resolve_device
 from util.errors import UserError
 from util.files import check_output_dir
 from util.logger import setup_logging
@@ -85,7 +85,7 @@ def parse() -> argparse.Namespace:
     add("--epochs", type=int, help="of the LPD training, for a faster or slower machine (default: "
         f"{lpd_flags(FULL)['--epochs']}, with --tiny {lpd_flags(TINY)['--epochs']})")  # fmt: skip
     add("--inception_path", type=Path, help="Inception weights: FID as well, for one seed (doubles the table's time)")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_config(DeviceConfig)
     add("--plan", action="store_true", help="print how much work it is and stop")
     return parser.parse_args()
 
