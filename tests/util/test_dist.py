@@ -1,7 +1,10 @@
-"""Several processes: what rank 0 alone does."""
+"""Several processes: what rank 0 alone does, and how they leave."""
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from datetime import timedelta
 from functools import partial
@@ -9,7 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.helpers.processes import in_processes
+from tests.helpers.commands import ROOT
+from tests.helpers.processes import in_processes, meeting_place, rank_variables
 from util.dist import Dist
 from util.errors import UserError
 
@@ -34,6 +38,27 @@ def test_rank_0_may_take_longer_than_a_collective_and_its_error_reaches_all(tmp_
     """The others would be ended by the time limit, or wait in a barrier for a process that has left."""
     in_processes(2, partial(take_long, tmp_path), timeout=timedelta(seconds=1))
     assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}
+
+
+LEAVE = """
+import os, sys
+from util.dist import distributed
+with distributed("cpu") as dist:
+    import torch._dynamo
+    dist.gather(dist.rank)
+names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+sys.exit(any("gloo" in name for name in names))
+"""
+
+
+def test_no_thread_of_the_group_outlives_it() -> None:
+    """One that still held a tensor when Python ended aborted the program, now and then, after all work was done."""
+    with meeting_place(2) as variables:
+        started = [
+            subprocess.Popen([sys.executable, "-c", LEAVE], cwd=ROOT, env=os.environ | variables | rank_variables(rank))
+            for rank in range(2)
+        ]
+        assert [process.wait(60) for process in started] == [0, 0]
 
 
 def test_one_process_just_runs_it() -> None:
