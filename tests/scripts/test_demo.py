@@ -46,7 +46,7 @@ def test_quick_demo_from_start_to_table_and_again(tmp_path: Path, demo: Callable
     assert_text(panel[: rows.start, columns])
     lines = [json.loads(line) for line in (tmp_path / "demo" / "lpd" / "metrics.jsonl").read_text().splitlines()]
     losses, epochs = ([line[name] for line in lines] for name in ("loss", "epoch"))
-    assert_curve(pixels_of(tmp_path / "demo" / "loss.png"), (31, 119, 180), losses, epochs)
+    assert_curve(pixels_of(tmp_path / "demo" / "loss.png")[:, :640], (31, 119, 180), losses, epochs)  # no legend
 
     status, printed, errors = demo("--quick", "--output_dir", tmp_path / "demo")
     assert status == 0, errors[-3000:]

@@ -298,7 +298,7 @@ def test_a_folder_with_other_files_is_not_replaced(output_dir: Path) -> None:
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"group_sizes": (1, 3, 5)}, "sum to 9"),
         ({"classes": ("a", "b")}, "2 class names"),
-        ({"reference_statistics": Path("no_such.npz")}, r"statistics no_such\.npz do not exist"),
+        ({"reference_statistics": Path("no_such.npz")}, r"statistics no_such\.npz does not exist"),
         ({"lpd_order_file": Path("no_such.json")}, r"no_such\.json does not exist"),
         ({"feature_extractor": "no_such.pt", "reference_statistics": None}, r"extractor 'no_such\.pt'"),
         ({"inception_path": Path("no_such.pth"), "feature_extractor": "inception-v3-compat"}, r"no_such\.pth does not"),
