@@ -7,6 +7,7 @@ function here still works.
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib
 import itertools
 import os
@@ -149,11 +150,11 @@ def distributed(device: str = "auto") -> Iterator[Dist]:
     if cuda:
         torch.cuda.set_device(resolved)
     if world_size > 1:
-        # Torch imports it sooner or later; after the group is there it would keep the group, whose threads then abort
-        # a program that is ending.
+        # Torch imports it sooner or later, and it would keep a group that is there already.
         importlib.import_module("torch._dynamo")
         torch_dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT, device_id=resolved if cuda else None)
     yield Dist(rank, world_size, resolved)
     # Not after an exception: leaving waits for the other processes, which may be in a collective. torchrun ends them.
     if world_size > 1:
+        gc.collect()  # a model of DDP keeps the group too; its threads must not outlive it, or they abort the program
         torch_dist.destroy_process_group()
