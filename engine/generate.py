@@ -1,4 +1,4 @@
-"""Generation by one call: checks, cache, decoding loop."""
+"""Generation by one call: checks, cache, decoding loop; codes or pictures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import torch
 from engine.decoding.loop import check_batch, decode, make_cache
 from models.lpd import LPD
 from models.sampling import Sampling
+from tokenizers import VQModel
 from util.errors import UserError
+from util.pictures import to_uint8
 
 
 @torch.inference_mode()
@@ -60,3 +62,18 @@ def generate(
     orders, seeds = orders.to(device, torch.int64), seeds.to(device, torch.int64)
     cache = make_cache(model, len(orders) * (2 if sampling.guided else 1))
     return decode(model, labels, orders, seeds, group_sizes, sampling, cache)
+
+
+def generate_images(
+    model: LPD,
+    tokenizer: VQModel,
+    labels: torch.Tensor,
+    orders: torch.Tensor,
+    group_sizes: Sequence[int],
+    sampling: Sampling,
+    seeds: torch.Tensor,
+    bf16: bool = False,
+) -> torch.Tensor:
+    """Pictures uint8 (B, H, W, 3) instead of codes, with bfloat16 autocast where asked for; see :func:`generate`."""
+    with torch.inference_mode(), torch.autocast(model.pos_embed.device.type, torch.bfloat16, enabled=bf16):
+        return to_uint8(tokenizer.decode(generate(model, labels, orders, group_sizes, **vars(sampling), seeds=seeds)))

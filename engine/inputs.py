@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from engine.config import Config
-from engine.evaluation.config import EvalConfig
 from engine.hub.download import COMMAND, DOWNLOADS, GUIDED_DIFFUSION, OPENAI_STATISTICS, ORDERS_DIR, ORDERS_REPO
 from engine.hub.remote import Choice, find_file, hub_name
 from engine.recipes import TOKENIZER
@@ -26,9 +25,7 @@ def check_files(config: Config) -> None:
     Raises:
         UserError: naming all that are missing, where each comes from, where it belongs and how to get it.
     """
-    missing = [*_missing_for_training(config), *_missing_weights(config)]
-    if config.training is None or config.training.online_eval:
-        missing += _missing_for_scores(config.evaluation)
+    missing = [f"{path}: {what}" for path, what in _named_files(config) if path is not None and not Path(path).exists()]
     # Inception is downloaded when it is needed; it is named where something has to be fetched anyway.
     scoring = config.evaluation.scoring
     inception = scoring.feature_extractor == INCEPTION and scoring.inception_path is None
@@ -42,27 +39,32 @@ def check_files(config: Config) -> None:
         raise UserError("\n  ".join([f"{len(missing)} files are missing:", *missing]))
 
 
-def _missing_for_training(config: Config) -> Iterator[str]:
-    data, training = config.data, config.training
-    if training is None:
-        return
-    if data.use_cached and data.cached_path is not None and not data.cached_path.is_dir():
-        yield f"{data.cached_path}: codes of the training images; make them with: {cache_command(config)}"
-    path = training.group_sizes_list
-    if path is not None and not path.is_file():
-        yield f"{path}: schedules to train on, a JSON list of lists of group sizes"
-
-
-def _missing_weights(config: Config) -> Iterator[str]:
-    resumes = config.training is not None and bool(find_run(config.output_dir, config.training.resume))
+def _named_files(config: Config) -> Iterator[tuple[Path | str | None, str]]:
+    """(path, what it should be and where it comes from) of every local file or folder that this run will read."""
+    training, scoring = config.training, config.evaluation.scoring
+    if training is not None and config.data.use_cached:
+        yield config.data.cached_path, f"codes of the training images; make them with: {cache_command(config)}"
+    if training is not None:
+        yield training.group_sizes_list, "schedules to train on, a JSON list of lists of group sizes"
     path = config.pretrained_ckpt
-    if path is not None and not resumes and not path.exists() and hub_name(path) is None:
-        expected = "a checkpoint: a file, an exported folder, or a name on the Hugging Face hub"
-        yield f"{path}: {_origin(path, expected)}"
+    if path is not None and hub_name(path) is None and not (training and find_run(config.output_dir, training.resume)):
+        yield path, _origin(path, "a checkpoint: a file, an exported folder, or a name on the Hugging Face hub")
     path = config.vqgan_path
-    if path is not None and not path.exists() and hub_name(path) is None:
-        expected = "a tokenizer: LlamaGen's vq_ds16_c2i.pt, or one of python -m tokenizers.train"
-        yield f"{path}: {_origin(path, expected)}"
+    if path is not None and hub_name(path) is None:
+        yield path, _origin(path, "a tokenizer: LlamaGen's vq_ds16_c2i.pt, or one of python -m tokenizers.train")
+    if training is not None and not training.online_eval:
+        return
+    yield (
+        config.evaluation.orders.lpd_order_file,
+        f"a file of orders; draw one with python -m orders generate, or get the published ones of {ORDERS_REPO} to "
+        f"{ORDERS_DIR} with: {COMMAND} orders",
+    )
+    path = scoring.reference_statistics
+    if path is not None:
+        yield path, f"reference statistics; {statistics_origin(path)}"
+    if scoring.feature_extractor != INCEPTION:
+        yield scoring.feature_extractor, f"a feature extractor, {INCEPTION} or a file of python -m engine.classifier"
+    yield scoring.inception_path, f"the Inception weights of {INCEPTION_URL}"
 
 
 def find_run(output_dir: Path, resume: Path | None) -> Path | None:
@@ -70,25 +72,6 @@ def find_run(output_dir: Path, resume: Path | None) -> Path | None:
     if find_checkpoints(output_dir):
         return output_dir
     return resume if resume is not None and (resume.is_file() or find_checkpoints(resume)) else None
-
-
-def _missing_for_scores(evaluation: EvalConfig) -> Iterator[str]:
-    scoring = evaluation.scoring
-    path = evaluation.orders.lpd_order_file
-    if path is not None and not path.is_file():
-        yield (
-            f"{path}: a file of orders; draw one with python -m orders generate, or get the published ones of "
-            f"{ORDERS_REPO} to {ORDERS_DIR} with: {COMMAND} orders"
-        )
-    path = scoring.reference_statistics
-    if path is not None and not path.is_file():
-        yield f"{path}: reference statistics; {statistics_origin(path)}"
-    extractor = scoring.feature_extractor
-    if extractor not in (INCEPTION, None) and not Path(extractor).is_file():
-        yield f"{extractor}: a feature extractor, {INCEPTION} or a file of python -m engine.classifier"
-    path = scoring.inception_path
-    if path is not None and not path.is_file():
-        yield f"{path}: the Inception weights of {INCEPTION_URL}"
 
 
 def _origin(path: Path, expected: str) -> str:

@@ -78,6 +78,11 @@ def filter_logits(logits_BNV: torch.Tensor, top_k: int = 0, top_p: float = 1.0) 
     return logits_BNV
 
 
+def image_seeds(seed: int, numbers: torch.Tensor) -> torch.Tensor:
+    """Seeds of the images with these numbers (B,), int64: a function of `seed` and the number alone."""
+    return fold_in(torch.tensor(seed), numbers)
+
+
 def exponential_noise(seeds_B: torch.Tensor, positions_BN: torch.Tensor, num_codes: int) -> torch.Tensor:
     """Standard exponential noise that is a function of (seed, position, code) and nothing else.
 

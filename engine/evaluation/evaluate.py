@@ -13,7 +13,7 @@ import logging
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
@@ -37,8 +37,8 @@ from engine.scoring.features import SPATIAL_DIM, FeatureExtractor
 from engine.scoring.metrics import adm_scores, score
 from engine.scoring.statistics import FeatureStatistics
 from models.lpd import LPD
+from models.sampling import image_seeds
 from tokenizers import VQModel
-from util.counter_rng import fold_in
 from util.dist import Dist
 from util.errors import UserError
 from util.files import sha256, write_json
@@ -50,11 +50,6 @@ logger = logging.getLogger(__name__)
 def image_labels(num_images: int, class_num: int) -> Tensor:
     """Class of every image, int64 (num_images,): sorted and balanced; 50,000 of ImageNet are 50 of each."""
     return torch.arange(num_images) * class_num // num_images
-
-
-def image_seeds(seed: int, indices: Tensor) -> Tensor:
-    """Seeds of images (B,) int64, a function of ``seed`` and the image's number alone."""
-    return fold_in(torch.tensor(seed), indices)
 
 
 def evaluate(
@@ -86,7 +81,6 @@ def evaluate(
         processes, scoring included), ``latency_s`` and ``throughput_images_per_sec`` (one process, batch 1 and 64, with
         ``speed_runs``), settings, files with hashes, and versions. A score that can't be computed (too few
         images, no reference) is left out.
-
     """
     evaluation = _Evaluation(model, tokenizer, config, inputs, dist)
     training = model.training
@@ -101,18 +95,11 @@ def evaluate(
 class _Evaluation:
     """One call of :func:`evaluate`: checks, generation, results."""
 
-    def __init__(
-        self,
-        model: LPD,
-        tokenizer: VQModel,
-        config: EvalConfig,
-        inputs: EvalInputs,
-        dist: Dist,
-    ) -> None:
+    def __init__(self, model: LPD, tokenizer: VQModel, config: EvalConfig, inputs: EvalInputs, dist: Dist) -> None:
         self.model, self.tokenizer, self.config, self.dist = model, tokenizer, config, dist
         self.orders, self.reference, self.extractor = inputs.orders, inputs.reference, inputs.extractor
         self.classes = inputs.classes
-        self.settings = util.config.record(config) | {"group_sizes": list(self.orders.group_sizes)}
+        self.recorded = util.config.record(config) | {"group_sizes": list(self.orders.group_sizes)}
         order_file = config.orders.lpd_order_file
         self.order_file_sha256 = None if order_file is None else sha256(order_file)
         self.images_dir = config.output_dir / "images"
@@ -125,7 +112,7 @@ class _Evaluation:
     def _fingerprint(self) -> str:
         """What the images and features depend on: only an evaluation with the same one is resumed."""
         free = ("output_dir", "eval_bsz", "reference_statistics", "inception_path", "speed_runs", "generation_steps")
-        depends_on = {name: value for name, value in self.settings.items() if name not in free}
+        depends_on = {name: value for name, value in self.recorded.items() if name not in free}
         depends_on["lpd_order_file"] = self.order_file_sha256
         depends_on["feature_extractor"] = self.extractor and self.extractor.weights_hash
         depends_on["weights"] = [weights_summary(module) for module in (self.model, self.tokenizer)]
@@ -141,47 +128,46 @@ class _Evaluation:
             logger.info("%d of %d images are there already; making the rest", len(done), config.num_images)
         missing = np.setdiff1d(np.arange(config.num_images), done)
         batches = [missing[start : start + config.eval_bsz] for start in range(0, len(missing), config.eval_bsz)]
-        mine = batches[dist.rank :: dist.world_size]
-        decoder = self._decoder(len(mine[0])) if mine else None
-        orders = self.orders.of_images(np.concatenate([*mine, missing[:0]]))
-        with (
-            ThreadPoolExecutor() as pool,
-            tqdm(
-                total=config.num_images, initial=len(done), desc="generating", unit="image", disable=not dist.is_main
-            ) as progress,
-        ):
-            writing: list[Future[None]] = []
-            first = 0
-            for turn, indices in enumerate(mine):
-                assert decoder is not None
-                images, seconds = self._generate(decoder, indices, orders[first : first + len(indices)])
-                first += len(indices)
-                features, logits, spatial = self._extract(images)
-                if config.save_images or config.save_npz:
-                    pixels = images.cpu().numpy()
-                    writing += [pool.submit(self._write_png, *pair) for pair in zip(indices, pixels, strict=True)]
-                shown = np.isin(indices, self.grid_indices)
-                timed = turn > 0  # the first batch pays for warming up
-                self.partial.add(
-                    BatchResult(
-                        indices,
-                        features,
-                        logits,
-                        spatial,
-                        grid_indices=indices[shown],
-                        grid_images=images[torch.from_numpy(shown)].cpu().numpy(),
-                        timed_images=len(indices) if timed else 0,
-                        timed_sec=seconds if timed else 0.0,
-                    )
-                )
-                if turn == len(mine) - 1 or self.partial.due():
-                    for future in writing:
-                        future.result()  # an image counts as done when its file is there
-                    writing = []
-                    self.partial.save()
-                progress.update(sum(map(len, batches[turn * dist.world_size : (turn + 1) * dist.world_size])))
+        bar = tqdm(
+            total=config.num_images, initial=len(done), desc="generating", unit="image", disable=not dist.is_main
+        )
+        with bar, ThreadPoolExecutor() as pool:
+            for turn, made in enumerate(self._make(batches[dist.rank :: dist.world_size], pool)):
+                self.partial.add(made)
+                bar.update(sum(map(len, batches[turn * dist.world_size : (turn + 1) * dist.world_size])))
         dist.barrier()
         self.made, self.wall_sec = len(missing), time.perf_counter() - start_time
+
+    def _make(self, batches: list[NDArray[np.int64]], pool: ThreadPoolExecutor) -> Iterator[BatchResult]:
+        """Generate batches of images, given by their numbers, and take their features; PNG files are written beside."""
+        if not batches:
+            return
+        decoder, numbers = self._decoder(len(batches[0])), np.concatenate(batches)
+        orders = np.split(self.orders.of_images(numbers), np.cumsum([len(batch) for batch in batches])[:-1])
+        writing: list[Future[None]] = []
+        for turn, (indices, orders_BL) in enumerate(zip(batches, orders, strict=True)):
+            images, seconds = self._generate(decoder, indices, orders_BL)
+            features, logits, spatial = self._extract(images)
+            if self.config.save_images or self.config.save_npz:
+                pixels = images.cpu().numpy()
+                writing += [pool.submit(self._write_png, *pair) for pair in zip(indices, pixels, strict=True)]
+            shown = np.isin(indices, self.grid_indices)
+            timed = turn > 0  # the first batch pays for warming up
+            yield BatchResult(
+                indices,
+                features,
+                logits,
+                spatial,
+                grid_indices=indices[shown],
+                grid_images=images[torch.from_numpy(shown)].cpu().numpy(),
+                timed_images=len(indices) if timed else 0,
+                timed_sec=seconds if timed else 0.0,
+            )
+            if turn == len(batches) - 1 or self.partial.due():
+                for future in writing:
+                    future.result()  # an image counts as done when its file is there
+                writing = []
+                self.partial.save()
 
     def _decoder(self, batch_size: int) -> Decoder:
         config = self.config
@@ -239,7 +225,7 @@ class _Evaluation:
             "sec_per_image": timed_sec / timed_images if timed_images else None,
             "images_per_sec": self.made / self.wall_sec if self.made else None,
             **dist.on_main(self._speed),
-            "settings": self.settings,
+            "settings": self.recorded,
             "model": asdict(self.model.config),
             "extractor": self.extractor and {"name": self.extractor.name, "sha256": self.extractor.weights_hash},
             "reference": self.reference and {"path": str(self.reference.path), "sha256": self.reference.sha256},

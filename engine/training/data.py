@@ -27,7 +27,7 @@ class CodeGeometry:
     vocab_size: int
 
 
-def open_dataset(config: Config, tokenizer_file: Path | None, recorded: dict[str, Any]) -> CodeDataset | ImageDataset:
+def open_dataset(config: Config, tokenizer_sha256: str | None, recorded: dict[str, Any]) -> CodeDataset | ImageDataset:
     """The training data, at --img_size or else the size that the checkpoint records.
 
     Raises:
@@ -42,10 +42,9 @@ def open_dataset(config: Config, tokenizer_file: Path | None, recorded: dict[str
     if data.cached_path is None:
         raise UserError("--use_cached needs --cached_path, a code cache made by main_cache.py.")
     # The published runs (--recipe) need no tokenizer but name one: codes of another are refused as far as can be told.
-    published = config.recipe is not None and tokenizer_file is None
+    published = config.recipe is not None and tokenizer_sha256 is None
     if published and Path(TOKENIZER).is_file():
-        tokenizer_file = Path(TOKENIZER)
-    tokenizer_sha256 = None if tokenizer_file is None else sha256(tokenizer_file)
+        tokenizer_sha256 = sha256(TOKENIZER)
     dataset = open_codes(data.cached_path, img_size=img_size, tokenizer_hash=tokenizer_sha256)
     found = code_geometry(dataset, None)
     if published and (found.stride, found.vocab_size) != (PUBLISHED_STRIDE, PUBLISHED_VOCAB):

@@ -43,7 +43,7 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> N
         group.update(values)
 
 
-def whole(tensor: torch.Tensor) -> torch.Tensor:
+def full_tensor(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor itself; of a sharded one the complete tensor, for which every process must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 

@@ -9,12 +9,12 @@ import torch
 from PIL import Image
 
 from engine.evaluation.config import EvalConfig
-from engine.evaluation.evaluate import image_seeds
-from engine.generate import generate
+from engine.generate import generate_images
 from models.lpd import LPD, LPDConfig
+from models.sampling import image_seeds
 from tokenizers import VQModel
 from util.dist import Dist
-from util.pictures import image_grid, to_uint8
+from util.pictures import image_grid
 
 MAX_CLASSES, IMAGES_PER_CLASS = 8, 4
 
@@ -54,21 +54,13 @@ class SampleGrid:
         texts = [self.classes[label] if self.classes else f"class {label}" for label in self.labels.tolist()]
         return image_grid(np.stack([drawn[index] for index in range(len(texts))]), IMAGES_PER_CLASS, texts)
 
-    @torch.no_grad()
     def _draw(self, model: LPD, rows: torch.Tensor) -> np.ndarray:
         """Images uint8 (B, H, W, 3)."""
-        device = self.dist.device
-        training = model.training
+        training, evaluation = model.training, self.evaluation
         model.eval()
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.evaluation.bf16):
-            tokens = generate(
-                model,
-                self.labels[rows].to(device),
-                self.orders[rows].to(device),
-                self.group_sizes,
-                **vars(self.evaluation.sampling),
-                seeds=self.seeds[rows].to(device),
-            )
-            images = to_uint8(self.tokenizer.decode(tokens))
+        images = generate_images(
+            model, self.tokenizer, self.labels[rows], self.orders[rows], self.group_sizes, evaluation.sampling,
+            self.seeds[rows], evaluation.bf16,
+        )  # fmt: skip
         model.train(training)
         return images.cpu().numpy()

@@ -157,13 +157,13 @@ def prepare_training(config: Config, dist: Dist, lock: FolderLock) -> PreparedTr
         dist.on_main(lock.acquire)
     start = _resumed(config, training, dist) or _pretrained(config, dist)
     recorded = None if start is None else start.content.get("config")
-    dataset = open_dataset(config, tokenizer_file, recorded or {})
+    tokenizer_sha256 = None if tokenizer_file is None else sha256(tokenizer_file)
+    dataset = open_dataset(config, tokenizer_sha256, recorded or {})
     images = isinstance(dataset, ImageDataset)
     tokenizer = None
     if images or training.online_eval or training.sample_freq > 0:
         tokenizer = _open_tokenizer(tokenizer_file, dist)
     codes = code_geometry(dataset, tokenizer)
-    tokenizer_sha256 = None if tokenizer_file is None else sha256(tokenizer_file)
     if isinstance(dataset, CodeDataset) and dataset.header is not None and tokenizer_file is None:
         tokenizer_sha256 = dataset.header.tokenizer_sha256
     resumed = start is not None and start.resumed

@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from engine.training.config import TrainConfig
-from engine.training.optim import EMA, build_adamw, load_optimizer, whole
+from engine.training.optim import EMA, build_adamw, full_tensor, load_optimizer
 from models.block import Block
 from models.loss import linear_cross_entropy
 from models.lpd import LPD, LPDConfig
@@ -167,7 +167,7 @@ class TrainStep:
                 losses.append(loss.detach())
         assert len(losses) == self.config.grad_accum  # or processes would not have met
         parameters = list(self.model.parameters())
-        norm = whole(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
+        norm = full_tensor(torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None]))
         torch.nn.utils.clip_grads_with_norm_(parameters, self.config.grad_clip, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -198,7 +198,7 @@ class TrainStep:
                     del block.__dict__["forward"]
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint holds of the step: whole plain tensors, which the next step may change.
+        """What a checkpoint holds of the step: complete plain tensors, which the next step may change.
 
         `model` and `model_ema` (if there is one) are state dicts with the released names, `optimizer` is AdamW's. To be
         called on all processes; with FSDP only rank 0 gets something, on the host.
@@ -212,16 +212,16 @@ class TrainStep:
         return state if self.dist.is_main else {}
 
     def _gather(self, value: Any) -> Any:
-        """The same nested data with whole tensors on the host of rank 0, one after the other."""
+        """The same nested data with complete tensors on the host of rank 0, one after the other."""
         if isinstance(value, dict):
             return {key: self._gather(item) for key, item in value.items()}
         if not isinstance(value, torch.Tensor):
             return value
-        tensor = whole(value.detach())
+        tensor = full_tensor(value.detach())
         return tensor.cpu() if self.dist.is_main else None
 
     def load(self, checkpoint: dict[str, Any]) -> None:
-        """Go on from what :meth:`state` gave; the model's weights are loaded already."""
+        """Resume from what :meth:`state` gave; the model's weights are loaded already."""
         load_optimizer(self.optimizer, checkpoint["optimizer"])
         if self.ema is not None and "model_ema" in checkpoint:
             self.ema.load(checkpoint["model_ema"])
@@ -240,7 +240,7 @@ class TrainStep:
         state = self.model.state_dict() if self.ema is None else self.ema.average
         with torch.device("meta"):
             model = LPD(self.model.config)
-        model.load_state_dict({name: whole(value.detach()) for name, value in state.items()}, assign=True)
+        model.load_state_dict({name: full_tensor(value.detach()) for name, value in state.items()}, assign=True)
         return model.requires_grad_(False)
 
 

@@ -1,4 +1,4 @@
-"""Leaving when told to, for programs of several processes: how they agree on the step. The signals: util/stop.py."""
+"""Leaving when told to, for programs of several processes: how they agree on the step. The signals: util/signals.py."""
 
 from __future__ import annotations
 

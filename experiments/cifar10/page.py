@@ -22,8 +22,8 @@ NAMES = {
     "lpd_near_only": "near context only",
     "lpd_far_only": "far apart only",
 }
+FORMS = {"frechet_distance": ".3f", "class_accuracy": ".1%", "sec_per_image": ".5f", "fid": ".2f"}
 
-Row = dict[str, Any]
 Results = dict[str, Any]
 
 
@@ -103,9 +103,9 @@ def table(heads: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
     return "\n".join([lines[0], "|---" * len(list(heads)) + "|", *lines[1:]])
 
 
-def show(number: float | None, form: str) -> str:
-    """A number, or a dash where there is none."""
-    return "–" if number is None else format(number, form)
+def show(number: float | None, figure: str) -> str:
+    """A number in the form of its figure, or a dash where there is none."""
+    return "–" if number is None else format(number, FORMS[figure])
 
 
 def answers_table(results: Results) -> str:
@@ -115,13 +115,13 @@ def answers_table(results: Results) -> str:
     return table(("expected", "found", ""), ((*text.split(": ", 1), words[holds]) for text, holds in answers))
 
 
-def quality_table(results: Results, figure: str, form: str, kinds: Sequence[str] = ("table", "repeat")) -> str:
+def quality_table(results: Results, figure: str, kinds: Sequence[str] = ("table", "repeat")) -> str:
     """Orders × steps of one figure, mean ± standard deviation where there are several seeds."""
 
     def cell(order: str, steps: int) -> str:
         numbers = values(results, figure, order, steps, kinds)
-        deviation = f" ± {format(spread(numbers), form)}" if len(numbers) > 1 else ""
-        return show(statistics.mean(numbers) if numbers else None, form) + deviation
+        deviation = f" ± {show(spread(numbers), figure)}" if len(numbers) > 1 else ""
+        return show(statistics.mean(numbers) if numbers else None, figure) + deviation
 
     steps, orders = results["settings"]["steps"], results["settings"]["orders"]
     return table(("order", *steps), ((NAMES[order], *(cell(order, count) for count in steps)) for order in orders))
@@ -129,59 +129,40 @@ def quality_table(results: Results, figure: str, form: str, kinds: Sequence[str]
 
 def own_steps_table(results: Results) -> str:
     heads = ("order", "own steps", "Fréchet distance", "class accuracy", "seconds per image")
-    rows = (
-        (
-            NAMES[row["order"]],
-            row["steps"],
-            show(row["frechet_distance"], ".3f"),
-            show(row["class_accuracy"], ".1%"),
-            show(row["sec_per_image"] or None, ".5f"),
-        )
-        for row in results["cells"]
-        if row["kind"] == "own"
-    )
-    return table(heads, rows)
+    figures = ("frechet_distance", "class_accuracy", "sec_per_image")
+    rows = [row for row in results["cells"] if row["kind"] == "own"]
+    return table(heads, ((NAMES[r["order"]], r["steps"], *(show(r[name], name) for name in figures)) for r in rows))
 
 
 def ablation_table(results: Results) -> str:
-    distances = ablation(results)
-    repulsions, proximities = (sorted(set(thresholds)) for thresholds in zip(*distances, strict=True))
-    return table(
-        ("repulsion", *(f"proximity {proximity:g}" for proximity in proximities)),
-        (
-            (repulsion, *(show(distances.get((repulsion, proximity)), ".3f") for proximity in proximities))
-            for repulsion in repulsions
-        ),
-    )
+    found = ablation(results)
+    repulsions, proximities = (sorted(set(thresholds)) for thresholds in zip(*found, strict=True))
+
+    def cells(repulsion: int) -> list[str]:
+        return [show(found.get((repulsion, proximity)), "frechet_distance") for proximity in proximities]
+
+    heads = ("repulsion", *(f"proximity {proximity:g}" for proximity in proximities))
+    return table(heads, ((repulsion, *cells(repulsion)) for repulsion in repulsions))
 
 
 def guidance_table(results: Results) -> str:
     cfgs, rows = results["settings"]["cfgs"], []
+    tuned = {(row["order"], row["cfg"]): row["frechet_distance"] for row in results["cells"] if row["kind"] == "tuning"}
     for order in results["settings"]["orders"]:
-        distances = {
-            row["cfg"]: row["frechet_distance"]
-            for row in results["cells"]
-            if (row["kind"], row["order"]) == ("tuning", order)
-        }
-        best = min(distances, key=lambda cfg: distances[cfg]) if len(distances) == len(cfgs) else None
-        rows.append((NAMES[order], *(show(distances.get(cfg), ".2f") for cfg in cfgs), show(best, "g")))
+        found = {cfg: tuned[order, cfg] for cfg in cfgs if (order, cfg) in tuned}
+        best = f"{min(found, key=lambda cfg: found[cfg]):g}" if len(found) == len(cfgs) else "–"
+        rows.append((NAMES[order], *(f"{found[cfg]:.2f}" if cfg in found else "–" for cfg in cfgs), best))
     return table(("order", *(f"{cfg:g}" for cfg in cfgs), "chosen"), rows)
 
 
 def floors_table(results: Results) -> str:
+    heads = ("scored against the test photos", "features", "Fréchet distance", "read as their class")
     names = {"train": "training photos", "reconstructed": "test photos through the tokenizer"}
-    return table(
-        ("scored against the test photos", "features", "Fréchet distance", "read as their class"),
-        (
-            (
-                names[key.partition("_")[2]],
-                floor["extractor"],
-                show(floor["frechet_distance"], ".3f"),
-                show(floor.get("class_accuracy"), ".1%"),
-            )
-            for key, floor in results["floors"].items()
-        ),
-    )
+    rows = []
+    for key, floor in results["floors"].items():
+        figures = (show(floor.get(name), name) for name in ("frechet_distance", "class_accuracy"))
+        rows.append((names[key.partition("_")[2]], floor["extractor"], *figures))
+    return table(heads, rows)
 
 
 def page(results: Results) -> str:
@@ -212,19 +193,19 @@ def _measurements(results: Results) -> list[str]:
     paragraphs = [
         "## Fréchet distance",
         "Between generated images and the test photos, in the features of the classifier below; lower is better.",
-        quality_table(results, "frechet_distance", ".3f"),
+        quality_table(results, "frechet_distance"),
         f"![Quality against steps]({PICTURES}/cifar10_quality.png)",
         "## Read as the class asked for",
-        quality_table(results, "class_accuracy", ".1%"),
+        quality_table(results, "class_accuracy"),
         "## Seconds per image",
         f"Generating and decoding, batches of {scale['eval_bsz']:,}, decode path `{results['decode_path']}`.",
-        quality_table(results, "sec_per_image", ".5f", ("table",)),
+        quality_table(results, "sec_per_image", ("table",)),
     ]
     if "own" in kinds:
         text = "All orders are cut into the same group sizes above. These take the groups of their own papers:"
         paragraphs += [text, own_steps_table(results)]
     if "fid" in kinds:
-        paragraphs += ["## FID", "Inception's features, one seed.", quality_table(results, "fid", ".2f", ("fid",))]
+        paragraphs += ["## FID", "Inception's features, one seed.", quality_table(results, "fid", ("fid",))]
     if "ablation" in kinds:
         text = f"Fréchet distance of the locality-aware order at {ABLATION_STEPS} steps, one seed."
         paragraphs += ["## Repulsion and proximity", text, ablation_table(results)]

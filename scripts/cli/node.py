@@ -17,7 +17,7 @@ from types import FrameType
 
 from submitit import JobEnvironment
 
-from scripts.cli.supervise import REQUEUE
+from util.signals import REQUEUE_STATUS
 
 logger = logging.getLogger("lpd.slurm")
 
@@ -89,13 +89,13 @@ class NodeTask:
     Args:
         nproc_per_node: processes on each node, or None to leave it to launch.sh.
         signal_delay: seconds from the time limit's signal to the limit.
-        max_requeues: how often the job is requeued; None for no limit.
+        max_requeues: how often the job is requeued; a negative number for no limit.
     """
 
     command: tuple[str, ...]
     nproc_per_node: int | None
     signal_delay: int
-    max_requeues: int | None
+    max_requeues: int
 
     def __call__(self) -> None:
         handler = logging.StreamHandler()
@@ -117,16 +117,16 @@ class NodeTask:
         status = child.wait(patience=0.75 * self.signal_delay)
         if status is None:
             logger.warning("the training did not exit in time; it will resume from its last checkpoint")
-            return REQUEUE
+            return REQUEUE_STATUS
         # The signal may have come before the training had a handler for it.
-        return REQUEUE if status in {128 + number for number in child.signals} else status
+        return REQUEUE_STATUS if status in {128 + number for number in child.signals} else status
 
     def job_status(self, job: JobEnvironment, status: int) -> int:
         """What this node says about the job, whose status is the highest of its nodes; the first node requeues it."""
         restarts = int(os.environ.get("SLURM_RESTART_COUNT", "0"))
         # A node that fails writes a file: srun then ends the others by SIGTERM, as if the job were preempted.
         failure = job.paths.folder / f"{job.raw_job_id}_{restarts}_failed"
-        if status not in (0, REQUEUE):
+        if status not in (0, REQUEUE_STATUS):
             failure.write_text(f"node {job.node}: exit status {status}\n")
             return status
         if status == 0 or job.node != 0:
@@ -135,14 +135,14 @@ class NodeTask:
             logger.error("not requeued: %s", failure.read_text().strip())
             return 0
         self.requeue(job.raw_job_id, restarts)
-        return REQUEUE
+        return REQUEUE_STATUS
 
     def requeue(self, job_id: str, restarts: int) -> None:
         """Ask Slurm to run the job again, unless it was cancelled or has been requeued too often."""
         state = job_state(job_id)
         if state != "RUNNING":
             logger.info("the job is %s: Slurm has decided already what happens to it", state)
-        elif self.max_requeues is not None and restarts >= self.max_requeues:
+        elif 0 <= self.max_requeues <= restarts:
             logger.error("the job has been requeued %d times, --max_requeues is %d", restarts, self.max_requeues)
         else:
             logger.info("requeueing job %s, time %d (limit: %s)", job_id, restarts + 1, self.max_requeues)

@@ -32,6 +32,9 @@ from util.cli import Parser, exit_on_user_error, from_args  # noqa: E402
 from util.config import check, record, setting  # noqa: E402
 from util.errors import UserError  # noqa: E402
 
+# Settings that go to sbatch as they are.
+SBATCH_OPTIONS = ("job_name", "nodes", "partition", "account", "mem", "qos", "constraint", "exclude", "dependency")
+
 
 def minutes(time: str) -> int:
     """A time limit as sbatch takes it (minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS) in minutes, rounded up."""
@@ -44,13 +47,6 @@ def minutes(time: str) -> int:
         fields = [0, fields[0], 0] if len(fields) == 1 else [0] * (3 - len(fields)) + fields
     hour, minute, second = (*fields, 0, 0)[:3]
     return -(-(((int(days or 0) * 24 + hour) * 60 + minute) * 60 + second) // 60)
-
-
-def requeues(text: str) -> int | None:
-    """A number of times; None, no limit, for a negative number."""
-    if not re.fullmatch(r"[+-]?\d+", text):
-        raise UserError(f"{text!r} is not a number.")
-    return None if text.startswith("-") else int(text)
 
 
 @dataclass(frozen=True)
@@ -82,11 +78,8 @@ class JobConfig:
     dependency: str | None = setting(None, "what must have happened before, such as afterok:1234")
     log_dir: Path | None = setting(None, "logs, by job number (default: runs/slurm/NAME)", aliases=("--output-dir",))
     signal_delay: int = setting(120, "seconds before the time limit at which the job is told to save", at_least=1)
-    max_requeues: int | None = setting(
-        100,
-        "how often the job goes back into the queue; a negative number: without limit",
-        parse=requeues,
-        aliases=("--max-retry",),
+    max_requeues: int = setting(
+        100, "how often the job goes back into the queue; a negative number: no limit", aliases=("--max-retry",)
     )
 
     def __post_init__(self) -> None:
@@ -155,18 +148,10 @@ def build_executor(job: JobConfig) -> SlurmExecutor:
         srun_args.append(f"--cpus-per-task={cpus}")  # sbatch does not hand it down since Slurm 22.05
     executor = SlurmExecutor(folder, python=python)
     executor.update_parameters(
-        job_name=job.job_name,
-        nodes=job.nodes,
-        partition=job.partition,
-        account=job.account,
+        **{name: getattr(job, name) for name in SBATCH_OPTIONS},
         time=minutes(job.time),
         gpus_per_node=job.gpus_per_node or None,
         cpus_per_task=cpus,
-        mem=job.mem,
-        qos=job.qos,
-        constraint=job.constraint,
-        exclude=job.exclude,
-        dependency=job.dependency,
         ntasks_per_node=1,
         signal_delay_s=job.signal_delay,
         stderr_to_stdout=True,

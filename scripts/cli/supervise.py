@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from types import FrameType
 
+from util.signals import exit_status
+
 # Signals that ask the workers to save and exit, and what is sent to them. Slurm sends SIGUSR2 (set by submitit).
 STOP_SIGNALS = {
     signal.SIGINT: signal.SIGINT,
@@ -29,8 +31,7 @@ STOP_SIGNALS = {
     signal.SIGUSR1: signal.SIGUSR1,
     signal.SIGUSR2: signal.SIGUSR2,
 }
-REQUEUE, INTERRUPTED = 75, 130  # saved, to be started again; Ctrl-C
-TOLD_TO_EXIT = (REQUEUE, INTERRUPTED)
+TOLD_TO_EXIT = tuple(map(exit_status, STOP_SIGNALS))  # exit statuses of workers that saved: 75, or 130 after Ctrl-C
 STATUS_FOLDER = "LPD_STATUS_FOLDER"  # environment variable for the workers
 POLL_SECONDS = 0.2
 # How long the others may take after the first worker has exited (rank 0, which writes the checkpoint, is the last).

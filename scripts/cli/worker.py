@@ -10,12 +10,13 @@ from pathlib import Path
 from types import FrameType
 
 from scripts.cli import supervise
+from util.signals import exit_status
 
 
 def _exit(number: int, frame: FrameType | None) -> None:
     """For signals that come before the script has handlers of its own: there is nothing to save yet."""
     supervise.ignore_stop_signals()
-    sys.exit(supervise.INTERRUPTED if number == signal.SIGINT else supervise.REQUEUE)
+    sys.exit(exit_status(number))
 
 
 def main() -> None:

@@ -76,7 +76,7 @@ def test_dry_run_of_the_published_launcher_flags() -> None:
         assert f"#SBATCH --{option}" in lines
     assert f"#SBATCH --output={Path.cwd()}/runs/train/x/%j_0_log.out" in lines
     job, _ = parse(["--job-name", "x", *published.split()[2:], *command])
-    assert (job.job_name, job.max_requeues, job.command) == ("x", None, command)
+    assert (job.job_name, job.max_requeues, job.command) == ("x", -1, command)
 
 
 def test_no_value_adds_lines_to_the_batch_script() -> None:
