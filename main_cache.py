@@ -1,9 +1,7 @@
-"""Cache the tokenizer's codes of images, once plain and once mirrored, for training.
+"""Make a code cache for training.
 
-    python main_cache.py --img_size 256 --vqgan_path vq_ds16_c2i.pt --data_path imagenet/train --cached_path cached
-    torchrun --nproc_per_node=8 main_cache.py …the same flags…
-
-A killed run is resumed by the same command, with any number of processes; a finished cache is verified.
+python main_cache.py --img_size 256 --vqgan_path vq_ds16_c2i.pt --data_path imagenet/train --cached_path cached
+torchrun --nproc_per_node=8 main_cache.py …the same flags…
 """
 
 from __future__ import annotations
@@ -15,23 +13,17 @@ from util.dist import distributed
 from util.logger import setup_logging
 
 
-def build_parser() -> Parser:
+def main() -> None:
     parser = Parser(
         description="Cache the tokenizer's codes of images, once plain and once mirrored, for training. A killed run "
         "is resumed by the same command, with any number of processes; a finished cache is verified."
     )
     parser.add_config(CacheConfig)
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     add_unused_tokenizer_flags(parser)
     parser.add_unused("--seed", instead="the codes follow from the images and the tokenizer, nothing is drawn")
     add_unused_process_flags(parser)
-    return parser
-
-
-def main() -> None:
-    args = build_parser().parse_args()
-    config = from_args(CacheConfig, args)
-    with distributed(args.device) as dist:
+    config = from_args(CacheConfig, parser.parse_args())
+    with distributed(config.device) as dist:
         setup_logging(dist.rank)
         build_cache(config, dist)
 

@@ -39,7 +39,7 @@ def main() -> None:
     config = parse()
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    with exit_when_told(), distributed(config.device) as dist, FolderLock(config.output_dir, "training") as lock:
+    with exit_when_told(), distributed(config.device) as dist, FolderLock(config.output_dir) as lock:
         setup_logging(dist.rank)
         prepared = prepare_evaluation(config, dist) if config.evaluate else prepare_training(config, dist, lock)
         announce(config, prepared.model_config, dist)

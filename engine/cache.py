@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
-import json
 import logging
 import shutil
 import zipfile
@@ -26,12 +24,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from tokenizers import VQModel, exact_precision, load_tokenizer
+from tokenizers import exact_precision, load_tokenizer
 from util.config import check, setting
-from util.data.codes import CODES, CODES_FLIP, HEADER, LABELS, PARTS, CacheHeader, NpzCodes
-from util.data.images import hash_names, open_images
+from util.data.codes import HEADER, PARTS, CacheHeader, NpzCodes, write_codes
+from util.data.images import ImageDataset, open_images
 from util.data.loading import load_batches
-from util.dist import Dist
+from util.dist import DeviceConfig, Dist
 from util.errors import UserError
 from util.files import atomic_write, sha256, write_json
 from util.pictures import to_float
@@ -44,14 +42,12 @@ JOB = "job.json"  # in the folder of parts: what they are made of
 
 
 @dataclass(frozen=True)
-class CacheConfig:
+class CacheConfig(DeviceConfig):
     """A code cache to make: of the images in ``data_path``, or of the published layout in ``convert_from``.
 
     The files in ``convert_from`` do not say what they were made with: ``vqgan_path`` and ``img_size`` must be right, of
-    which only the grid and the range of codes can be checked.
-
-    Raises:
-        UserError: for a setting out of its range, and unless there is exactly one of the two sources.
+    which only the grid and the range of codes can be checked. UserError for a setting out of its range, and unless
+    there is exactly one of the two sources.
     """
 
     vqgan_path: Path = setting(help="tokenizer file, such as vq_ds16_c2i.pt")
@@ -81,33 +77,17 @@ def build_cache(config: CacheConfig, dist: Dist) -> CacheHeader:
         UserError: for a broken image (unless skipped), an image size the tokenizer cannot take, a codebook of more than
             2¹⁶ codes, or a ``cached_path`` that holds something else.
     """
-    work = _images_work(config, dist.device) if config.convert_from is None else _npz_work(config)
-    return _Builder(config, dist, work).build()
+    return _Builder(config, dist).build()
 
 
 def verify_cache(path: str | Path) -> CacheHeader:
     """Compare every file of a finished code cache with the hash in its header; UserError if one differs."""
     path = Path(path)
-    header = CacheHeader.read(path)
+    header = CacheHeader.read(path / HEADER)
     for name, expected in header.files.items():
         if not (path / name).is_file() or sha256(path / name) != expected:
             raise UserError(f"{path / name} is missing or damaged; delete {path} and cache again.")
     return header
-
-
-def _require_same(job: CacheHeader, other: dict[str, Any], cache: Path) -> None:
-    """Raise UserError unless ``other``, the fields of a job or header found in ``cache``, is the same work."""
-    for name, meaning in (
-        ("img_size", "--img_size {}"),
-        ("tokenizer_sha256", "a tokenizer file of SHA-256 {:.12}…"),
-        ("source_sha256", "a list of files of SHA-256 {:.12}…"),
-    ):
-        theirs, mine = meaning.format(other.get(name)), meaning.format(getattr(job, name))
-        if theirs != mine:
-            raise UserError(
-                f"{cache} holds a cache made from {theirs}, this call has {mine}; give another --cached_path or delete "
-                "that cache."
-            )
 
 
 class _Rows(Dataset[tuple[Tensor, str]]):
@@ -126,157 +106,130 @@ class _Rows(Dataset[tuple[Tensor, str]]):
             return self.blank, str(error)
 
 
-@dataclass(frozen=True)
-class _Work:
-    """Row ``i`` of the cache is ``encode`` of ``rows[i]``; of B rows it makes codes (2, B, L), plain and mirrored.
+class _Builder:
+    """Makes a cache; one per process.
 
+    Row ``i`` of the cache is ``encode`` of ``rows[i]``; of B rows it makes codes (2, B, L), plain and mirrored.
     ``job`` is the header of the cache, without what is known only when the codes are made.
     """
 
-    job: CacheHeader
-    labels: np.ndarray
-    rows: _Rows
-    encode: Callable[[Tensor], Tensor]
-
-
-def _images_work(config: CacheConfig, device: torch.device) -> _Work:
-    tokenizer = load_tokenizer(config.vqgan_path, device)
-    size = config.img_size
-    if size % tokenizer.stride:
-        raise UserError(f"--img_size {size} must be a multiple of the tokenizer's stride, {tokenizer.stride}.")
-    assert config.data_path is not None
-    images = open_images(config.data_path, size)
-    job = _job(config, tokenizer, size // tokenizer.stride, images.classes, config.data_path, images.fingerprint())
-    rows = _Rows(images.load, torch.zeros(size, size, 3, dtype=torch.uint8))
-    return _Work(job, images.labels, rows, functools.partial(_encode_both, tokenizer))
-
-
-def _npz_work(config: CacheConfig) -> _Work:
-    tokenizer = load_tokenizer(config.vqgan_path)
-    assert config.convert_from is not None
-    codes = NpzCodes(Path(config.convert_from))
-    codes.vocab_size = tokenizer.config.codebook_size
-    grid = codes.grid_size
-    if config.img_size != grid * tokenizer.stride:
-        raise UserError(
-            f"{config.convert_from} holds {grid}×{grid} codes per image, with this tokenizer those of "
-            f"{grid * tokenizer.stride} px images; --img_size is {config.img_size}."
+    def __init__(self, config: CacheConfig, dist: Dist) -> None:
+        self.config, self.dist, self.cache, size = config, dist, config.cached_path, config.img_size
+        self.tokenizer = tokenizer = load_tokenizer(config.vqgan_path, dist.device)
+        vocab_size, stride = tokenizer.config.codebook_size, tokenizer.stride
+        if vocab_size > MAX_VOCAB:
+            raise UserError(f"a codebook of {vocab_size} codes cannot be cached; at most {MAX_VOCAB} fit uint16.")
+        source: ImageDataset | NpzCodes
+        if config.data_path is not None:
+            if size % stride:
+                raise UserError(f"--img_size {size} must be a multiple of the tokenizer's stride, {stride}.")
+            source, blank = open_images(config.data_path, size), torch.zeros(size, size, 3, dtype=torch.uint8)
+        else:
+            source = NpzCodes(Path(str(config.convert_from)))
+            grid = source.grid_size
+            if size != grid * stride:
+                raise UserError(
+                    f"{config.convert_from} holds {grid}×{grid} codes per image, with this tokenizer those of "
+                    f"{grid * stride} px images; --img_size is {size}."
+                )
+            source.vocab_size = vocab_size
+            blank = torch.zeros(2, grid**2, dtype=torch.int64)
+        self.rows, self.labels = _Rows(source.load, blank), source.labels
+        self.job = CacheHeader(
+            img_size=size,
+            grid_size=size // stride,
+            classes=source.classes,
+            tokenizer_sha256=sha256(config.vqgan_path),
+            vocab_size=vocab_size,
+            source=config.data_path or str(config.convert_from),
+            source_sha256=source.fingerprint(),
         )
-    job = _job(config, tokenizer, grid, codes.classes, config.convert_from, hash_names(codes.paths))
-    rows = _Rows(functools.partial(_code_pair, codes), torch.zeros(2, codes.num_tokens, dtype=torch.int64))
-    return _Work(job, codes.labels, rows, lambda pairs: pairs.transpose(0, 1))
-
-
-def _job(
-    config: CacheConfig, tokenizer: VQModel, grid_size: int, classes: list[str], source: str, source_sha256: str
-) -> CacheHeader:
-    vocab_size = tokenizer.config.codebook_size
-    if vocab_size > MAX_VOCAB:
-        raise UserError(f"a codebook of {vocab_size} codes cannot be cached; at most {MAX_VOCAB} fit uint16.")
-    return CacheHeader(
-        img_size=config.img_size, grid_size=grid_size, num_images=0, classes=classes,
-        tokenizer_sha256=sha256(config.vqgan_path), vocab_size=vocab_size, max_code=0, crop="adm_center", source=source,
-        source_sha256=source_sha256, skipped=[], files={},
-    )  # fmt: skip
-
-
-@torch.inference_mode()
-def _encode_both(tokenizer: VQModel, images: Tensor) -> Tensor:
-    """uint8 (B, H, W, 3) → (2, B, L) int64: codes of the images and of their mirror images."""
-    x = to_float(images)
-    with exact_precision():
-        return torch.stack([tokenizer.encode(x), tokenizer.encode(x.flip(-1))])
-
-
-def _code_pair(dataset: NpzCodes, index: int) -> Tensor:
-    codes, codes_flip, _ = dataset[index]
-    return torch.stack([codes, codes_flip])
-
-
-@dataclass(frozen=True)
-class _Builder:
-    """Makes a cache; one per process."""
-
-    config: CacheConfig
-    dist: Dist
-    work: _Work
-
-    @property
-    def cache(self) -> Path:
-        return self.config.cached_path
+        starts = range(0, len(self.labels), PART_SIZE)
+        self.parts = [range(start, min(start + PART_SIZE, len(self.labels))) for start in starts]
 
     def build(self) -> CacheHeader:
         todo = self.dist.on_main(self._prepare)
         if todo is None:
-            return CacheHeader.read(self.cache)
+            return CacheHeader.read(self.cache / HEADER)
         self._make_parts(todo)
         return self.dist.on_main(self._join_parts)
 
-    def _parts(self) -> list[range]:
-        total = len(self.work.labels)
-        return [range(start, min(start + PART_SIZE, total)) for start in range(0, total, PART_SIZE)]
-
     def _prepare(self) -> list[range] | None:
         """The parts still to be made; None if the cache is finished, in which case it has been verified."""
-        cache, job, job_file = self.cache, self.work.job, self.cache / PARTS / JOB
+        cache, job_file = self.cache, self.cache / PARTS / JOB
         if (cache / HEADER).exists():
-            header = CacheHeader.read(cache)
-            _require_same(job, dataclasses.asdict(header), cache)
-            logger.info("%s is finished, with %d images; verifying its files", cache, header.num_images)
-            verify_cache(cache)
+            self._require_same(cache / HEADER)
+            logger.info("%s is finished; verifying its files", cache)
+            header = verify_cache(cache)
             if header.skipped and not self.config.skip_broken:
                 logger.warning("%s was made without %d broken files, listed in %s", cache, len(header.skipped), HEADER)
             shutil.rmtree(cache / PARTS, ignore_errors=True)
-            logger.info("%s is complete and undamaged: nothing to do", cache)
+            logger.info("%s is undamaged, with %d images: nothing to do", cache, header.num_images)
             return None
         if job_file.exists():
-            _require_same(job, json.loads(job_file.read_text()), cache)
+            self._require_same(job_file)
         elif cache.exists() and (not cache.is_dir() or any(entry.name != PARTS for entry in cache.iterdir())):
             raise UserError(f"{cache} exists and is not a cache of this format; give --cached_path a new folder.")
         else:
-            write_json(job_file, dataclasses.asdict(job))
-        parts = self._parts()
-        todo = [part for part in parts if self._read_part(part) is None]
-        made = len(parts) - len(todo)
-        if made:
-            logger.info("%s is unfinished: %d of %d parts are there, resuming", cache, made, len(parts))
+            write_json(job_file, dataclasses.asdict(self.job))
+        todo = [part for part in self.parts if self._read_part(part) is None]
+        if made := len(self.parts) - len(todo):
+            logger.info("%s is unfinished: %d of %d parts are there, resuming", cache, made, len(self.parts))
         return todo
 
+    def _require_same(self, file: Path) -> None:
+        """Raise UserError unless ``file``, the header or the job found in the cache, is of the same work."""
+        other = CacheHeader.read(file)
+        for name, meaning in (
+            ("img_size", "--img_size {}"),
+            ("tokenizer_sha256", "a tokenizer file of SHA-256 {:.12}…"),
+            ("source_sha256", "a list of files of SHA-256 {:.12}…"),
+        ):
+            theirs, mine = getattr(other, name), getattr(self.job, name)
+            if theirs != mine:
+                raise UserError(
+                    f"{self.cache} holds a cache made from {meaning.format(theirs)}, this call has "
+                    f"{meaning.format(mine)}; give another --cached_path or delete that cache."
+                )
+
     def _make_parts(self, todo: list[range]) -> None:
-        world_size, size = self.dist.world_size, self.config.batch_size
-        mine = todo[self.dist.rank :: world_size]
-        rows = [list(part[at : at + size]) for part in mine for at in range(0, len(part), size)]
-        reading = load_batches(self.work.rows, rows, self.config.num_workers, self.dist.device)
-        total = len(self.work.labels)
-        made_before = total - sum(map(len, todo))
-        bar = tqdm(total=total, initial=made_before, unit="img", desc="caching", disable=not self.dist.is_main)
+        rank, world_size, size = self.dist.rank, self.dist.world_size, self.config.batch_size
+        rows = [list(part[at : at + size]) for part in todo[rank::world_size] for at in range(0, len(part), size)]
+        reading = load_batches(self.rows, rows, self.config.num_workers, self.dist.device)
+        total, left = len(self.labels), sum(map(len, todo))
+        bar = tqdm(total=total, initial=total - left, unit="img", desc="caching", disable=not self.dist.is_main)
         with contextlib.closing(reading) as batches, bar as progress:
             # In rounds of one part per process, after which errors and progress meet: nobody waits long for another.
             for first in range(0, len(todo), world_size):
-                index = first + self.dist.rank
-                made, errors = 0, []
-                if index < len(todo):
-                    made = len(todo[index])
-                    errors = self._make_part(todo[index], batches, progress)
-                everybody = self.dist.gather((made, errors))
-                progress.update(sum(count for count, _ in everybody) - made)
-                self._check_broken([error for _, part_errors in everybody for error in part_errors])
+                after = first + world_size
+                mine = todo[first:after][rank : rank + 1]
+                errors = [error for part in mine for error in self._make_part(part, batches, progress)]
+                self._check_broken([error for found in self.dist.gather(errors) for error in found])
+                progress.update(total - sum(map(len, todo[after:])) - progress.n)
 
     def _make_part(self, part: range, batches: Iterator[list[Any]], progress: tqdm) -> list[str]:
         """Encode and write one part; returns what was broken in it. A part that must be made again is not written."""
-        codes = np.empty((2, len(part), self.work.job.grid_size**2), dtype=np.uint16)
+        codes: list[Tensor] = []
         reasons: list[str] = []
         while len(reasons) < len(part):
             batch, batch_reasons = next(batches)
-            start, stop = len(reasons), len(reasons) + len(batch)
-            codes[:, start:stop] = self.work.encode(batch).cpu().numpy()
+            codes.append(self._encode(batch).cpu())
             reasons += batch_reasons
             progress.update(len(batch))
         errors = [reason for reason in reasons if reason]
         if self.config.skip_broken or not errors:
             with atomic_write(self._part_path(part)) as file:
-                np.savez(file, codes=codes, reasons=np.array(reasons, dtype=np.str_))
+                np.savez(file, codes=torch.cat(codes, 1).numpy().astype(np.uint16), reasons=np.array(reasons, np.str_))
         return errors
+
+    @torch.inference_mode()
+    def _encode(self, batch: Tensor) -> Tensor:
+        """Codes of B rows and of their mirror images, int64 (2, B, L)."""
+        if self.config.data_path is None:
+            return batch.transpose(0, 1)  # codes already
+        x = to_float(batch)
+        with exact_precision():
+            return torch.stack([self.tokenizer.encode(x), self.tokenizer.encode(x.flip(-1))])
 
     def _check_broken(self, errors: list[str]) -> None:
         if errors and not self.config.skip_broken:
@@ -291,54 +244,35 @@ class _Builder:
         path = self._part_path(part)
         try:
             with np.load(path) as file:  # checks the archive's CRC
-                codes, reasons = file["codes"], file["reasons"]
+                return file["codes"], file["reasons"]
         except FileNotFoundError:
             return None
         except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
             logger.warning("%s is damaged (%s) and is made again", path, error)
             return None
-        fits = codes.shape == (2, len(part), self.work.job.grid_size**2) and reasons.shape == (len(part),)
-        return (codes, reasons) if fits else None
 
-    def _contents(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """What all parts hold, in order."""
-        for part in self._parts():
+    def _join_parts(self) -> CacheHeader:
+        """Write the files of the finished cache, all codes in memory (ImageNet's: 1.3 GB), and remove the parts."""
+        codes = np.empty((2, len(self.labels), self.job.grid_size**2), dtype=np.uint16)
+        reasons: list[str] = []
+        for part in self.parts:
             content = self._read_part(part)
             if content is None:
                 raise UserError(
                     f"{self._part_path(part)} is missing or damaged; --cached_path must be one folder for all "
                     "processes. Run the same command again to make what is missing."
                 )
-            yield content
-
-    def _join_parts(self) -> CacheHeader:
-        """Write the files of the finished cache, the header last, and remove the parts."""
-        errors, max_code, kept = [], 0, []
-        for codes, reasons in self._contents():
-            good = reasons == ""
-            errors += reasons[~good].tolist()
-            max_code = max(max_code, int(codes[:, good].max(initial=0)))
-            kept.append(good)
+            codes[:, part.start : part.stop] = content[0]
+            reasons += content[1].tolist()
+        errors = [reason for reason in reasons if reason]
         self._check_broken(errors)
-        labels = self.work.labels[np.concatenate(kept)]
+        labels = self.labels
+        if errors:
+            good = np.array(reasons) == ""
+            codes, labels = codes[:, good], labels[good]
         if not len(labels):
-            raise UserError(f"none of the {len(self.work.labels)} images of {self.work.job.source} can be read.")
-        for side, name in enumerate((CODES, CODES_FLIP)):
-            with atomic_write(self.cache / name) as file:
-                shape = (len(labels), self.work.job.grid_size**2)
-                np.lib.format.write_array_header_1_0(file, {"descr": "<u2", "fortran_order": False, "shape": shape})
-                for (codes, _), good in zip(self._contents(), kept, strict=True):
-                    file.write(codes[side, good].tobytes())
-        with atomic_write(self.cache / LABELS) as file:
-            np.save(file, labels)
-        header = dataclasses.replace(
-            self.work.job,
-            num_images=len(labels),
-            max_code=max_code,
-            skipped=errors,
-            files={name: sha256(self.cache / name) for name in (CODES, CODES_FLIP, LABELS)},
-        )
-        write_json(self.cache / HEADER, dataclasses.asdict(header))
+            raise UserError(f"none of the {len(reasons)} images of {self.job.source} can be read.")
+        header = write_codes(self.cache, codes[0], codes[1], labels, dataclasses.replace(self.job, skipped=errors))
         shutil.rmtree(self.cache / PARTS)
         for leftover in self.cache.glob(".*.tmp"):  # of a run that was killed while it wrote these files
             leftover.unlink()

@@ -28,7 +28,7 @@ from util.cli import Parser, exit_on_user_error, from_args
 from util.config import part, record, setting
 from util.data.images import open_images
 from util.data.loading import load_all
-from util.dist import resolve_device
+from util.dist import DeviceConfig, resolve_device
 from util.errors import UserError
 from util.logger import setup_logging
 
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class ClassifierRunConfig:
+class ClassifierRunConfig(DeviceConfig):
     """Which classifier is trained on which images, and where it is written."""
 
     data_path: Path = setting(help="training images: a folder per class, or photos.npz:train")
@@ -45,7 +45,6 @@ class ClassifierRunConfig:
     arch: str = setting("test_resnet", "timm architecture; test_resnet has 0.4M parameters and 96 features")
     img_size: int = setting(32, "side of the centre crops, pixels")
     input_size: int | None = setting(None, "side the network sees (default: --img_size); larger suits deep networks")
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     train: ClassifierTrainConfig = part(default_factory=ClassifierTrainConfig)
 
 

@@ -11,10 +11,11 @@ from engine.recipes import EVAL_RECIPES, TRAIN_RECIPES
 from engine.run_config import RunConfig
 from engine.training.config import DataConfig, TrainConfig
 from util.config import check, part, setting
+from util.dist import DeviceConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RunConfig):
+class Config(RunConfig, DeviceConfig):
     """One run of main_lpd.py: a training, or an evaluation, for which `training` is None."""
 
     evaluate: bool = setting(False, "generate and score images instead of training")
@@ -28,7 +29,6 @@ class Config(RunConfig):
         None, "weights to evaluate or start from: a file, an exported folder, or user/model on the hub"
     )
     use_ema: bool = setting(False, "take --pretrained_ckpt's moving average of the weights (see --ema)")
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     threads: int | None = setting(None, "of the CPU, per process (default: torch's, one per core)", at_least=1)
     dry_run: bool = setting(False, "check everything, print the configuration and stop")
     model: ModelChoice = part("model", "size, pixels and classes come from the checkpoint where it records them")

@@ -26,7 +26,7 @@ from util.cli import Parser, exit_on_user_error, from_args
 from util.config import check, part, setting
 from util.data.images import ImageDataset, open_images
 from util.data.loading import image_batches
-from util.dist import resolve_device
+from util.dist import DeviceConfig, resolve_device
 from util.errors import UserError
 from util.files import sha256
 from util.logger import setup_logging
@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class MetricsConfig:
+class MetricsConfig(DeviceConfig):
     """Which images are measured, and what becomes of their statistics."""
 
     data_path: Path = setting(help="folder of images, in subfolders or not, or photos.npz:test")
@@ -44,7 +44,6 @@ class MetricsConfig:
     vqgan_path: Path | None = setting(None, "score what this tokenizer makes of the images")
     output: Path | None = setting(None, "write the statistics to this npz")
     batch_size: int = setting(64, "images per batch", at_least=1)
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
     scoring: ScoringConfig = part(default_factory=ScoringConfig)
 
     def __post_init__(self) -> None:

@@ -14,6 +14,9 @@ from models.kv_cache import KVCache
 from models.lpd import LPD, LPDConfig
 from util.errors import UserError
 
+Apply = Callable[[torch.Tensor], torch.Tensor]
+_ROWS = 64  # rows that oneDNN is told to expect; any number works
+
 
 class PackedLinear(nn.Module):
     """Linear layer whose weight is stored once in the layout of a CPU kernel.
@@ -22,7 +25,7 @@ class PackedLinear(nn.Module):
     much as the product.
     """
 
-    def __init__(self, apply: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(self, apply: Apply) -> None:
         super().__init__()
         self.apply_packed = apply
 
@@ -30,27 +33,24 @@ class PackedLinear(nn.Module):
         return self.apply_packed(x)
 
 
-_ROWS = 64  # rows that oneDNN is told to expect; any number works
-
-
-def _pack_float32(weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
+def _pack_float32(weight: torch.Tensor, bias: torch.Tensor | None) -> Apply:
     # The operators that torch.compile uses for frozen weights on a CPU (oneDNN).
     packed = torch.ops.mkldnn._reorder_linear_weight(weight, _ROWS)
-    return PackedLinear(lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], ""))
+    return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
-def _pack_float16(weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
+def _pack_float16(weight: torch.Tensor, bias: torch.Tensor | None) -> Apply:
     packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
-    return PackedLinear(lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed))
+    return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
 
 
-def _pack_int8(weight: torch.Tensor, bias: torch.Tensor | None) -> PackedLinear:
+def _pack_int8(weight: torch.Tensor, bias: torch.Tensor | None) -> Apply:
     scales = weight.abs().amax(dim=1).clamp(min=1e-12) / 127
     zeros = torch.zeros(len(weight), dtype=torch.int64)
     quantized = torch.quantize_per_channel(weight, scales, zeros, axis=0, dtype=torch.qint8)
     packed = torch.ops.quantized.linear_prepack(quantized, bias)
     # reduce_range: without it AVX2 sums of two products overflow 16 bits.
-    return PackedLinear(lambda x: torch.ops.quantized.linear_dynamic(x, packed, reduce_range=True))
+    return lambda x: torch.ops.quantized.linear_dynamic(x, packed, reduce_range=True)
 
 
 # Weight storage → packing; arithmetic is float32 but for int8, which quantises activations per call as well.
@@ -114,16 +114,11 @@ def packed_copy(model: LPD, weights: str) -> LPD:
     """
     if not can_pack(weights):
         raise UserError(f"this build of torch has no kernels for packed {weights} weights on this CPU.")
-    twin, pack = share_weights(model), CPU_PACKINGS[weights]
-    linears = [
-        (parent, name, child)
-        for parent in twin.modules()
-        for name, child in parent.named_children()
-        if isinstance(child, nn.Linear)
-    ]
-    with torch.no_grad():
-        for parent, name, linear in linears:
-            setattr(parent, name, pack(linear.weight.detach(), None if linear.bias is None else linear.bias.detach()))
+    twin = share_weights(model)
+    for name, linear in list(twin.named_modules()):
+        if isinstance(linear, nn.Linear):
+            bias = None if linear.bias is None else linear.bias.detach()
+            twin.set_submodule(name, PackedLinear(CPU_PACKINGS[weights](linear.weight.detach(), bias)))
     return twin
 
 

@@ -2,19 +2,16 @@
 
     python -m scripts.benchmark_orders --output RESULTS.json
 
-Prints a table and, as the last line, everything as JSON.
+Prints a row of each measurement and, as the last line, everything as JSON.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import platform
-import resource
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,30 +20,34 @@ import numpy as np
 import torch
 
 from orders import generate_orders, group_sizes, load_orders, save_orders
+from scripts.benchmarking import BenchmarkConfig, Report, read_config
 from tests.helpers.orders_oracle import slow_order
-from util.cli import Parser, exit_on_user_error
-from util.errors import UserError
-from util.files import write_json
+from util.cli import exit_on_user_error
+from util.config import setting
 
 SIZES = {256: (20, 2), 512: (48, 4)}  # image size: steps, repulsion threshold
 REPEATS = 3  # runs of each, of which the median counts
-CORES = len(os.sched_getaffinity(0))
 
 
-def measure(row: dict[str, Any], run: Callable[[], object]) -> dict[str, Any]:
-    """``row`` with the median, least and largest seconds of its runs, and their CPU seconds; prints it."""
-    seconds, cpu_seconds = [], []
-    for _ in range(REPEATS):
+@dataclass(frozen=True, kw_only=True)
+class OrdersBenchmark(BenchmarkConfig):
+    """What is measured."""
+
+    num: int = setting(60_000, "orders per run", at_least=1)
+
+
+def measure(run: Callable[[], object], orders: int) -> dict[str, Any]:
+    """Seconds of several runs, and CPU seconds: fewer than threads × seconds if others compute too."""
+
+    def timed() -> tuple[float, float]:
         start, cpu_start = time.perf_counter(), time.process_time()
         run()
-        seconds.append(time.perf_counter() - start)
-        cpu_seconds.append(time.process_time() - cpu_start)
-    row |= {"median_sec": statistics.median(seconds), "min_sec": min(seconds), "max_sec": max(seconds)}
-    row["cpu_sec"] = statistics.median(cpu_seconds)  # of all threads; less than threads × seconds if others compute too
-    row["orders_per_sec"] = row["orders"] / row["median_sec"]
-    shown = (f"{key} {value:.4g}" if isinstance(value, float) else f"{value}" for key, value in row.items())
-    print(", ".join(shown), flush=True)
-    return row
+        return time.perf_counter() - start, time.process_time() - cpu_start
+
+    seconds, cpu_seconds = zip(*(timed() for _ in range(REPEATS)), strict=True)
+    median = statistics.median(seconds)
+    spread = {"min_sec": min(seconds), "max_sec": max(seconds), "cpu_sec": statistics.median(cpu_seconds)}
+    return {"orders": orders, "median_sec": median, **spread, "orders_per_sec": orders / median}
 
 
 def draw_slowly(sizes: tuple[int, ...], side: int, rho: int, num: int) -> None:
@@ -56,9 +57,9 @@ def draw_slowly(sizes: tuple[int, ...], side: int, rho: int, num: int) -> None:
         slow_order(sizes, (side, side), 1.0, rho, first, lambda _: rng.random(side * side).tolist())
 
 
-def benchmark_drawing(img_size: int, steps: int, rho: int, num: int) -> list[dict[str, Any]]:
+def benchmark_drawing(report: Report, device: torch.device, img_size: int, steps: int, rho: int, num: int) -> None:
     """A row per implementation; those that are slower draw fewer orders."""
-    side, sizes = img_size // 16, group_sizes(img_size, steps)
+    side, sizes, threads = img_size // 16, group_sizes(img_size, steps), torch.get_num_threads()
 
     def fast(count: int, **where: Any) -> None:
         generate_orders("lpd", count, sizes, side, 1.0, rho, **where)
@@ -67,55 +68,38 @@ def benchmark_drawing(img_size: int, steps: int, rho: int, num: int) -> list[dic
         ("plain Python, one order after the other", 10, partial(draw_slowly, sizes, side, rho)),
         ("NumPy, 1 thread", max(1, num // 10), partial(fast, workers=1)),
     ]
-    if CORES > 1:
-        implementations.append((f"NumPy, {CORES} threads", num, partial(fast, workers=CORES)))
-    if torch.cuda.is_available():
+    if threads > 1:
+        implementations.append((f"NumPy, {threads} threads", num, partial(fast, workers=threads)))
+    if device.type == "cuda":
         fast(num, device="cuda")  # starts CUDA and its memory pool
         implementations.append((f"torch, {torch.cuda.get_device_name()}", num, partial(fast, device="cuda")))
-    return [
-        measure({"img_size": img_size, "steps": steps, "implementation": name, "orders": count}, partial(run, count))
-        for name, count, run in implementations
-    ]
+    for name, count, run in implementations:
+        row = {"img_size": img_size, "steps": steps, "implementation": name}
+        report.add("drawing", row | measure(partial(run, count), count))
 
 
-def benchmark_files(num: int) -> list[dict[str, Any]]:
+def benchmark_files(report: Report, num: int) -> None:
     """Rows for writing, and for loading with all checks, 32×32 orders in both forms."""
-    rows = []
     orders = generate_orders("random", num, group_sizes(512, 48), 32)
     with tempfile.TemporaryDirectory() as folder:
         for form in ("json", "safetensors"):
             path = Path(folder) / f"orders.{form}"
-            save_orders(path, orders)
-            row = {"form": form, "tokens": 1024, "orders": num, "megabytes": path.stat().st_size / 1e6}
-            rows.append(measure({"operation": "write"} | row, partial(save_orders, path, orders)))
-            rows.append(measure({"operation": "load"} | row, partial(load_orders, path, 32)))
-    return rows
+            for operation, run in (
+                ("write", partial(save_orders, path, orders)),
+                ("load", partial(load_orders, path, 32)),
+            ):
+                figures = measure(run, num)
+                row = {"operation": operation, "form": form, "tokens": 1024, "megabytes": path.stat().st_size / 1e6}
+                report.add("files", row | figures)
 
 
 def main() -> None:
-    parser = Parser(description="How long orders and their files take.")
-    parser.add_argument("--num", type=int, default=60_000, help="orders per run")
-    parser.add_argument("--output", type=Path, help="JSON file for the results")
-    args = parser.parse_args()
-    if args.num < 1:
-        raise UserError(f"--num {args.num} must be at least 1.")
-    result = {
-        "cores": CORES,
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "python": platform.python_version(),
-        "numpy": np.__version__,
-        "torch": torch.__version__,
-        "load_before": os.getloadavg()[0],
-        "drawing": [
-            row for img_size, (steps, rho) in SIZES.items() for row in benchmark_drawing(img_size, steps, rho, args.num)
-        ],
-        "files": benchmark_files(args.num),
-        "load_after": os.getloadavg()[0],
-        "peak_memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024,
-    }
-    if args.output is not None:
-        write_json(args.output, result)
-    print(json.dumps(result))
+    config, device = read_config(OrdersBenchmark, __doc__)
+    report = Report(config, device)
+    for img_size, (steps, rho) in SIZES.items():
+        benchmark_drawing(report, device, img_size, steps, rho, config.num)
+    benchmark_files(report, config.num)
+    report.finish()
 
 
 if __name__ == "__main__":

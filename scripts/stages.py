@@ -1,4 +1,7 @@
-"""Work in stages: a finished stage is not run again, and a time limit ends the work where it can be resumed."""
+"""Work in stages: a finished stage is not run again, and a time limit ends the work where it can be resumed.
+
+:func:`train_and_judge` has the stages from images to a trained model, for the demo and the experiment on photographs.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +11,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from engine.scoring.features import INCEPTION
 from util.errors import UserError
 from util.files import atomic_write, write_json
 from util.signals import REQUEUE_STATUS
@@ -24,11 +28,16 @@ class OutOfTime(Exception):
     """The time limit has come, at a point from which the same command resumes."""
 
 
-class Clock:
-    """The time limit of this call, in seconds from now; None for no limit."""
+class Stages:
+    """The stages of one output folder; ``stages.json`` says what ran, how long, and whether it finished.
 
-    def __init__(self, limit: float | None = None) -> None:
-        self._end = None if limit is None else time.monotonic() + limit
+    Args:
+        time_limit: seconds from now after which nothing is begun; None for no limit.
+    """
+
+    def __init__(self, out: Path, time_limit: float | None = None) -> None:
+        self.path = out / "stages.json"
+        self._end = None if time_limit is None else time.monotonic() + time_limit
 
     def left(self) -> float | None:
         """Seconds left, not below 0; None without a limit."""
@@ -39,17 +48,9 @@ class Clock:
         if self.left() == 0.0:
             raise OutOfTime(f"time limit reached before {what}")
 
-
-class Stages:
-    """The stages of one output folder; ``stages/<name>.json`` says what ran, how long, and whether it finished."""
-
-    def __init__(self, out: Path, clock: Clock) -> None:
-        self.folder, self.clock = out / "stages", clock
-
-    def seconds(self) -> dict[str, float]:
-        """Seconds of every stage so far, over all calls, in the order they were begun."""
-        states = [(path.stem, json.loads(path.read_text())) for path in self.folder.glob("*.json")]
-        return {name: state["seconds"] for name, state in sorted(states, key=lambda pair: pair[1]["begun"])}
+    def states(self) -> dict[str, dict[str, Any]]:
+        """``command``, ``seconds`` (over all calls) and ``finished`` of every stage, in the order they were begun."""
+        return json.loads(self.path.read_text()) if self.path.exists() else {}
 
     def run(self, name: str, action: Callable[[], None], command: str, always: bool = False) -> None:
         """Run ``action`` unless it finished before under the same ``command``; record its time in any case.
@@ -60,24 +61,24 @@ class Stages:
         Raises:
             OutOfTime: if no time is left to begin it, or from ``action``.
         """
-        path = self.folder / f"{name.replace(' ', '_')}.json"
-        state: dict[str, Any] = {"command": command, "seconds": 0.0, "finished": False, "begun": time.time()}
-        if path.exists():
-            before = json.loads(path.read_text())
-            state = before if before["command"] == command else state | {"begun": before["begun"]}
+        states = self.states()
+        state = states.get(name, {"command": None})
+        if state["command"] != command:
+            state = {"command": command, "seconds": 0.0, "finished": False}
         if state["finished"] and not always:
             print(f"== {name}: done before", flush=True)
             return
-        self.clock.check(f"the stage '{name}'")
+        self.check(f"the stage '{name}'")
         print(f"\n== {name}\n$ {command}", flush=True)
         start = time.monotonic()
         state["finished"] = False
+        write_json(self.path, states | {name: state})
         try:
             action()
             state["finished"] = True
         finally:
             state["seconds"] = round(state["seconds"] + time.monotonic() - start, 3)
-            write_json(path, state)
+            write_json(self.path, states | {name: state})
         print(f"== {name}: {state['seconds']:.0f} s", flush=True)
 
     def command(self, name: str, *words: str | Path, output: Path | None = None, stoppable: bool = False) -> None:
@@ -97,7 +98,7 @@ class Stages:
         def action() -> None:
             process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE if output else None)
             try:
-                printed, _ = process.communicate(timeout=self.clock.left() if stoppable else None)
+                printed, _ = process.communicate(timeout=self.left() if stoppable else None)
             except subprocess.TimeoutExpired:
                 process.send_signal(signal.SIGTERM)
                 printed, _ = process.communicate()
@@ -115,3 +116,69 @@ class Stages:
                     file.write(printed)
 
         self.run(name, action, shlex.join(["python", *arguments]))
+
+
+TRAINING_STAGES = ("tokenizer", "codes", "classifier", "reference", "floors", "lpd")
+
+
+def train_and_judge(
+    stages: Stages,
+    out: Path,
+    train: str,
+    test: str,
+    reference: str,
+    common: Sequence[str],
+    flags: Mapping[str, Sequence[str]],
+    chosen: Collection[str] = TRAINING_STAGES,
+    inception: Path | None = None,
+) -> None:
+    """From images to a tokenizer, codes, a classifier as judge, statistics, scores of real images, and an LPD.
+
+    Each is made by an ordinary command of the project, into `out`.
+
+    Args:
+        train, test: images, as every command's --data_path takes them.
+        reference: `train` or `test`, against which images are scored; `floors/` gets the scores of the other one and
+            of what the tokenizer makes of `test`.
+        common: flags of all commands.
+        flags: further flags of a stage's command, by stage.
+        chosen: stages to run.
+        inception: its weights; statistics and scores in its features are made as well then.
+    """
+    tokenizer, classifier = out / "tokenizer" / "tokenizer.pt", out / "classifier.pt"
+
+    def run(
+        stage: str, *words: str | Path, name: str = "", output: Path | None = None, stoppable: bool = False
+    ) -> None:
+        if stage in chosen:
+            words = (*words, *common, *flags.get(stage, ()))
+            stages.command(name or stage, *words, output=output, stoppable=stoppable)
+
+    run(
+        "tokenizer", "-m", "tokenizers.train", "--data_path", train, "--output_dir", tokenizer.parent, stoppable=True
+    )  # fmt: skip
+    run(
+        "codes", "main_cache.py", "--data_path", train, "--vqgan_path", tokenizer, "--cached_path", out / "codes",
+        stoppable=True,
+    )  # fmt: skip
+    run(
+        "classifier", "-m", "engine.classifier", "--data_path", train, "--test_path", test, "--output", classifier
+    )  # fmt: skip
+    extractors: dict[str, tuple[str | Path, ...]] = {"reference": ("--feature_extractor", classifier)}
+    if inception is not None:
+        extractors["inception"] = ("--feature_extractor", INCEPTION, "--inception_path", inception)
+    floors: dict[str, tuple[str | Path, ...]] = {
+        "real": ("--data_path", train if reference == test else test),
+        "reconstructed": ("--data_path", test, "--vqgan_path", tokenizer),
+    }
+    for name, extractor in extractors.items():
+        made = out / f"{name}.npz"
+        words = ("-m", "engine.metrics", *extractor)
+        run("reference", *words, "--data_path", reference, "--output", made, name=f"{name} statistics")
+        for floor, images in floors.items():
+            output = out / "floors" / f"{name}_{floor}.json"
+            run("floors", *words, *images, "--reference_statistics", made, name=f"floor {name} {floor}", output=output)
+    run(
+        "lpd", "main_lpd.py", "--use_cached", "--cached_path", out / "codes", "--vqgan_path", tokenizer,
+        "--output_dir", out / "lpd", stoppable=True,
+    )  # fmt: skip

@@ -65,6 +65,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_second_run_does_nothing_and_a_new_lock_is_followed(checkout: Path) -> None:
     """Guards against a second run that installs again, and a stamp that hides a changed lock."""
     assert _version(checkout) == "1.0"
@@ -77,6 +78,7 @@ def test_second_run_does_nothing_and_a_new_lock_is_followed(checkout: Path) -> N
     assert _version(checkout) == "2.0"
 
 
+@pytest.mark.slow
 def test_cut_off_installation_is_mended(checkout: Path) -> None:
     """Guards against pip taking a half-unpacked package for an installed one."""
     (package,) = checkout.glob(".venv/lib/python*/site-packages/tiny.py")
@@ -89,6 +91,7 @@ def test_cut_off_installation_is_mended(checkout: Path) -> None:
     assert _version(checkout)
 
 
+@pytest.mark.slow
 def test_failed_installation_says_so_and_leaves_no_stamp(checkout: Path) -> None:
     """Guards against an environment that counts as complete although a package could not be had."""
     lock = checkout / "requirements.lock"
@@ -102,6 +105,7 @@ def test_failed_installation_says_so_and_leaves_no_stamp(checkout: Path) -> None
     assert not (checkout / ".venv/lpd_environment.stamp").exists()
 
 
+@pytest.mark.slow
 def test_conda_environment_is_made_and_used(checkout: Path, tmp_path: Path) -> None:
     """Guards against a NAME that is ignored although conda is there; conda is played by a stand-in."""
     bin_folder = tmp_path / "bin"
@@ -126,6 +130,7 @@ def test_conda_environment_is_made_and_used(checkout: Path, tmp_path: Path) -> N
     assert "up to date; activate it by: conda activate lpd" in second.stdout
 
 
+@pytest.mark.slow
 def test_without_conda_a_name_means_venv(checkout: Path) -> None:
     """Guards against the published command failing on a machine that has no conda."""
     result = _run(checkout, "lpd", path=f"{Path(sys.executable).parent}:/usr/bin:/bin")

@@ -16,8 +16,9 @@ from engine.options import parse
 from engine.training.setup import prepare_training
 from models import MODEL_SIZES, build_model
 from tests.helpers.commands import ROOT, run
+from tests.helpers.tiny_models import tiny_tokenizer
 from tests.helpers.tiny_run import make_cache
-from tokenizers import VQConfig, VQModel, save_tokenizer
+from tokenizers import save_tokenizer
 from util.checkpoint import save_checkpoint
 from util.dist import distributed
 from util.files import sha256
@@ -82,8 +83,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for size in (256, 512):
             network = build_model("lpd_debug", img_size=size)
             save_checkpoint(folder / "ckpts" / f"{model}_{size}.pth", {"model": network.state_dict()})
-    sizes = VQConfig(base_width=4, multipliers=(1,) * 5, res_blocks=1, z_channels=4)
-    save_tokenizer(VQModel(sizes), folder / "ckpts" / "vq_ds16_c2i.pt")
+    save_tokenizer(tiny_tokenizer(16, 16384), folder / "ckpts" / "vq_ds16_c2i.pt")
     (folder / "cached").mkdir()
     tokenizer_sha256 = sha256(folder / "ckpts" / "vq_ds16_c2i.pt")
     for size in (256, 512):
@@ -131,10 +131,14 @@ def test_published_command_line_is_taken_as_it_is(command: str, capsys: pytest.C
     unused = {"--log_dir", "--resume_epoch", "--vqgan_stride", "--vqgan_vocab_size", "--pin_mem", "--no_pin_mem"}
     unused |= {"--world_size", "--local_rank", "--dist_on_itp", "--dist_url"}
     assert sorted(notes) == sorted(unused & set(words))
+    compared = set()
     for flag, value in announced["settings"].items():
         if f"--{flag}" in words and f"--{flag}" not in smaller and not isinstance(value, bool):
             given = words[words.index(f"--{flag}") + 1]
             assert value == type(value)(given), flag
+            compared.add(flag)
+    assert compared >= {"model", "img_size", "class_num", "pretrained_ckpt" if "--evaluate" in words else "epochs"}
+    assert len(compared) >= 15
     assert announced["model"]["img_size"] == announced["settings"]["img_size"]
     assert not Path("output").exists()
 
@@ -145,7 +149,7 @@ def test_a_published_training_draws_from_the_schedules_of_its_file(place: Path) 
     rows = [[1] * 200 + [56], [1, 55, 200]]
     (place / "two.json").write_text(json.dumps(rows))
     words = [*shlex.split(COMMANDS[7]), "--group_sizes_list", "two.json", "--device", "cpu", "--dry_run"]
-    with distributed("cpu") as dist, FolderLock(place / "output", "training") as lock:
+    with distributed("cpu") as dist, FolderLock(place / "output") as lock:
         prepared = prepare_training(parse([*words, "--batch_size", "8", "--lr", "1e-3"]), dist, lock)
     assert [list(row) for row in prepared.schedules] == rows
     assert prepared.start_from is None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -37,10 +36,18 @@ def load_tokenizer(path: str | Path, device: str | torch.device = "cpu") -> VQMo
         UserError: when the file is missing, damaged, or does not hold exactly the parameters of its size.
     """
     path = Path(path)
-    if not path.is_file():
-        raise UserError(f"tokenizer file {str(path)!r} does not exist; {RELEASED}.")
-    state, raw_config = _read_safetensors(path) if path.suffix == ".safetensors" else _read_pt(path)
-    config = _parse_config(raw_config, path)
+    try:
+        content = load_checkpoint(path)
+    except UserError as error:
+        raise UserError(f"tokenizer file: {str(error).rstrip('.')}; {RELEASED}.") from error
+    state, described = content["model"], content.get("config")
+    try:
+        if path.suffix == ".safetensors":
+            with safetensors.safe_open(path, framework="pt") as file:
+                described = json.loads((file.metadata() or {}).get("config", "null"))
+        config = VQConfig(**described or {})
+    except (TypeError, ValueError) as error:
+        raise UserError(f"tokenizer file {str(path)!r} has a bad config {described!r}: {error}") from error
     with torch.device("meta"):  # shapes only: random weights would be thrown away
         model = VQModel(config)
     _check_parameters(state, model.state_dict(), path)
@@ -60,40 +67,14 @@ def save_tokenizer(model: VQModel, path: str | Path) -> None:
             torch.save({"model": state, "config": config}, file)
 
 
-def _read_pt(path: Path) -> tuple[dict[str, Tensor], Any]:
-    try:
-        content = load_checkpoint(path)
-    except UserError as error:
-        raise UserError(f"tokenizer file: {str(error).rstrip('.')}; {RELEASED}.") from error
-    return content["model"], content.get("config")
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], Any]:
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            config = (file.metadata() or {}).get("config")
-            return {name: file.get_tensor(name) for name in file.keys()}, json.loads(config or "null")  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"tokenizer file {str(path)!r} is damaged or not a safetensors file; {RELEASED}.") from error
-
-
-def _parse_config(raw: Any, path: Path) -> VQConfig:
-    if raw is None:
-        return VQConfig()
-    try:
-        return VQConfig(**raw)
-    except (TypeError, UserError) as error:
-        raise UserError(f"tokenizer file {str(path)!r} has a bad config {raw!r}: {error}") from error
-
-
 def _check_parameters(state: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:
-    problems = [f"{name} is missing" for name in expected if name not in state]
-    problems += [f"{name} is unknown" for name in state if name not in expected]
-    problems += [
-        f"{name} has shape {tuple(state[name].shape)} and should have {tuple(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in state and state[name].shape != tensor.shape
-    ]
-    if problems:
-        more = f" (and {len(problems) - 1} more differences)" if len(problems) > 1 else ""
-        raise UserError(f"tokenizer file {str(path)!r} does not fit: {problems[0]}{more}; {RELEASED}.")
+    for name in [*expected, *state]:
+        if name not in state:
+            problem = "is missing"
+        elif name not in expected:
+            problem = "is unknown"
+        elif state[name].shape != expected[name].shape:
+            problem = f"has shape {tuple(state[name].shape)} and should have {tuple(expected[name].shape)}"
+        else:
+            continue
+        raise UserError(f"tokenizer file {str(path)!r} does not fit: {name} {problem}; {RELEASED}.")

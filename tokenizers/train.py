@@ -8,6 +8,7 @@ not collapse.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -20,21 +21,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
-from torch.utils.data import Subset
 from tqdm import tqdm
 
 from tokenizers.checkpoint import save_tokenizer
 from tokenizers.codebook_training import DeadCodeRevival, codebook_use, kmeans_start
-from tokenizers.training_data import everything, flip_half, held_out_count, read_batches, split
+from tokenizers.training_data import flip_half, read_batches, split
 from tokenizers.vq_model import MULTIPLIERS, VQConfig, VQModel
 from util.checkpoint import load_checkpoint
 from util.cli import Parser, exit_on_user_error, from_args
 from util.config import check, part, record, setting
 from util.data.images import open_images
 from util.data.loading import Images, load_all
-from util.dist import resolve_device
+from util.dist import DeviceConfig, resolve_device
 from util.errors import UserError
 from util.files import atomic_write, check_output_dir, write_json
 from util.logger import MetricsWriter, setup_logging
@@ -54,11 +53,7 @@ TOKENIZER, METRICS, STATE = "tokenizer.pt", "metrics.json", "state.pth"  # the l
 
 @dataclass(frozen=True)
 class TokenizerTrainConfig:
-    """How to train. The learning rate rises to ``lr``, then falls to 0.
-
-    Raises:
-        UserError: for a setting out of its range.
-    """
+    """How to train. The learning rate rises to ``lr``, then falls to 0. UserError for a setting out of its range."""
 
     steps: int = setting(help="optimizer steps", at_least=1)
     batch_size: int = setting(64, "images per step", at_least=1)
@@ -81,62 +76,89 @@ def train_tokenizer(
     output_dir: Path,
     device: torch.device,
     test_set: Images | None = None,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Train on part of ``dataset`` and measure on the rest; with a ``test_set`` train on all and measure on that.
 
-    Writes into ``output_dir``, every ``eval_freq`` steps and at the end: ``tokenizer.pt``, ``metrics.json`` (the
-    returned figures and the configurations), ``reconstructions.png`` (held-out images above their reconstructions) and
-    a line of ``metrics.jsonl``. Until it is finished ``state.pth`` lies beside them, from which the same call resumes,
-    exactly as if it had not been interrupted. A finished training is left as it is. A stop signal saves it after the
-    step.
+    Writes into ``output_dir``, every ``eval_freq`` steps and at the end: ``tokenizer.pt``, ``metrics.json``,
+    ``reconstructions.png`` (held-out images above their reconstructions) and a line of ``metrics.jsonl``. Until it is
+    finished ``state.pth`` lies beside them, from which the same call resumes, exactly as if it had not been
+    interrupted. A finished training is left as it is. A stop signal saves it after the step.
 
     Returns:
-        On the held-out images: ``psnr_db``, ``codebook_share`` (of entries chosen at all) and ``codebook_perplexity``;
-        then counts and ``train_sec``.
+        What ``metrics.json`` holds: on the held-out images ``psnr_db``, ``codebook_share`` (of entries chosen at all)
+        and ``codebook_perplexity``; counts, ``train_sec`` and the configurations.
 
     Raises:
-        UserError: when the images do not fit the tokenizer's stride or are fewer than two, or the folder holds a
-            tokenizer trained otherwise.
+        UserError: when the images are fewer than two, or the folder holds a tokenizer trained otherwise.
         SystemExit: when a stop signal came and the state is saved, with status 75; 130 for Ctrl-C.
     """
-    train_set, held_out_set = (
-        split(dataset, config.held_out, config.seed)
-        if test_set is None
-        else (everything(dataset), everything(test_set))
-    )
-    side = len(dataset[0][0])
-    if side % model_config.stride:
-        raise UserError(f"images of {side} pixels do not fit a tokenizer of stride {model_config.stride}.")
-    folder = _Folder(
-        output_dir, {"tokenizer": record(model_config), "training": record(config), "train_images": len(train_set)}
-    )
-    state, earlier = folder.read()
-    if earlier is not None and earlier["step"] == config.steps and (output_dir / TOKENIZER).exists():
+    if test_set is None:
+        train_set, held_out_set = split(dataset, config.held_out, config.seed)
+    else:
+        train_set, held_out_set = dataset, test_set
+    described = {"tokenizer": record(model_config), "training": record(config), "train_images": len(train_set)}
+    state, metrics = _read_earlier(output_dir, described)
+    if metrics is not None and metrics["step"] == config.steps and (output_dir / TOKENIZER).exists():
         log.info("the training is finished: all %d steps are done", config.steps)
-        return {name: value for name, value in earlier.items() if name not in ("step", *folder.record)}
-
+        return metrics
     torch.manual_seed(config.seed)
     held_out = load_all(held_out_set, max(1, config.num_workers))[0].to(device)
-    training = _Training(model_config, config, side, device)
-    if state is None:
-        (output_dir / METRICS).unlink(missing_ok=True)
-    else:
+    training = _Training(model_config, config, output_dir, described, held_out)
+    if state is not None:
         training.load(state)
         log.info("resuming at step %d of %d", training.done, config.steps)
-    return _run(training, train_set, held_out, folder)
+    return training.run(train_set)
+
+
+def _read_earlier(folder: Path, described: dict[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """State and last figures of an earlier run of this training, None where there are none.
+
+    Raises:
+        UserError: for those of another training: code caches and models depend on a tokenizer.
+    """
+    state, metrics = None, None
+    if (folder / METRICS).exists():
+        metrics = json.loads((folder / METRICS).read_text())
+    if (folder / STATE).exists():
+        try:
+            state = load_checkpoint(folder / STATE)
+        except UserError as error:
+            log.warning("training starts from the beginning: %s", error)
+    for found in filter(None, (state, metrics)):
+        before = _flat(found)
+        for name, value in _flat(described).items():
+            if name not in ("num_workers", "eval_freq") and before.get(name) != value:
+                raise UserError(
+                    f"{folder} holds a tokenizer trained with {name} {before.get(name)}, not {value}; give another "
+                    "--output_dir, or delete this one."
+                )
+    return state, metrics
+
+
+def _flat(described: dict[str, Any]) -> dict[str, Any]:
+    count = described["train_images"]
+    return {**described["tokenizer"], **described["training"], "number of training images": count}
 
 
 class _Training:
-    """A tokenizer, what a step does to it, and everything that a resumed training needs.
+    """A tokenizer, what a step does to it, and what it leaves in its folder.
 
     What is random about a step follows from its number, so that a resumed training is an uninterrupted one.
+    ``described`` tells this training from others; ``held_out``, uint8 (N, H, H, 3), is on the device.
     """
 
-    def __init__(self, model_config: VQConfig, config: TokenizerTrainConfig, side: int, device: torch.device) -> None:
-        self.config, self.device = config, device
+    def __init__(
+        self,
+        model_config: VQConfig,
+        config: TokenizerTrainConfig,
+        folder: Path,
+        described: dict[str, Any],
+        held_out: Tensor,
+    ) -> None:
+        self.config, self.folder, self.described, self.held_out = config, folder, described, held_out
         # On a CPU the default layout is the faster one for narrow networks.
-        self.layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
-        self.model = VQModel(model_config).to(device).to(memory_format=self.layout)  # type: ignore[call-overload]
+        self.layout = torch.channels_last if held_out.is_cuda else torch.contiguous_format
+        self.model = VQModel(model_config).to(held_out.device).to(memory_format=self.layout)  # type: ignore[call-overload]
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=1e-4, fused=True
         )
@@ -144,20 +166,11 @@ class _Training:
         self.done = 0  # steps
         self._start = time.perf_counter()
         self.plain_steps = int(_PLAIN * config.steps)
-        tokens_per_step = config.batch_size * (side // self.model.stride) ** 2
+        tokens_per_step = config.batch_size * (held_out.shape[1] // self.model.stride) ** 2
         # Between two revivals an entry of average use is chosen at least eight times.
         self.revive_every = max(20, math.ceil(8 * model_config.codebook_size / tokens_per_step))
-        self._start_batches = max(4, self.revive_every // 5)  # so many, the last plain ones, start the codebook
-        self._recent: deque[Tensor] = deque(maxlen=self._start_batches)
-
-    def state(self) -> dict[str, Any]:
-        return {
-            "step": self.done,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "counts": self.revival.counts,
-            "elapsed_sec": self.seconds(),
-        }
+        # The codebook starts from the images of the last plain steps.
+        self._recent: deque[Tensor] = deque(maxlen=max(4, self.revive_every // 5))
 
     def load(self, state: dict[str, Any]) -> None:
         self.done = state["step"]
@@ -166,15 +179,55 @@ class _Training:
         self.revival.counts.copy_(state["counts"])
         self._start -= state["elapsed_sec"]
 
+    def save(self) -> None:
+        state = {
+            "step": self.done,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "counts": self.revival.counts,
+            "elapsed_sec": self.seconds(),
+        }
+        with atomic_write(self.folder / STATE) as file:
+            torch.save(state | self.described, file)
+
     def seconds(self) -> float:
         """Time spent in training, that of interrupted runs included."""
         return round(time.perf_counter() - self._start, 2)
 
-    def first_batch(self) -> int:
-        """The step whose batch is needed first: the batches that the codebook starts from are read again."""
-        return self.done if self.done > self.plain_steps else max(0, self.done - self._start_batches)
+    def run(self, train_set: Images) -> dict[str, Any]:
+        """The steps that are left, measured and saved on the way; returns the last figures."""
+        config, metrics = self.config, self.described
+        # Where the codebook has not started yet, the batches it starts from are read again.
+        again = self._recent.maxlen or 0 if self.done <= self.plain_steps else 0
+        steps = range(max(0, self.done - again), config.steps)
+        batches = read_batches(
+            train_set, steps, config.batch_size, config.seed, config.num_workers, self.held_out.device
+        )
+        with (
+            StopSignal() as stop,
+            contextlib.closing(MetricsWriter(self.folder / "metrics.jsonl", self.done)) as writer,
+            tqdm(total=config.steps, initial=self.done, desc="tokenizer", unit="step") as bar,
+        ):
+            for step, batch in zip(steps, batches, strict=True):
+                pixels = self._prepare(step, batch)
+                if step < self.done:
+                    continue
+                losses = self._step(pixels)
+                bar.update()
+                finished = self.done == config.steps
+                measuring = finished or self.done % config.eval_freq == 0
+                if measuring:
+                    metrics = self._measure(losses, writer)
+                told = None if finished else stop.signal
+                if told is not None or (measuring and not finished):
+                    self.save()
+                if told is not None:
+                    log.info("stopped at step %d of %d; run the same command again to resume", self.done, config.steps)
+                    raise SystemExit(exit_status(told))
+        (self.folder / STATE).unlink(missing_ok=True)
+        return metrics
 
-    def prepare(self, step: int, batch: Tensor) -> Tensor:
+    def _prepare(self, step: int, batch: Tensor) -> Tensor:
         """The images of a step as the network sees them, uint8 (B, H, H, 3); also seeds what the step draws."""
         torch.manual_seed((self.config.seed << 32) + step)
         pixels = flip_half(batch) if self.config.flip else batch
@@ -182,29 +235,26 @@ class _Training:
             self._recent.append(pixels)
         return pixels
 
-    def lr(self, step: int) -> float:
-        # A step stands for its middle, so that neither the first nor the last one is wasted on a rate of zero.
-        steps, peak = self.config.steps, self.config.lr
-        return learning_rate(
-            step + 0.5, schedule="cosine", lr=peak, min_lr=0, warmup_epochs=_WARMUP * steps, epochs=steps
-        )
-
-    def step(self, pixels: Tensor) -> dict[str, Tensor]:
+    def _step(self, pixels: Tensor) -> dict[str, Tensor]:
         """One optimizer step; returns the loss terms."""
+        config = self.config
         if self.done == self.plain_steps:
             self._start_codebook()
         images = to_float(pixels).contiguous(memory_format=self.layout)
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.bf16):
+        with torch.autocast(pixels.device.type, torch.bfloat16, enabled=config.bf16):
             losses, features, indices = _losses(self.model, images, quantise=self.done >= self.plain_steps)
+        # A step stands for its middle, so that neither the first nor the last one is wasted on a rate of zero.
+        epoch, warmup = self.done + 0.5, _WARMUP * config.steps
+        lr = learning_rate(epoch, schedule="cosine", lr=config.lr, min_lr=0, warmup_epochs=warmup, epochs=config.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = self.lr(self.done)
+            group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
         torch.stack(list(losses.values())).sum().backward()
         self.optimizer.step()
         self.done += 1
         if indices is not None:
             self.revival.count(indices)
-            if self.done % self.revive_every == 0 and self.done - 1 < _REVIVE_UNTIL * self.config.steps:
+            if self.done % self.revive_every == 0 and self.done - 1 < _REVIVE_UNTIL * config.steps:
                 self.revival.revive(features, self.optimizer)
         return losses
 
@@ -214,95 +264,29 @@ class _Training:
         kmeans_start(self.model.quantize, torch.cat(features))
         self._recent.clear()
 
-
-@dataclass(frozen=True)
-class _Folder:
-    """The output folder of a training, which ``record`` describes."""
-
-    path: Path
-    record: dict[str, Any]
-
-    def read(self) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-        """State and last figures of an earlier run of this training, None where there are none.
-
-        Raises:
-            UserError: for those of another training: code caches and models depend on a tokenizer.
-        """
-        state, metrics = None, None
-        if (self.path / METRICS).exists():
-            metrics = json.loads((self.path / METRICS).read_text())
-        if (self.path / STATE).exists():
-            try:
-                state = load_checkpoint(self.path / STATE)
-            except UserError as error:
-                log.warning("training starts from the beginning: %s", error)
-        for found in (state, metrics):
-            if found is not None:
-                self._require_same(found)
-        return state, metrics
-
-    def _require_same(self, found: dict[str, Any]) -> None:
-        before, now = self._flat(found), self._flat(self.record)
-        for name, value in now.items():
-            if name not in ("num_workers", "eval_freq") and before.get(name) != value:
-                raise UserError(
-                    f"{self.path} holds a tokenizer trained with {name} {before.get(name)}, not {value}; give another "
-                    "--output_dir, or delete this one."
-                )
-
-    def _flat(self, values: dict[str, Any]) -> dict[str, Any]:
-        values = json.loads(json.dumps({name: values.get(name) for name in self.record}))
-        return {**values["tokenizer"], **values["training"], "number of training images": values["train_images"]}
-
-    def save_tokenizer(self, model: VQModel, step: int, metrics: dict[str, float], pixels: Tensor) -> None:
-        """Write the tokenizer, its figures, and a picture of what it makes of images, uint8 (N, H, H, 3)."""
-        save_tokenizer(model, self.path / TOKENIZER)
-        write_json(self.path / METRICS, {"step": step, **self.record, **metrics})
-        save_png(reconstruction_grid(model, pixels), self.path / "reconstructions.png")
-
-    def save_state(self, state: dict[str, Any]) -> None:
-        with atomic_write(self.path / STATE) as file:
-            torch.save({**state, **self.record}, file)
-
-
-def _run(training: _Training, train_set: Subset, held_out: Tensor, folder: _Folder) -> dict[str, float]:
-    """The steps that are left, measured and saved on the way; returns the last figures."""
-    config, device = training.config, training.device
-    metrics: dict[str, float] = {
-        "train_images": len(train_set),
-        "held_out_images": len(held_out),
-        "parameters": sum(p.numel() for p in training.model.parameters()),
-    }
-    steps = range(training.first_batch(), config.steps)
-    batches = read_batches(train_set, steps, config.batch_size, config.seed, config.num_workers, device)
-    with (
-        StopSignal() as stop,
-        MetricsWriter(folder.path / "metrics.jsonl", training.done) as writer,
-        tqdm(total=config.steps, initial=training.done, desc="tokenizer", unit="step") as bar,
-    ):
-        for step, batch in zip(steps, batches, strict=True):
-            pixels = training.prepare(step, batch)
-            if step < training.done:
-                continue
-            losses = training.step(pixels)
-            bar.update()
-            done, finished = training.done, training.done == config.steps
-            measuring = finished or done % config.eval_freq == 0
-            if measuring:
-                quality = evaluate(training.model, held_out, config.batch_size)
-                seconds = training.seconds()
-                values = {name: round(float(value.detach()), 6) for name, value in losses.items()}
-                writer.write(step=done, lr=training.lr(step), **values, **quality, elapsed_sec=seconds)
-                metrics |= {**quality, "train_sec": seconds}
-                folder.save_tokenizer(training.model, done, metrics, held_out[:_PICTURES])
-            told = None if finished else stop.signal
-            if told is not None or (measuring and not finished):
-                folder.save_state(training.state())
-            if told is not None:
-                log.info("stopped at step %d of %d; run the same command again to resume", done, config.steps)
-                raise SystemExit(exit_status(told))
-    (folder.path / STATE).unlink(missing_ok=True)
-    return metrics
+    @torch.no_grad()
+    def _measure(self, losses: dict[str, Tensor], writer: MetricsWriter) -> dict[str, Any]:
+        """Measure on the held-out images; write the figures, the tokenizer and a picture; returns the figures."""
+        quality, seconds = evaluate(self.model, self.held_out, self.config.batch_size), self.seconds()
+        values = {name: round(float(value.detach()), 6) for name, value in losses.items()}
+        lr = self.optimizer.param_groups[0]["lr"]
+        writer.write(step=self.done, lr=lr, **values, **quality, elapsed_sec=seconds)
+        metrics = {
+            "step": self.done,
+            **self.described,
+            "held_out_images": len(self.held_out),
+            "parameters": sum(parameter.numel() for parameter in self.model.parameters()),
+            **quality,
+            "train_sec": seconds,
+        }
+        save_tokenizer(self.model, self.folder / TOKENIZER)
+        write_json(self.folder / METRICS, metrics)
+        originals = self.held_out[:_PICTURES]
+        made = to_uint8(self.model.decode(self.model.encode(to_float(originals))))
+        pictures = torch.cat([originals, made]).cpu()
+        grid = image_grid(pictures, len(originals), row_titles=["original", "reconstruction"])
+        save_png(grid, self.folder / "reconstructions.png")
+        return metrics
 
 
 def _losses(model: VQModel, images: Tensor, *, quantise: bool) -> tuple[dict[str, Tensor], Tensor, Tensor | None]:
@@ -342,20 +326,9 @@ def evaluate(model: VQModel, pixels: Tensor, batch_size: int) -> dict[str, float
     }
 
 
-@torch.no_grad()
-def reconstruction_grid(model: VQModel, pixels: Tensor) -> Image.Image:
-    """Originals, uint8 (N, H, H, 3) on the model's device, above what the tokenizer makes of them."""
-    reconstructed = to_uint8(model.decode(model.encode(to_float(pixels))))
-    return image_grid(torch.cat([pixels, reconstructed]).cpu(), len(pixels), row_titles=["original", "reconstruction"])
-
-
 @dataclass(frozen=True)
-class TokenizerCommand:
-    """What ``python -m tokenizers.train`` does.
-
-    Raises:
-        UserError: for settings out of their ranges, or that do not go together.
-    """
+class TokenizerCommand(DeviceConfig):
+    """What ``python -m tokenizers.train`` does. UserError for settings out of range, or that do not go together."""
 
     data_path: Path = setting(help="images: one subfolder per class, or photos.npz:train")
     output_dir: Path = setting(help="folder for the results; made if missing")
@@ -366,7 +339,6 @@ class TokenizerCommand:
     stride: int = setting(16, "pixels per token and side: 1, 2, 4, 8 or 16")
     epochs: int | None = setting(None, "passes over the training images, instead of --steps", at_least=1)
     skip_broken: bool = setting(False, "leave out images that cannot be read")
-    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
 
     def __post_init__(self) -> None:
         check(self)
@@ -402,17 +374,14 @@ def main() -> None:
     command = _parse()
     setup_logging()
     device = resolve_device(command.device)
-    config = command.training
-    dataset = open_images(command.data_path, command.img_size, command.skip_broken)
-    test_set = None
-    if command.test_path is not None:
-        test_set = open_images(command.test_path, command.img_size, command.skip_broken)
+    config, size, skip = command.training, command.img_size, command.skip_broken
+    dataset = open_images(command.data_path, size, skip)
+    test_set = None if command.test_path is None else open_images(command.test_path, size, skip)
     if command.epochs is not None:
-        held_out = held_out_count(len(dataset), config.held_out) if test_set is None else 0
-        steps = math.ceil(command.epochs * (len(dataset) - held_out) / config.batch_size)
+        train_set = split(dataset, config.held_out, config.seed)[0] if test_set is None else dataset
+        steps = math.ceil(command.epochs * len(train_set) / config.batch_size)
         config = dataclasses.replace(config, steps=steps)
-    log.info("%s", command.tokenizer)
-    log.info("%s on %s", config, device)
+    log.info("%s, %s on %s", command.tokenizer, config, device)
     torch.backends.cudnn.benchmark = True  # one shape throughout
     metrics = train_tokenizer(dataset, command.tokenizer, config, command.output_dir, device, test_set)
     print(

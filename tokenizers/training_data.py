@@ -16,28 +16,18 @@ _IN_MEMORY_BYTES = 2 * 2**30  # a data set up to this size is decoded once and k
 _HELD_OUT_MAX = 2000  # images
 
 
-def split(dataset: Images, held_out: float, seed: int) -> tuple[Subset, Subset]:
+def split(dataset: Images, held_out: float, seed: int) -> tuple[Images, Images]:
     """Training and held-out images, drawn by the seed. UserError for fewer than two images."""
     count = len(dataset)
     if count < 2:
         raise UserError(f"{count} image(s) are too few: some train the tokenizer and others measure it.")
-    kept = held_out_count(count, held_out)
+    kept = min(max(1, round(held_out * count)), _HELD_OUT_MAX, count - 1)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed)).tolist()
     return Subset(dataset, order[kept:]), Subset(dataset, order[:kept])  # type: ignore[arg-type]
 
 
-def held_out_count(count: int, share: float) -> int:
-    """How many of ``count`` images are held out."""
-    return min(max(1, round(share * count)), _HELD_OUT_MAX, count - 1)
-
-
-def everything(dataset: Images) -> Subset:
-    """The whole data set as its own subset."""
-    return Subset(dataset, range(len(dataset)))  # type: ignore[arg-type]
-
-
 def read_batches(
-    train_set: Subset, steps: range, batch_size: int, seed: int, num_workers: int, device: torch.device
+    train_set: Images, steps: range, batch_size: int, seed: int, num_workers: int, device: torch.device
 ) -> Iterator[Tensor]:
     """The uint8 batches (B, H, H, 3) of these steps, on the device; every image comes once before any comes again.
 

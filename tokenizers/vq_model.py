@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import OrderedDict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -51,12 +51,10 @@ class VQConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
-        for name in ("base_width", "res_blocks", "z_channels", "codebook_size", "code_dim"):
-            value = getattr(self, name)
-            if not _is_positive_int(value):
-                raise UserError(f"Tokenizer {name} {value!r} must be a positive integer.")
-        if not self.multipliers or not all(_is_positive_int(m) for m in self.multipliers):
-            raise UserError(f"Tokenizer multipliers {self.multipliers!r} must be positive integers, one per level.")
+        for name, value in vars(self).items():
+            numbers = value if isinstance(value, tuple) else (value,)
+            if not numbers or not all(type(number) is int and number > 0 for number in numbers):
+                raise UserError(f"Tokenizer {name} {value!r} can't be used: it takes positive integers.")
         if self.base_width % 4:
             raise UserError(
                 f"Tokenizer base_width {self.base_width} must be a multiple of 4 (channels per norm group)."
@@ -66,10 +64,6 @@ class VQConfig:
     def stride(self) -> int:
         """Pixels per token along one side."""
         return 2 ** (len(self.multipliers) - 1)
-
-
-def _is_positive_int(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 class VQModel(nn.Module):
@@ -84,12 +78,10 @@ class VQModel(nn.Module):
         self.quantize = Codebook(config.codebook_size, config.code_dim)
         self.quant_conv = nn.Conv2d(config.z_channels, config.code_dim, 1)
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.z_channels, 1)
-        for module in self.modules():
-            # Residual branches start at zero: training is faster by far when every block begins as the identity.
-            if isinstance(module, ResBlock | Attention):
-                last = module.conv2 if isinstance(module, ResBlock) else module.proj_out
-                nn.init.zeros_(last.weight)
-                nn.init.zeros_(cast(Tensor, last.bias))
+        # Residual branches start at zero: training is faster by far when every block begins as the identity.
+        for name, parameter in self.named_parameters():
+            if ".conv2." in name or ".proj_out." in name:
+                nn.init.zeros_(parameter)
 
     def encode(self, images: Tensor) -> Tensor:
         """Square images (B, 3, H, H), floating point in [-1, 1] → code indices (B, L) int64 in raster order.
@@ -114,12 +106,11 @@ class VQModel(nn.Module):
     def features(self, images: Tensor) -> Tensor:
         """Images as in :meth:`encode` → unit vectors (B, L, K) before quantisation, raster order, at least float32."""
         shape = tuple(images.shape)
-        if images.ndim != 4 or shape[1] != 3 or not images.is_floating_point():
-            raise UserError(f"Images must be floating point (B, 3, H, W), not {images.dtype} of shape {shape}.")
-        if shape[2] != shape[3] or shape[2] % self.stride or shape[2] == 0:
+        floating = images.ndim == 4 and shape[1] == 3 and images.is_floating_point()
+        if not floating or shape[2] != shape[3] or shape[2] % self.stride or shape[2] == 0:
             raise UserError(
-                f"Images of {shape[2]}×{shape[3]} pixels can't be encoded; this tokenizer takes square ones with a "
-                f"side that is a multiple of {self.stride}."
+                f"Images {shape} of {images.dtype} can't be encoded; this tokenizer takes floating-point ones "
+                f"(B, 3, H, H) with a side H that is a multiple of {self.stride}."
             )
         return _unit(self.quant_conv(self.encoder(images)).flatten(2).transpose(1, 2))
 
@@ -227,18 +218,15 @@ class Level(nn.Module):
         super().__init__()
         self.res = nn.ModuleList(ResBlock(width_in if i == 0 else width_out, width_out) for i in range(blocks))
         self.attn = nn.ModuleList(Attention(width_out) for _ in range(blocks if attention else 0))
-        self.downsample = Downsample(width_out) if downsample else None
-        self.upsample = Upsample(width_out) if upsample else None
+        self.downsample = _downsample(width_out) if downsample else nn.Identity()
+        self.upsample = _upsample(width_out) if upsample else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         for i, res in enumerate(self.res):
             x = res(x)
             if self.attn:
                 x = self.attn[i](x)
-        for resample in (self.downsample, self.upsample):
-            if resample is not None:
-                x = resample(x)
-        return x
+        return self.upsample(self.downsample(x))
 
 
 class ResBlock(nn.Module):
@@ -250,12 +238,12 @@ class ResBlock(nn.Module):
         self.conv1 = nn.Conv2d(width_in, width_out, 3, padding=1)
         self.norm2 = _norm(width_out)
         self.conv2 = nn.Conv2d(width_out, width_out, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else None
+        self.nin_shortcut = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(F.silu(self.norm2(h)))
-        return h + (x if self.nin_shortcut is None else self.nin_shortcut(x))
+        return h + self.nin_shortcut(x)
 
 
 class Attention(nn.Module):
@@ -277,28 +265,6 @@ class Attention(nn.Module):
         return x + self.proj_out(attended)
 
 
-class Downsample(nn.Module):
-    """Halve the sides: zeros on the right and the bottom, then a 3×3 convolution of stride 2."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    """Double the sides: repeat every pixel, then a 3×3 convolution."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(width, width, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
 @contextlib.contextmanager
 def exact_precision() -> Iterator[None]:
     """Float32 without TF32 or autotuning: the nearest of thousands of codes must not depend on a choice of kernels."""
@@ -308,6 +274,18 @@ def exact_precision() -> Iterator[None]:
 
 def _middle(width: int) -> nn.ModuleList:
     return nn.ModuleList([ResBlock(width, width), Attention(width), ResBlock(width, width)])
+
+
+def _downsample(width: int) -> nn.Sequential:
+    """Halve the sides: zeros on the right and the bottom, then a 3×3 convolution of stride 2."""
+    conv = nn.Conv2d(width, width, 3, stride=2)
+    return nn.Sequential(OrderedDict(pad=nn.ZeroPad2d((0, 1, 0, 1)), conv=conv))
+
+
+def _upsample(width: int) -> nn.Sequential:
+    """Double the sides: repeat every pixel, then a 3×3 convolution."""
+    conv = nn.Conv2d(width, width, 3, padding=1)
+    return nn.Sequential(OrderedDict(repeat=nn.Upsample(scale_factor=2.0, mode="nearest"), conv=conv))
 
 
 def _norm(width: int) -> nn.GroupNorm:

@@ -18,9 +18,7 @@ def center_crop_arr(image: Image.Image, size: int) -> Image.Image:
 
     The picture is halved by a box filter while its short side is at least ``2 * size``, resized bicubically until the
     short side is ``size``, and cut. Byte for byte the published one, which the reference statistics were made with.
-
-    Raises:
-        UserError: when ``size`` is not positive.
+    UserError when ``size`` is not positive.
     """
     if size < 1:
         raise UserError(f"Crop size {size} must be at least 1 pixel.")

@@ -7,8 +7,10 @@ function here still works.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import itertools
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -17,12 +19,20 @@ from typing import TypeVar
 import torch
 import torch.distributed as torch_dist
 
+from util.config import setting
 from util.errors import UserError
 
 T = TypeVar("T")
 
 TIMEOUT = timedelta(minutes=30)  # of a collective; rank 0 does what takes longer in Dist.on_main
 _calls = itertools.count()  # of on_main, the same in all processes
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeviceConfig:
+    """Where a command computes."""
+
+    device: str = setting("auto", "auto, cpu, cuda or cuda:N")
 
 
 @dataclass(frozen=True)
@@ -57,11 +67,7 @@ class Dist:
 
     def broadcast(self, value: T) -> T:
         """Rank 0's ``value`` on every process. For small plain objects."""
-        if self.world_size == 1:
-            return value
-        box = [value]
-        torch_dist.broadcast_object_list(box, src=0)
-        return box[0]
+        return self.gather(value)[0]
 
     def on_main(self, function: Callable[[], T]) -> T:
         """Run ``function`` on rank 0; every process gets its result (a small plain object) or its UserError.
@@ -70,7 +76,7 @@ class Dist:
         """
         if self.world_size == 1:
             return function()
-        key = f"on_main: {_restarts()} {next(_calls)}"
+        key = f"on_main: {next(_calls)}"
         result, message = None, None
         if self.is_main:
             try:
@@ -87,18 +93,12 @@ class Dist:
 
 
 def resolve_device(name: str = "auto", local_rank: int = 0) -> torch.device:
-    """``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``.
-
-    Raises:
-        UserError: for any other name, or a GPU that is not there.
-    """
+    """``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``; UserError for others, or a missing GPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    device: torch.device | None = None
-    with contextlib.suppress(RuntimeError):  # of another name
-        device = torch.device(name)
-    if device is None or device.type not in ("cpu", "cuda"):
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise UserError(f"the device {name!r} can't be used; name auto, cpu, cuda or cuda:N.")
+    device = torch.device(name)
     if device.type == "cuda":
         count = torch.cuda.device_count()
         if device.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
@@ -111,15 +111,11 @@ def resolve_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     return device
 
 
-def _connect(timeout: timedelta = timedelta(minutes=5)) -> torch_dist.TCPStore:
-    """The store in which the processes of a run find each other."""
+def _connect(timeout: timedelta = timedelta(minutes=5)) -> torch_dist.Store:
+    """The store in which the processes of a run find each other; torchrun keeps it when it restarts them."""
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    return torch_dist.TCPStore(address, port, is_master=False, timeout=timeout)
-
-
-def _restarts() -> str:
-    """How often torchrun has restarted the processes, which keep the store."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    store = torch_dist.TCPStore(address, port, is_master=False, timeout=timeout)
+    return torch_dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
 
 
 def _wait_for(key: str) -> None:
@@ -134,7 +130,7 @@ def _wait_for(key: str) -> None:
 def said_already(line: str) -> bool:
     """Whether another process of this run has asked about the same line; False where the store can't be reached."""
     try:
-        return _connect(timedelta(seconds=5)).add(f"said: {_restarts()} {line}", 1) > 1
+        return _connect(timedelta(seconds=5)).add(f"said: {line}", 1) > 1
     except (KeyError, ValueError, RuntimeError):
         return False
 
@@ -149,10 +145,13 @@ def distributed(device: str = "auto") -> Iterator[Dist]:
     rank = int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     resolved = resolve_device(device, local_rank)
-    if resolved.type == "cuda":
+    cuda = resolved.type == "cuda"
+    if cuda:
         torch.cuda.set_device(resolved)
     if world_size > 1:
-        cuda = resolved.type == "cuda"
+        # Torch imports it sooner or later; after the group is there it would keep the group, whose threads then abort
+        # a program that is ending.
+        importlib.import_module("torch._dynamo")
         torch_dist.init_process_group("nccl" if cuda else "gloo", timeout=TIMEOUT, device_id=resolved if cuda else None)
     yield Dist(rank, world_size, resolved)
     # Not after an exception: leaving waits for the other processes, which may be in a collective. torchrun ends them.

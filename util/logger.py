@@ -7,7 +7,6 @@ import logging
 import math
 import sys
 from pathlib import Path
-from types import TracebackType
 
 from util.files import atomic_write
 
@@ -24,13 +23,6 @@ def setup_logging(rank: int = 0) -> None:
     )
     for name in ("httpx", "httpx2"):  # the hub's client logs every request
         logging.getLogger(name).setLevel(logging.WARNING)
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return math.inf  # cut off or garbled by a crash
 
 
 class MetricsWriter:
@@ -54,12 +46,13 @@ class MetricsWriter:
         if self._file is not None:
             self._file.write(json.dumps(values) + "\n")
 
-    def __enter__(self) -> MetricsWriter:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        self.close()
-
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return math.inf  # cut off or garbled by a crash

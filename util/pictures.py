@@ -11,7 +11,6 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from util.errors import UserError
 from util.files import atomic_write
 
 _GAP = 4  # pixels between cells of a grid
@@ -51,19 +50,10 @@ def image_grid(
         images: uint8 (N, H, W, 3), N ≥ 1; tiny ones are enlarged by a whole factor without smoothing.
         columns: pictures per row.
         labels: a text under each picture. Columns widen up to twice a picture's width to fit it; what is longer is cut.
-        row_titles: texts left of the rows.
-
-    Raises:
-        UserError: when ``columns`` is below 1 or a list of texts has the wrong length.
+        row_titles: a text left of each row.
     """
     pixels = np.asarray(images)
-    if columns < 1 or len(pixels) == 0:
-        raise UserError(f"a grid of {len(pixels)} images in {columns} columns cannot be drawn; give at least 1.")
     rows = -(-len(pixels) // columns)
-    for name, texts, count in (("labels", labels, len(pixels)), ("row titles", row_titles, rows)):
-        if texts is not None and len(texts) != count:
-            raise UserError(f"the grid got {len(texts)} {name} and needs {count}.")
-
     factor = max(1, -(-_MIN_CELL // max(pixels.shape[1:3])))
     height, width = pixels.shape[1] * factor, pixels.shape[2] * factor
     font = ImageFont.load_default(_FONT_SIZE)

@@ -2,33 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 
-def plot_loss(lines: Sequence[dict[str, Any]], path: Path, vocab_size: int | None = None) -> None:
-    """Draw the training loss over the epochs.
+def plot_curves(path: Path, curves: Mapping[str, Sequence[Any]], xlabel: str, ylabel: str, log_x: bool = False) -> None:
+    """Draw curves, by their label: (x, y), or (x, y, deviation) with error bars, sequences of one length each."""
+    from matplotlib.figure import Figure  # takes a second
 
-    Args:
-        lines: of `metrics.jsonl`, with `epoch` and `loss`.
-        vocab_size: number of codes; a line then shows ln V, the loss of guessing.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(7, 3.5), layout="constrained")
-    axis.plot([line["epoch"] for line in lines], [line["loss"] for line in lines])
-    if vocab_size is not None:
-        axis.axhline(math.log(vocab_size), color="grey", linestyle=":")
-        text = f"ln {vocab_size}: guessing"
-        place = ("axes fraction", "data")
-        axis.annotate(text, (1, math.log(vocab_size)), (-4, -4), place, "offset points", ha="right", va="top")
-    axis.set_xlabel("epoch")
-    axis.set_ylabel("cross-entropy per token, nats")
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    axis = figure.subplots()
+    for label, curve in curves.items():
+        axis.errorbar(*curve, label=label)
+    if log_x:
+        axis.set_xscale("log", base=2)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
     axis.grid(alpha=0.3)
+    figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)

@@ -1,100 +1,65 @@
-"""The page of the results: tables, plots and the answers to the experiment's questions, from the JSON alone."""
+"""The page of the results: answers, tables and curves, from the JSON alone.
+
+The figures are a list of rows, one per cell of the sweep: plain dicts with the fields of
+:class:`experiments.cifar10.sweep.Cell` and what was measured.
+"""
 
 from __future__ import annotations
 
-import statistics
-from collections.abc import Iterable, Sequence
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
-from experiments.cifar10.scales import ABLATION_STEPS, IMG_SIZE, PUBLISHED_ABLATION, STRIDE
-from experiments.cifar10.sweep import DEFAULT_PROXIMITY, DEFAULT_REPULSION
+from experiments.cifar10.scales import ABLATION_STEPS, IMG_SIZE, NAMES, PUBLISHED_ABLATION, STRIDE
+from util.plots import plot_curves
 
 PICTURES = "images"  # folder beside the page
-NAMES = {
-    "lpd": "locality-aware",
-    "random": "random",
-    "halton": "Halton",
-    "raster": "raster",
-    "par": "region-parallel",
-    "zipar": "diagonal",
-    "nar": "neighbouring",
-    "lpd_near_only": "near context only",
-    "lpd_far_only": "far apart only",
-}
-FORMS = {"frechet_distance": ".3f", "class_accuracy": ".1%", "sec_per_image": ".5f", "fid": ".2f"}
-
-Results = dict[str, Any]
+Rows = Sequence[dict[str, Any]]
 
 
-def values(
-    results: Results, figure: str, order: str, steps: int, kinds: Sequence[str] = ("table", "repeat")
-) -> list[float]:
-    """One figure of an order at a number of steps, over the seeds that were measured."""
-    return [
-        row[figure]
-        for row in results["cells"]
-        if row["kind"] in kinds and (row["order"], row["steps"]) == (order, steps) and row.get(figure) is not None
-    ]
+def chosen(rows: Rows, *kinds: str) -> Rows:
+    """The rows of these kinds of cells."""
+    return [row for row in rows if row["kind"] in kinds]
+
+
+def ablation(rows: Rows) -> Rows:
+    """The locality-aware order with other thresholds, and the row of the table with the default ones."""
+    steps = ("lpd", ABLATION_STEPS)
+    found = [row for row in chosen(rows, "table", "ablation") if (row["order"], row["steps"]) == steps]
+    return found if chosen(found, "ablation") else []
+
+
+def distances(rows: Rows, order: str, steps: int) -> list[float]:
+    """Fréchet distance of an order at a number of steps, over the seeds that were measured."""
+    found = chosen(rows, "table", "repeat")
+    return [row["frechet_distance"] for row in found if (row["order"], row["steps"]) == (order, steps)]
 
 
 def spread(numbers: Sequence[float]) -> float:
     """Standard deviation over seeds; 0 for fewer than two."""
-    return statistics.stdev(numbers) if len(numbers) > 1 else 0.0
+    return stdev(numbers) if len(numbers) > 1 else 0.0
 
 
-def quality_within_five_percent(results: Results) -> tuple[str, bool | None]:
-    """Does the locality-aware order at 20 steps stay within 5 % of its distance at 256 steps?"""
-    few, many = (values(results, "frechet_distance", "lpd", steps) for steps in (20, 256))
-    question = "Locality-aware, 20 steps within 5 % of the Fréchet distance at 256 steps"
-    if not few or not many:
-        return f"{question}: not measured", None
-    ratio = statistics.mean(few) / statistics.mean(many)
-    detail = f"{statistics.mean(few):.3f} against {statistics.mean(many):.3f}, {ratio - 1:+.1%}"
-    return f"{question}: {detail}", ratio <= 1.05
-
-
-def better_than_rivals(results: Results) -> list[tuple[str, bool | None]]:
-    """Is it better than random and Halton at 8 to 32 steps, by more than both standard deviations together?"""
-    answers: list[tuple[str, bool | None]] = []
-    for steps in sorted((s for s in results["settings"]["steps"] if 8 <= s <= 32), reverse=True):
-        ours = values(results, "frechet_distance", "lpd", steps)
-        for rival in ("random", "halton"):
-            theirs = values(results, "frechet_distance", rival, steps)
+def answers(rows: Rows) -> Iterator[tuple[str, str, bool]]:
+    """(what was expected, what was found, whether it holds), as far as it has been measured."""
+    few, many = distances(rows, "lpd", 20), distances(rows, "lpd", 256)
+    if few and many:
+        question = "Locality-aware, 20 steps within 5 % of the Fréchet distance at 256 steps"
+        found = f"{mean(few):.3f} against {mean(many):.3f}, {mean(few) / mean(many) - 1:+.1%}"
+        yield question, found, mean(few) <= 1.05 * mean(many)
+    for steps, rival in itertools.product((32, 20, 16, 12, 8), ("random", "halton")):
+        ours, theirs = distances(rows, "lpd", steps), distances(rows, rival, steps)
+        if min(len(ours), len(theirs)) > 1:
+            gain, noise = mean(theirs) - mean(ours), spread(ours) + spread(theirs)
             question = f"Locality-aware better than {NAMES[rival]} at {steps} steps by more than the spread"
-            if min(len(ours), len(theirs)) < 2:
-                answers.append((f"{question}: not measured with two seeds", None))
-                continue
-            gain, noise = statistics.mean(theirs) - statistics.mean(ours), spread(ours) + spread(theirs)
-            answers.append((f"{question}: better by {gain:.3f}, spread {noise:.3f}", gain > noise))
-    return answers
-
-
-def ablation(results: Results) -> dict[tuple[int, float], float]:
-    """Fréchet distance by (repulsion, proximity), the first seed's."""
-    found = {
-        (row["repulsion"], row["proximity"]): row["frechet_distance"]
-        for row in results["cells"]
-        if row["kind"] == "ablation"
-    }
-    default = values(results, "frechet_distance", "lpd", ABLATION_STEPS, ("table",))
-    return found | {(DEFAULT_REPULSION, DEFAULT_PROXIMITY): default[0]} if default and found else found
-
-
-def published_thresholds_best(results: Results) -> tuple[str, bool | None]:
-    """Are the paper's thresholds the best ones, or no further from them than two seeds are from each other?"""
-    distances = ablation(results)
-    question = "Repulsion {} and proximity {:g} best at 20 steps".format(*PUBLISHED_ABLATION)
-    if PUBLISHED_ABLATION not in distances:
-        return f"{question}: not measured", None
-    best = min(distances, key=lambda pair: distances[pair])
-    behind = distances[PUBLISHED_ABLATION] - distances[best]
-    noise = spread(values(results, "frechet_distance", "lpd", ABLATION_STEPS))
-    return (
-        f"{question}, or behind by no more than the spread of seeds: the best is repulsion {best[0]}, proximity "
-        f"{best[1]:g}, the published ones are behind by {behind:.3f}, spread {noise:.3f}",
-        behind <= noise,
-    )
+            yield question, f"better by {gain:.3f}, spread {noise:.3f}", gain > noise
+    found_at = {(row["repulsion"], row["proximity"]): row["frechet_distance"] for row in ablation(rows)}
+    if PUBLISHED_ABLATION in found_at:
+        behind, noise = found_at[PUBLISHED_ABLATION] - min(found_at.values()), spread(few)
+        question = "Repulsion {} and proximity {:g} best, or behind by no more than the spread of seeds"
+        yield question.format(*PUBLISHED_ABLATION), f"behind by {behind:.3f}, spread {noise:.3f}", behind <= noise
 
 
 def table(heads: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
@@ -103,168 +68,92 @@ def table(heads: Iterable[object], rows: Iterable[Iterable[object]]) -> str:
     return "\n".join([lines[0], "|---" * len(list(heads)) + "|", *lines[1:]])
 
 
-def show(number: float | None, figure: str) -> str:
-    """A number in the form of its figure, or a dash where there is none."""
-    return "–" if number is None else format(number, FORMS[figure])
+def show(values: Sequence[float], form: str) -> str:
+    """The mean, ± the standard deviation where there are several, or a dash where there is none."""
+    deviation = f" ± {stdev(values):{form}}" if len(values) > 1 else ""
+    return f"{mean(values):{form}}{deviation}" if values else "–"
 
 
-def answers_table(results: Results) -> str:
-    """Every expectation with what was found."""
-    answers = [quality_within_five_percent(results), *better_than_rivals(results), published_thresholds_best(results)]
-    words = {True: "**holds**", False: "**does not hold**", None: "–"}
-    return table(("expected", "found", ""), ((*text.split(": ", 1), words[holds]) for text, holds in answers))
+def pivot(rows: Rows, figure: str, form: str, down: str = "order", across: str = "steps") -> str:
+    """A table of one figure by two other columns of the rows."""
+    numbers: dict[Any, dict[Any, list[float]]] = {}
+    for row in rows:
+        if row.get(figure) is not None:
+            numbers.setdefault(row[down], {}).setdefault(row[across], []).append(row[figure])
+
+    columns = sorted({column for line in numbers.values() for column in line}, reverse=across == "steps")
+    lines = ([NAMES.get(name, name), *(show(line.get(c, []), form) for c in columns)] for name, line in numbers.items())
+    return table((f"{down} \\ {across}", *columns), lines)
 
 
-def quality_table(results: Results, figure: str, kinds: Sequence[str] = ("table", "repeat")) -> str:
-    """Orders × steps of one figure, mean ± standard deviation where there are several seeds."""
-
-    def cell(order: str, steps: int) -> str:
-        numbers = values(results, figure, order, steps, kinds)
-        deviation = f" ± {show(spread(numbers), figure)}" if len(numbers) > 1 else ""
-        return show(statistics.mean(numbers) if numbers else None, figure) + deviation
-
-    steps, orders = results["settings"]["steps"], results["settings"]["orders"]
-    return table(("order", *steps), ((NAMES[order], *(cell(order, count) for count in steps)) for order in orders))
-
-
-def own_steps_table(results: Results) -> str:
-    heads = ("order", "own steps", "Fréchet distance", "class accuracy", "seconds per image")
-    figures = ("frechet_distance", "class_accuracy", "sec_per_image")
-    rows = [row for row in results["cells"] if row["kind"] == "own"]
-    return table(heads, ((NAMES[r["order"]], r["steps"], *(show(r[name], name) for name in figures)) for r in rows))
-
-
-def ablation_table(results: Results) -> str:
-    found = ablation(results)
-    repulsions, proximities = (sorted(set(thresholds)) for thresholds in zip(*found, strict=True))
-
-    def cells(repulsion: int) -> list[str]:
-        return [show(found.get((repulsion, proximity)), "frechet_distance") for proximity in proximities]
-
-    heads = ("repulsion", *(f"proximity {proximity:g}" for proximity in proximities))
-    return table(heads, ((repulsion, *cells(repulsion)) for repulsion in repulsions))
-
-
-def guidance_table(results: Results) -> str:
-    cfgs, rows = results["settings"]["cfgs"], []
-    tuned = {(row["order"], row["cfg"]): row["frechet_distance"] for row in results["cells"] if row["kind"] == "tuning"}
-    for order in results["settings"]["orders"]:
-        found = {cfg: tuned[order, cfg] for cfg in cfgs if (order, cfg) in tuned}
-        best = f"{min(found, key=lambda cfg: found[cfg]):g}" if len(found) == len(cfgs) else "–"
-        rows.append((NAMES[order], *(f"{found[cfg]:.2f}" if cfg in found else "–" for cfg in cfgs), best))
-    return table(("order", *(f"{cfg:g}" for cfg in cfgs), "chosen"), rows)
-
-
-def floors_table(results: Results) -> str:
-    heads = ("scored against the test photos", "features", "Fréchet distance", "read as their class")
-    names = {"train": "training photos", "reconstructed": "test photos through the tokenizer"}
-    rows = []
-    for key, floor in results["floors"].items():
-        figures = (show(floor.get(name), name) for name in ("frechet_distance", "class_accuracy"))
-        rows.append((names[key.partition("_")[2]], floor["extractor"], *figures))
-    return table(heads, rows)
-
-
-def page(results: Results) -> str:
+def page(results: dict[str, Any]) -> str:
     """The whole page as Markdown, in figures taken from ``results`` alone."""
-    return "\n\n".join([*_introduction(results), *_measurements(results), *_training(results)]) + "\n"
-
-
-def _introduction(results: Results) -> list[str]:
-    """Paragraphs: what was expected, what was found, under which conditions."""
-    scale, data, environment = results["settings"], results["data"], results["environment"]
+    scale, data, environment, rows = (results[key] for key in ("settings", "data", "environment", "cells"))
+    tokenizer, training, model, seconds = (results[key] for key in ("tokenizer", "training", "model", "stage_sec"))
     packages = ", ".join(f"{name} {version}" for name, version in environment["packages"].items())
-    warning = f"**A test run with {scale['subset']} photos and tiny models: no figure here means anything.**"
-    return [
-        "# Quality against steps, on photographs",
-        *([] if scale["subset"] is None else [warning]),
+    stages = ", ".join(f"{name} {sec:.0f}" for name, sec in seconds.items())
+    paragraphs = ["# Quality against steps, on photographs"]
+    if scale["subset"] is not None:
+        paragraphs += [f"**A test run with {scale['subset']} photos and tiny models: no figure here means anything.**"]
+    paragraphs += [
         "Written by [`experiments/cifar10`](../experiments/cifar10/README.md) from the measurements; the questions and "
         "what counts as an answer were fixed before them.",
-        answers_table(results),
+        table(
+            ("expected", "found", ""),
+            ((*texts, "**holds**" if holds else "**does not hold**") for *texts, holds in answers(rows)),
+        ),
         f"{data['train']['images']:,} training and {data['test']['images']:,} test photos of {IMG_SIZE}×{IMG_SIZE} "
         f"pixels ({data['train']['source']}). {scale['num_images']:,} images per cell; ± is the standard deviation "
-        f"over {len(scale['seeds'])} seeds of generation, where there are several, with one trained model. "
-        f"{environment['device']}, Python {environment['python']}, {packages}; {results['date'][:10]}.",
+        f"over {len(scale['seeds'])} seeds of generation, where there are several, with one trained model. Tokenizer "
+        f"of stride {STRIDE}: PSNR {tokenizer['psnr_db']:.2f} dB on the test photos, {tokenizer['codebook_share']:.1%} "
+        f"of {tokenizer['tokenizer']['codebook_size']} codes in use. The classifier reads "
+        f"{results['classifier']['test_accuracy']:.2%} of the test photos right. LPD: width {model['embed_dim']}, "
+        f"depth {model['depth']}, {training['epochs']} epochs, final loss {training['final_loss']:.3f}. "
+        f"{environment['device']}, Python {environment['python']}, {packages}; {results['date'][:10]}. "
+        f"Seconds of the stages: {stages}.",
+        "31 and 46 steps are the groups of those orders' own papers; at other steps all orders have the same groups.",
     ]
-
-
-def _measurements(results: Results) -> list[str]:
-    scale, kinds = results["settings"], {row["kind"] for row in results["cells"]}
-    paragraphs = [
-        "## Fréchet distance",
-        "Between generated images and the test photos, in the features of the classifier below; lower is better.",
-        quality_table(results, "frechet_distance"),
-        f"![Quality against steps]({PICTURES}/cifar10_quality.png)",
-        "## Read as the class asked for",
-        quality_table(results, "class_accuracy"),
-        "## Seconds per image",
-        f"Generating and decoding, batches of {scale['eval_bsz']:,}, decode path `{results['decode_path']}`.",
-        quality_table(results, "sec_per_image", ("table",)),
-    ]
-    if "own" in kinds:
-        text = "All orders are cut into the same group sizes above. These take the groups of their own papers:"
-        paragraphs += [text, own_steps_table(results)]
-    if "fid" in kinds:
-        paragraphs += ["## FID", "Inception's features, one seed.", quality_table(results, "fid", ("fid",))]
-    if "ablation" in kinds:
-        text = f"Fréchet distance of the locality-aware order at {ABLATION_STEPS} steps, one seed."
-        paragraphs += ["## Repulsion and proximity", text, ablation_table(results)]
-    return [
-        *paragraphs,
-        "## What is possible",
-        floors_table(results),
-        "## Guidance",
-        f"Tuned once per order: the scale of least Fréchet distance over {scale['tuning_images']:,} images at "
-        f"{scale['tuning_steps']} steps, with seed {scale['tuning_seed']}, which no other cell has.",
-        guidance_table(results),
-    ]
-
-
-def _training(results: Results) -> list[str]:
-    tokenizer, training, model, seconds = (results[key] for key in ("tokenizer", "training", "model", "stage_sec"))
-    stages = ", ".join(f"{name.replace('_', ' ')} {sec:.0f}" for name, sec in seconds.items())
-    return [
-        "## Training",
-        f"- Tokenizer, stride {STRIDE}: PSNR {tokenizer['psnr_db']:.2f} dB on "
-        f"the test photos, {tokenizer['codebook_share']:.1%} of {tokenizer['tokenizer']['codebook_size']} codes in use "
-        f"(perplexity {tokenizer['codebook_perplexity']:.0f}).\n"
-        f"- Classifier: reads {results['classifier']['test_accuracy']:.2%} of the test photos right.\n"
-        f"- LPD: width {model['embed_dim']}, depth {model['depth']}; final loss {training['final_loss']:.3f}, "
-        f"{training['images_per_sec']:,.0f} images per second in training (median).\n"
-        f"- Seconds of the stages: {stages}; {sum(seconds.values()):.0f} in all.",
-        f"![Training loss]({PICTURES}/cifar10_loss.png)",
-        "## Samples",
-        "Locality-aware, 256 steps:",
-        f"![256 steps]({PICTURES}/cifar10_samples_256.png)",
-        "Locality-aware, 20 steps:",
-        f"![20 steps]({PICTURES}/cifar10_samples_20.png)",
-    ]
-
-
-def plot_quality(results: Results, path: Path) -> None:
-    """Fréchet distance and class accuracy against steps, a line per order."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(12, 4.5), layout="constrained")
-    for axis, name, label in (
-        (axes[0], "frechet_distance", "Fréchet distance"),
-        (axes[1], "class_accuracy", "read as the class asked for"),
+    reported = chosen(rows, "table", "repeat", "own")
+    for title, found, figure, form in (
+        ("Fréchet distance to the test photos, in the classifier's features", reported, "frechet_distance", ".3f"),
+        ("Read as the class asked for", reported, "class_accuracy", ".1%"),
+        (f"Seconds per image, batches of {scale['eval_bsz']:,}", reported, "sec_per_image", ".5f"),
+        ("FID, one seed", chosen(rows, "fid"), "fid", ".2f"),
     ):
-        for order in results["settings"]["orders"]:
-            found = {steps: values(results, name, order, steps) for steps in results["settings"]["steps"]}
-            found = {steps: numbers for steps, numbers in found.items() if numbers}
-            means = [statistics.mean(numbers) for numbers in found.values()]
-            bars = [spread(numbers) for numbers in found.values()]
-            width = 2.5 if order == "lpd" else 1.2
-            axis.errorbar(list(found), means, bars, marker="o", markersize=3, linewidth=width, label=NAMES[order])
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(results["settings"]["steps"], map(str, results["settings"]["steps"]))
-        axis.set_xlabel("decoding steps")
-        axis.set_ylabel(label)
-        axis.grid(alpha=0.3)
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside right upper", fontsize=9)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+        if found:
+            paragraphs += [f"## {title}", pivot(found, figure, form)]
+    thresholds = pivot(ablation(rows), "frechet_distance", ".3f", "repulsion", "proximity")
+    guidance = pivot(chosen(rows, "tuning"), "frechet_distance", ".2f", across="cfg")
+    figures = {"frechet_distance": ".3f", "class_accuracy": ".1%"}
+    floors = (
+        (name, floor["extractor"], *(show([floor[f]] if f in floor else [], form) for f, form in figures.items()))
+        for name, floor in results["floors"].items()
+    )
+    return "\n\n".join(
+        [
+            *paragraphs,
+            f"![Quality against steps]({PICTURES}/cifar10_quality.png)",
+            f"## Fréchet distance by thresholds, locality-aware, {ABLATION_STEPS} steps, one seed",
+            thresholds,
+            "## What is possible: real photos, and photos through the tokenizer",
+            table(("photos", "features", "Fréchet distance", "read as their class"), floors),
+            f"## Fréchet distance by guidance, {scale['tuning_images']:,} images, {scale['tuning_steps']} steps, seed "
+            f"{scale['tuning_seed']}: the least was chosen for each order",
+            guidance,
+            f"![Training loss]({PICTURES}/cifar10_loss.png)",
+            *(f"![Locality-aware, {n} steps]({PICTURES}/cifar10_samples_{n}.png)" for n in (256, 20)),
+        ]
+    ) + "\n"  # fmt: skip
+
+
+def plot(results: dict[str, Any], folder: Path) -> None:
+    """Fréchet distance against steps, a line per order; and the training loss."""
+    curves, rows = {}, results["cells"]
+    for order in dict.fromkeys(row["order"] for row in chosen(rows, "table")):
+        found = {steps: distances(rows, order, steps) for steps in results["settings"]["steps"]}
+        found = {steps: numbers for steps, numbers in found.items() if numbers}
+        curves[NAMES[order]] = (list(found), [*map(mean, found.values())], [*map(spread, found.values())])
+    plot_curves(folder / "cifar10_quality.png", curves, "decoding steps", "Fréchet distance", log_x=True)
+    lines = results["training"]["loss_curve"]
+    loss = [line["epoch"] for line in lines], [line["loss"] for line in lines]
+    plot_curves(folder / "cifar10_loss.png", {"training loss": loss}, "epoch", "cross-entropy per token, nats")

@@ -10,68 +10,60 @@ from __future__ import annotations
 import datetime
 import json
 import shutil
-import statistics
 from dataclasses import asdict
 from pathlib import Path
 
-from experiments.cifar10.page import PICTURES, Results, page, plot_quality
+from experiments.cifar10.page import PICTURES, chosen, page, plot
 from experiments.cifar10.scales import IMG_SIZE, Scale
-from experiments.cifar10.sweep import cell_of, finished_rows
+from experiments.cifar10.sweep import finished_rows
 from util.checkpoint import load_checkpoint
 from util.cli import Parser, exit_on_user_error
 from util.data.images import open_images
 from util.errors import UserError
-from util.files import sha256, write_json
-from util.plots import plot_loss
+from util.files import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, PAGE = "cifar10.json", "cifar10.md"
-CURVE_POINTS = 400
 
 
-def collect(out: Path, scale: Scale, seconds: dict[str, float], data: tuple[str, str]) -> Results:
-    """Everything measured in an output folder, as plain data. UserError if the sweep has no results yet."""
-    cells = list(finished_rows(out, scale))
-    if not cells:
+def write_report(out: Path, scale: Scale, seconds: dict[str, float], data: tuple[str, str]) -> None:
+    """Collect everything measured in an output folder into its subfolder ``report``, with page and plots."""
+    rows = finished_rows(out, scale)
+    if not rows:
         raise UserError(f"{out} has no evaluated cells yet; run the stage sweep before the report.")
+    first = json.loads((out / "eval" / rows[0]["name"] / "results.json").read_text())
     lines = [json.loads(line) for line in (out / "lpd" / "metrics.jsonl").read_text().splitlines()]
-    curve = [{name: line[name] for name in ("step", "epoch", "loss")} for line in lines]
-    train, test = (open_images(path, IMG_SIZE) for path in data)
-    return {
+    images = {name: open_images(path, IMG_SIZE) for name, path in zip(("train", "test"), data, strict=True)}
+    folder = out / "report"
+    results = {
         "experiment": "cifar10",
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "data": {
-            name: {"source": Path(images.source).name, "images": len(images), "sha256": images.fingerprint()}
-            for name, images in (("train", train), ("test", test))
+            name: {"source": Path(photos.source).name, "images": len(photos), "sha256": photos.fingerprint()}
+            for name, photos in images.items()
         },
         "settings": asdict(scale),
-        "environment": cells[0][1]["environment"],
-        "decode_path": cells[0][1]["settings"]["decode_path"],
-        "model": cells[0][1]["model"],
+        "environment": first["environment"],
+        "decode_path": first["settings"]["decode_path"],
+        "model": first["model"],
+        "hashes": {name: value for name, value in first["record"].items() if name.endswith("sha256")},
         "stage_sec": seconds,
         "tokenizer": json.loads((out / "tokenizer" / "metrics.json").read_text()),
         "classifier": load_checkpoint(out / "classifier.pt")["metadata"],
         "floors": {path.stem: json.loads(path.read_text()) for path in sorted((out / "floors").glob("*.json"))},
         "training": {
-            "loss_curve": curve[:: max(1, len(curve) // CURVE_POINTS)],
-            "final_loss": curve[-1]["loss"],
-            "images_per_sec": statistics.median(line["images_per_sec"] for line in lines),
-            "checkpoint_sha256": sha256(out / "lpd" / "checkpoint-last.pth"),
+            "loss_curve": [{name: line[name] for name in ("step", "epoch", "loss")} for line in lines],
+            "final_loss": lines[-1]["loss"],
+            "epochs": json.loads((out / "lpd" / "checkpoint-last.json").read_text())["epoch"],
         },
-        "cells": [row for row, _ in cells],
+        "cells": rows,
     }
-
-
-def write_report(out: Path, scale: Scale, seconds: dict[str, float], data: tuple[str, str]) -> None:
-    """Collect the results of an output folder into its subfolder ``report``, with page and plots."""
-    folder = out / "report"
-    results = collect(out, scale, seconds, data)
-    (folder / PICTURES).mkdir(parents=True, exist_ok=True)
     write_json(folder / RESULTS, results)
-    for cell in map(cell_of, results["cells"]):
-        grid = out / "eval" / cell.name / "grid.png"
-        if (cell.kind, cell.order) == ("table", "lpd") and cell.steps in (256, 20) and grid.exists():
-            shutil.copy(grid, folder / PICTURES / f"cifar10_samples_{cell.steps}.png")
+    (folder / PICTURES).mkdir(exist_ok=True)
+    for row in chosen(rows, "table"):
+        if row["order"] == "lpd" and row["steps"] in (256, 20):
+            grid = out / "eval" / row["name"] / "grid.png"
+            shutil.copy(grid, folder / PICTURES / f"cifar10_samples_{row['steps']}.png")
     draw(folder)
     print(f"results: {folder / RESULTS}, page: {folder / PAGE}")
 
@@ -82,8 +74,7 @@ def draw(folder: Path) -> None:
     if not path.is_file():
         raise UserError(f"{folder} has no {RESULTS}; it is written by the stage report.")
     results = json.loads(path.read_text())
-    plot_quality(results, folder / PICTURES / "cifar10_quality.png")
-    plot_loss(results["training"]["loss_curve"], folder / PICTURES / "cifar10_loss.png")
+    plot(results, folder / PICTURES)
     (folder / PAGE).write_text(page(results))
 
 
@@ -91,12 +82,10 @@ def publish(folder: Path, name: str, root: Path = ROOT) -> None:
     """Copy a report to where the repository keeps pages, pictures and measurements. UserError for a test run's."""
     if json.loads((folder / RESULTS).read_text())["settings"]["subset"] is not None:
         raise UserError(f"{folder} is of a --tiny run, whose figures mean nothing; only a full one can be published.")
-    (root / "docs" / PICTURES).mkdir(parents=True, exist_ok=True)
     (root / "benchmarks" / "results").mkdir(parents=True, exist_ok=True)
+    shutil.copytree(folder / PICTURES, root / "docs" / PICTURES, dirs_exist_ok=True)
     shutil.copy(folder / RESULTS, root / "benchmarks" / "results" / f"cifar10_{name}.json")
     shutil.copy(folder / PAGE, root / "docs" / PAGE)
-    for picture in (folder / PICTURES).glob("*.png"):
-        shutil.copy(picture, root / "docs" / PICTURES)
 
 
 def main() -> None:

@@ -2,8 +2,8 @@
 
     python -m experiments.cifar10.run --data photos.npz --output_dir runs/cifar10
 
-Every stage is an ordinary command of the project, printed before it runs. What is finished is not done again: after an
-interruption, or when --time_limit has ended a call, the same command resumes.
+What is finished is not done again: after an interruption, or when --time_limit has ended a call, the same command
+resumes.
 """
 
 from __future__ import annotations
@@ -11,27 +11,26 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import io
-import json
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from engine.scoring.features import INCEPTION
 from experiments.cifar10.report import write_report
 from experiments.cifar10.scales import FULL, IMG_SIZE, STRIDE, TINY, Scale
-from experiments.cifar10.sweep import Sweep, plan
+from experiments.cifar10.sweep import plan, run_sweep
 from models import model_config
 from models.flops import training_flops
-from scripts.stages import Clock, OutOfTime, Stages
+from scripts.stages import TRAINING_STAGES, OutOfTime, Stages, train_and_judge
 from util.cli import Parser, exit_on_user_error
 from util.data.images import CIFAR10_FOLDER, open_images, write_image_archive
-from util.dist import Dist, resolve_device
+from util.dist import DeviceConfig, Dist, resolve_device
 from util.errors import UserError
 from util.files import check_output_dir
 from util.logger import setup_logging
 from util.signals import REQUEUE_STATUS
 
-STAGES = ("tokenizer", "codes", "classifier", "reference", "floors", "lpd", "sweep", "report")
+STAGES = (*TRAINING_STAGES, "sweep", "report")
 OUT_OF_TIME = REQUEUE_STATUS  # exit status: not finished, run the same command again
 
 
@@ -42,128 +41,24 @@ def split_paths(data: Path) -> tuple[str, str]:
     return str(data / "train"), str(data / "test")
 
 
-def download_cifar10(folder: Path) -> None:
-    """torchvision's CIFAR-10 into the folder that holds ``cifar-10-batches-py``, unless it is there."""
-    from torchvision.datasets import CIFAR10
-
-    CIFAR10(folder.parent, download=True)
-
-
-def write_subset(train: str, test: str, count: int, path: Path) -> None:
+def write_subset(splits: tuple[str, str], count: int, path: Path) -> None:
     """``count`` photos of each split, evenly spread over the split, as an image archive."""
     files, labels, numbers = [], [], []
-    classes: list[str] = []
-    for number, source in enumerate((train, test)):
+    for number, source in enumerate(splits):
         images = open_images(source, IMG_SIZE)
-        classes = images.classes
         for index in np.linspace(0, len(images) - 1, min(count, len(images))).astype(int).tolist():
             file = io.BytesIO()
             images.read(index).save(file, "PNG")
             files.append(file.getvalue())
             labels.append(int(images.labels[index]))
             numbers.append(number)
-    write_image_archive(path, files, labels, classes, numbers)
-
-
-class Experiment:
-    """The stages, a method each, in the order of STAGES."""
-
-    def __init__(self, out: Path, data: Path, scale: Scale, device: str, inception: Path | None, clock: Clock) -> None:
-        self.out, self.scale, self.inception, self.clock = out, scale, inception, clock
-        self.stages = Stages(out, clock)
-        self.dist = Dist(0, 1, resolve_device(device))
-        self.train, self.test = split_paths(data)
-        self.common = ("--img_size", str(IMG_SIZE), "--device", device)
-        self.bf16 = ("--bf16",) if self.dist.device.type == "cuda" else ()
-        self.tokenizer_path, self.classifier_path = out / "tokenizer" / "tokenizer.pt", out / "classifier.pt"
-
-    def check_epochs(self) -> None:
-        """Raise UserError if the folder's LPD was trained for another number of epochs than the report would say."""
-        path = self.out / "lpd" / "checkpoint-last.json"
-        if not path.exists():
-            return
-        trained, wanted = json.loads(path.read_text())["args"]["epochs"], lpd_flags(self.scale)["--epochs"]
-        if trained != int(wanted):
-            raise UserError(
-                f"{self.out} holds an LPD trained with --epochs {trained}, not {wanted}; resume with {trained} or give "
-                "another --output_dir."
-            )
-
-    def use_subset(self) -> None:
-        """Replace the photos by a few of them, where the scale says so."""
-        if self.scale.subset is None:
-            return
-        path = self.out / f"subset{self.scale.subset}.npz"
-        if not path.exists():
-            write_subset(self.train, self.test, self.scale.subset, path)
-        self.train, self.test = split_paths(path)
-
-    def tokenizer(self) -> None:
-        self.stages.command(
-            "tokenizer", "-m", "tokenizers.train", "--data_path", self.train, "--test_path", self.test,
-            "--output_dir", self.tokenizer_path.parent, "--stride", str(STRIDE), *self.common, *self.bf16,
-            *self.scale.tokenizer, stoppable=True,
-        )  # fmt: skip
-
-    def codes(self) -> None:
-        self.stages.command(
-            "codes", "main_cache.py", "--data_path", self.train, "--vqgan_path", self.tokenizer_path,
-            "--cached_path", self.out / "codes", *self.common, *self.scale.codes, stoppable=True,
-        )  # fmt: skip
-
-    def classifier(self) -> None:
-        self.stages.command(
-            "classifier", "-m", "engine.classifier", "--data_path", self.train, "--test_path", self.test,
-            "--output", self.classifier_path, *self.common, *self.scale.classifier,
-        )  # fmt: skip
-
-    def _extractors(self) -> dict[str, tuple[str | Path, ...]]:
-        """By the name of their statistics: the flags of the classifier and, with its weights, of Inception."""
-        extractors: dict[str, tuple[str | Path, ...]] = {"reference": ("--feature_extractor", self.classifier_path)}
-        if self.inception is not None:
-            extractors["inception"] = ("--feature_extractor", INCEPTION, "--inception_path", self.inception)
-        return extractors
-
-    def _metrics(self, name: str, *words: str | Path, output: Path | None = None) -> None:
-        self.stages.command(name, "-m", "engine.metrics", *words, "--batch_size", "250", *self.common, output=output)
-
-    def reference(self) -> None:
-        for name, flags in self._extractors().items():
-            output = ("--output", self.out / f"{name}.npz")
-            self._metrics(f"{name} statistics", "--data_path", self.test, *output, *flags)
-
-    def floors(self) -> None:
-        """What is possible: other real photos, and the same photos through the tokenizer."""
-        floors: dict[str, tuple[str | Path, ...]] = {
-            "train": ("--data_path", self.train),
-            "reconstructed": ("--data_path", self.test, "--vqgan_path", self.tokenizer_path),
-        }
-        for name, flags in self._extractors().items():
-            scored = ("--reference_statistics", self.out / f"{name}.npz")
-            for floor, photos in floors.items():
-                output = self.out / "floors" / f"{name}_{floor}.json"
-                self._metrics(f"floor {name} {floor}", *photos, *scored, *flags, output=output)
-
-    def lpd(self) -> None:
-        self.stages.command(
-            "lpd", "main_lpd.py", "--use_cached", "--cached_path", self.out / "codes", "--vqgan_path",
-            self.tokenizer_path, "--output_dir", self.out / "lpd", *self.common, *self.bf16, *self.scale.lpd,
-            stoppable=True,
-        )  # fmt: skip
-
-    def sweep(self) -> None:
-        def action() -> None:
-            Sweep(self.out, self.scale, self.dist, self.inception).run(self.clock)
-
-        self.stages.run("sweep", action, "the cells of experiments/cifar10/sweep.py", always=True)
-
-    def report(self) -> None:
-        write_report(self.out, self.scale, self.stages.seconds(), (self.train, self.test))
+    write_image_archive(path, files, labels, images.classes, numbers)
 
 
 def lpd_flags(scale: Scale) -> dict[str, str]:
     """The flags of the LPD training, all of which take a value; the last one counts."""
-    return dict(zip(scale.lpd[::2], scale.lpd[1::2], strict=True))
+    words = scale.flags["lpd"]
+    return dict(zip(words[::2], words[1::2], strict=True))
 
 
 def print_plan(scale: Scale, fid: bool) -> None:
@@ -190,13 +85,13 @@ def parse() -> argparse.Namespace:
     add("--epochs", type=int, help="of the LPD training, for a faster or slower machine (default: "
         f"{lpd_flags(FULL)['--epochs']}, with --tiny {lpd_flags(TINY)['--epochs']})")  # fmt: skip
     add("--inception_path", type=Path, help="Inception weights: FID as well, for one seed (doubles the table's time)")
-    add("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_config(DeviceConfig)
     add("--plan", action="store_true", help="print how much work it is and stop")
     return parser.parse_args()
 
 
-def prepare(args: argparse.Namespace, scale: Scale) -> Experiment:
-    """Check everything that the flags name, then make the output folder."""
+def prepare_data(args: argparse.Namespace, scale: Scale) -> tuple[str, str]:
+    """Check everything that the flags name, make the output folder, and give the paths of both splits."""
     if args.time_limit is not None and args.time_limit <= 0:
         raise UserError(f"--time_limit {args.time_limit} must be positive.")
     if args.inception_path is not None and not args.inception_path.is_file():
@@ -204,31 +99,50 @@ def prepare(args: argparse.Namespace, scale: Scale) -> Experiment:
     if args.download:
         if args.data.name != CIFAR10_FOLDER:
             raise UserError(f"--download needs --data to end in {CIFAR10_FOLDER}, not {args.data}.")
-        download_cifar10(args.data)
+        from torchvision.datasets import CIFAR10
+
+        CIFAR10(args.data.parent, download=True)
     check_output_dir(args.output_dir)
-    clock = Clock(args.time_limit)
-    experiment = Experiment(args.output_dir, args.data, scale, args.device, args.inception_path, clock)
-    experiment.check_epochs()
-    for path in split_paths(args.data):
+    splits = split_paths(args.data)
+    for path in splits:
         open_images(path, IMG_SIZE)
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    experiment.use_subset()
-    return experiment
+    if scale.subset is None:
+        return splits
+    path = args.output_dir / f"subset{scale.subset}.npz"
+    if not path.exists():
+        write_subset(splits, scale.subset, path)
+    return split_paths(path)
+
+
+def run_stages(args: argparse.Namespace, scale: Scale) -> None:
+    train, test = prepare_data(args, scale)
+    out, inception, stages = args.output_dir, args.inception_path, Stages(args.output_dir, args.time_limit)
+    dist = Dist(0, 1, resolve_device(args.device))
+    bf16 = ("--bf16",) if dist.device.type == "cuda" else ()
+    more = {"tokenizer": ("--test_path", test, *bf16), "lpd": bf16}
+    flags = {stage: (*more.get(stage, ()), *words) for stage, words in scale.flags.items()}
+    common = ("--img_size", str(IMG_SIZE), "--device", args.device)
+    train_and_judge(stages, out, train, test, test, common, flags, args.stage, inception)
+    if "sweep" in args.stage:
+        action = partial(run_sweep, out, scale, dist, inception, stages)
+        stages.run("sweep", action, "the cells of experiments/cifar10/sweep.py", always=True)
+    if "report" in args.stage:
+        seconds = {name: state["seconds"] for name, state in stages.states().items()}
+        write_report(out, scale, seconds, (train, test))
 
 
 def main() -> None:
     args = parse()
     scale = TINY if args.tiny else FULL
     if args.epochs is not None:
-        scale = dataclasses.replace(scale, lpd=(*scale.lpd, "--epochs", str(args.epochs)))
+        lpd = (*scale.flags["lpd"], "--epochs", str(args.epochs))
+        scale = dataclasses.replace(scale, flags=scale.flags | {"lpd": lpd})
     if args.plan:
         return print_plan(scale, args.inception_path is not None)
     setup_logging()
-    experiment = prepare(args, scale)
     try:
-        for stage in STAGES:
-            if stage in args.stage:
-                getattr(experiment, stage)()
+        run_stages(args, scale)
     except OutOfTime as reason:
         print(f"\n{reason}; run the same command again to resume.", flush=True)
         raise SystemExit(OUT_OF_TIME) from None

@@ -5,7 +5,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 IMG_SIZE, STRIDE, GRID = 32, 2, 16  # 256 codes per image: the grid of the published 256 px models
-ORDERS = ("lpd", "random", "halton", "raster", "par", "zipar", "nar", "lpd_near_only", "lpd_far_only")
+NAMES = {
+    "lpd": "locality-aware",
+    "random": "random",
+    "halton": "Halton",
+    "raster": "raster",
+    "par": "region-parallel",
+    "zipar": "diagonal",
+    "nar": "neighbouring",
+    "lpd_near_only": "near context only",
+    "lpd_far_only": "far apart only",
+}
 OWN_STEPS = ("par", "zipar", "nar")  # their geometry gives them a number of steps of their own
 ABLATION_STEPS = 20
 PUBLISHED_ABLATION = (2, 1.0)  # repulsion and proximity that the paper finds best
@@ -13,12 +23,9 @@ PUBLISHED_ABLATION = (2, 1.0)  # repulsion and proximity that the paper finds be
 
 @dataclass(frozen=True)
 class Scale:
-    """The experiment at one scale. Tuples of flags go to the commands of the stages as they are."""
+    """The experiment at one scale."""
 
-    tokenizer: tuple[str, ...]
-    codes: tuple[str, ...]
-    classifier: tuple[str, ...]
-    lpd: tuple[str, ...]
+    flags: dict[str, tuple[str, ...]]  # of the commands of the stages
     orders: tuple[str, ...]
     steps: tuple[int, ...]
     num_images: int  # per cell
@@ -34,23 +41,27 @@ class Scale:
     subset: int | None = None  # photos per split; None: all
 
 
+_STATISTICS = {"reference": ("--batch_size", "250"), "floors": ("--batch_size", "250")}
 _MAIN = ("lpd", "random", "halton")
 
 FULL = Scale(
-    tokenizer=(
-        "--base_width", "64", "--z_channels", "128", "--codebook_size", "1024", "--code_dim", "8",
-        "--steps", "3000", "--batch_size", "256", "--lr", "1e-3", "--eval_freq", "500", "--flip",
-    ),
-    codes=("--batch_size", "256", "--num_workers", "8"),
-    classifier=(
-        "--arch", "resnet18", "--input_size", "64", "--epochs", "30", "--batch_size", "256", "--lr", "2e-3",
-        "--shift", "0.1", "--rotate", "5", "--flip",
-    ),
-    lpd=(
-        "--model", "lpd_s", "--epochs", "18", "--batch_size", "128", "--lr", "8e-4", "--lr_schedule", "cosine",
-        "--warmup_epochs", "1", "--proj_dropout", "0", "--save_last_freq", "4",
-    ),
-    orders=ORDERS,
+    flags={
+        **_STATISTICS,
+        "tokenizer": (
+            "--stride", str(STRIDE), "--base_width", "64", "--z_channels", "128", "--codebook_size", "1024",
+            "--code_dim", "8", "--steps", "3000", "--batch_size", "256", "--lr", "1e-3", "--eval_freq", "500", "--flip",
+        ),
+        "codes": ("--batch_size", "256", "--num_workers", "8"),
+        "classifier": (
+            "--arch", "resnet18", "--input_size", "64", "--epochs", "30", "--batch_size", "256", "--lr", "2e-3",
+            "--shift", "0.1", "--rotate", "5", "--flip",
+        ),
+        "lpd": (
+            "--model", "lpd_s", "--epochs", "18", "--batch_size", "128", "--lr", "8e-4", "--lr_schedule", "cosine",
+            "--warmup_epochs", "1", "--proj_dropout", "0", "--save_last_freq", "4",
+        ),
+    },
+    orders=tuple(NAMES),
     steps=(256, 64, 32, 20, 16, 12, 8),
     num_images=10_000,
     eval_bsz=2_500,
@@ -68,17 +79,21 @@ FULL = Scale(
 )  # fmt: skip
 
 TINY = Scale(
-    tokenizer=(
-        "--base_width", "8", "--res_blocks", "1", "--z_channels", "16", "--codebook_size", "32", "--code_dim", "4",
-        "--steps", "30", "--batch_size", "8", "--lr", "4e-3", "--eval_freq", "30", "--num_workers", "0",
-    ),
-    codes=("--num_workers", "0"),
-    classifier=("--epochs", "2", "--batch_size", "32", "--flip"),
-    lpd=(
-        "--model", "lpd_debug", "--epochs", "2", "--batch_size", "20", "--lr", "2e-3", "--lr_schedule", "cosine",
-        "--warmup_epochs", "0", "--num_workers", "0", "--log_freq", "5",
-    ),
-    orders=ORDERS,
+    flags={
+        **_STATISTICS,
+        "tokenizer": (
+            "--stride", str(STRIDE), "--base_width", "8", "--res_blocks", "1", "--z_channels", "16",
+            "--codebook_size", "32", "--code_dim", "4", "--steps", "30", "--batch_size", "8", "--lr", "4e-3",
+            "--eval_freq", "30", "--num_workers", "0",
+        ),
+        "codes": ("--num_workers", "0"),
+        "classifier": ("--epochs", "2", "--batch_size", "32", "--flip"),
+        "lpd": (
+            "--model", "lpd_debug", "--epochs", "2", "--batch_size", "20", "--lr", "2e-3", "--lr_schedule", "cosine",
+            "--warmup_epochs", "0", "--num_workers", "0", "--log_freq", "5",
+        ),
+    },
+    orders=tuple(NAMES),
     steps=(256, 20, 8),
     num_images=20,
     eval_bsz=10,

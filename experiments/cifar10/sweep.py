@@ -1,38 +1,36 @@
 """The evaluation sweep: one model, loaded once, generates and scores cell after cell of the table.
 
 A cell is one combination of order, number of steps, guidance, thresholds and seed. Its results are in a folder of its
-own; a cell with results of the present files is not done again.
+own; a cell with results of the present model is not done again.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from engine.evaluation.config import EvalConfig
 from engine.evaluation.evaluate import evaluate
 from engine.evaluation.inputs import open_inputs
+from engine.image_generator import ImageGenerator
 from engine.scoring.config import ScoringConfig
 from engine.scoring.features import INCEPTION, load_feature_extractor
-from engine.scoring.statistics import load_reference_statistics
-from experiments.cifar10.scales import GRID, IMG_SIZE, OWN_STEPS, STRIDE, Scale
+from experiments.cifar10.scales import ABLATION_STEPS, GRID, IMG_SIZE, OWN_STEPS, STRIDE, Scale
 from models.flops import decoding_flops
-from models.lpd import LPD, LPDConfig, load_weights
+from models.lpd import LPDConfig
 from models.sampling import Sampling
 from orders import default_repulsion, group_sizes, natural_group_sizes
 from orders.config import OrderConfig
-from scripts.stages import Clock
-from tokenizers import load_tokenizer
-from util.checkpoint import load_checkpoint
+from scripts.stages import Stages
 from util.dist import Dist
 from util.files import sha256
 
 DEFAULT_REPULSION, DEFAULT_PROXIMITY = default_repulsion(GRID), 1.0
 FID_BATCH = 500  # Inception enlarges pictures to 299 pixels
+FIGURES = ("frechet_distance", "fid", "inception_score", "class_accuracy", "sec_per_image", "images_per_sec")
 
 
 @dataclass(frozen=True)
@@ -56,15 +54,14 @@ class Cell:
             parts.append(f"repulsion{self.repulsion}_proximity{self.proximity:g}")
         return "_".join(parts)
 
-    @property
-    def features(self) -> str:
-        """What it is scored by: own, the classifier, or fid, Inception."""
-        return "fid" if self.kind == "fid" else "own"
-
     def group_sizes(self) -> tuple[int, ...]:
         """The schedule of this number of steps, the same for all orders; of ``own`` cells that of the order's paper."""
         own = self.kind == "own"
         return natural_group_sizes(self.order, GRID) if own else group_sizes(IMG_SIZE, self.steps, STRIDE)
+
+    def row(self, results: dict[str, Any]) -> dict[str, Any]:
+        """The cell and its figures in one flat dict."""
+        return asdict(self) | {"name": self.name} | {name: results[name] for name in FIGURES if name in results}
 
 
 def tuning_cells(scale: Scale) -> list[Cell]:
@@ -88,7 +85,7 @@ def table_cells(scale: Scale, guidance: dict[str, float], fid: bool) -> list[Cel
     cells = [cell("table", order, steps) for order in main for steps in scale.steps]
     cells += [cell("repeat", order, steps, seed) for seed in scale.seeds[1:] for order, steps in scale.repeated]
     cells += [
-        cell("ablation", "lpd", 20, repulsion=repulsion, proximity=proximity)
+        cell("ablation", "lpd", ABLATION_STEPS, repulsion=repulsion, proximity=proximity)
         for repulsion in scale.repulsions
         for proximity in scale.proximities
         if (repulsion, proximity) != (DEFAULT_REPULSION, DEFAULT_PROXIMITY)  # in the table
@@ -109,112 +106,64 @@ def best_guidance(scale: Scale, rows: Iterable[dict[str, Any]]) -> dict[str, flo
     }
 
 
-def model_files(out: Path) -> tuple[Path, Path]:
-    """Checkpoint and tokenizer of an output folder."""
-    return out / "lpd" / "checkpoint-last.pth", out / "tokenizer" / "tokenizer.pt"
+def model_files(out: Path) -> dict[str, Path]:
+    """What the results of an output folder depend on."""
+    tokenizer, classifier = out / "tokenizer" / "tokenizer.pt", out / "classifier.pt"
+    return {"checkpoint": out / "lpd" / "checkpoint-last.pth", "tokenizer": tokenizer, "classifier": classifier}
 
 
-def file_hashes(out: Path) -> dict[str, dict[str, str]]:
-    """Hashes of the present files that results depend on, by the features of the cell.
+def file_hashes(out: Path) -> dict[str, str]:
+    return {f"{name}_sha256": sha256(path) for name, path in model_files(out).items()}
 
-    Features whose files do not exist yet are left out.
+
+def rows_of(out: Path, cells: Sequence[Cell], hashes: dict[str, str]) -> list[dict[str, Any]]:
+    """The rows of the cells that have results of the files with these hashes."""
+    paths = {cell: out / "eval" / cell.name / "results.json" for cell in cells}
+    found = {cell: json.loads(path.read_text()) for cell, path in paths.items() if path.exists()}
+    return [cell.row(results) for cell, results in found.items() if results["record"] == asdict(cell) | hashes]
+
+
+def finished_rows(out: Path, scale: Scale) -> list[dict[str, Any]]:
+    """The rows of all cells that have results, in the order of the cells.
+
+    Left out are results of an earlier model, tokenizer or classifier, and of another guidance than the tuned one.
     """
-    checkpoint, tokenizer = model_files(out)
-    classifier, inception = out / "classifier.pt", out / "inception.npz"
-    if not all(path.exists() for path in (checkpoint, tokenizer, classifier)):
-        return {}
-    models = {"checkpoint_sha256": sha256(checkpoint), "tokenizer_sha256": sha256(tokenizer)}
-    hashes = {"own": models | {"extractor_sha256": sha256(classifier)}}
-    if inception.exists():
-        extractor = load_reference_statistics(inception).metadata["extractor_sha256"]
-        hashes["fid"] = models | {"extractor_sha256": extractor}
-    return hashes
+    hashes, cells = file_hashes(out), tuning_cells(scale)
+    tuned = rows_of(out, cells, hashes)
+    if len(tuned) < len(cells):
+        return tuned
+    return tuned + rows_of(out, table_cells(scale, best_guidance(scale, tuned), fid=True), hashes)
 
 
-def results_of(out: Path, cell: Cell, hashes: dict[str, dict[str, str]]) -> dict[str, Any] | None:
-    """The results of a cell; None if there are none, or they were made with other files."""
-    path = out / "eval" / cell.name / "results.json"
-    if not path.exists() or cell.features not in hashes:
-        return None
-    results = json.loads(path.read_text())
-    return results if results["record"] == dataclasses.asdict(cell) | hashes[cell.features] else None
+def run_sweep(out: Path, scale: Scale, dist: Dist, inception: Path | None, stages: Stages) -> None:
+    """Evaluate the cells that have no results yet; raises OutOfTime between two of them."""
+    hashes, files = file_hashes(out), model_files(out)
+    trained = ImageGenerator(files["checkpoint"], files["tokenizer"], device=str(dist.device))
+    cuda = dist.device.type == "cuda"
+    own = ScoringConfig(feature_extractor=str(files["classifier"]), reference_statistics=out / "reference.npz")
+    scorings = {"own": (own, load_feature_extractor(str(files["classifier"]), dist.device))}
+    if inception is not None:
+        fid = ScoringConfig(inception_path=inception, reference_statistics=out / "inception.npz")
+        scorings["fid"] = fid, load_feature_extractor(INCEPTION, dist.device, inception)
 
-
-def finished_rows(out: Path, scale: Scale) -> Iterator[tuple[dict[str, Any], dict[str, Any]]]:
-    """(row, all results) of every cell that has results, in the order of the cells.
-
-    Left out are results of an earlier model, tokenizer or extractor, and of another guidance than the tuned one.
-    """
-    hashes = file_hashes(out)
-
-    def finished(cells: list[Cell]) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-        found = ((cell, results_of(out, cell, hashes)) for cell in cells)
-        return [(row(cell, results), results) for cell, results in found if results is not None]
-
-    cells = tuning_cells(scale)
-    tuned = finished(cells)
-    yield from tuned
-    if len(tuned) == len(cells):
-        guidance = best_guidance(scale, (figures for figures, _ in tuned))
-        yield from finished(table_cells(scale, guidance, "fid" in hashes))
-
-
-def row(cell: Cell, results: dict[str, Any]) -> dict[str, Any]:
-    """A cell and its figures in one flat dict."""
-    figures = ("frechet_distance", "fid", "inception_score", "class_accuracy", "sec_per_image", "images_per_sec")
-    return dataclasses.asdict(cell) | {name: results[name] for name in figures if name in results}
-
-
-def cell_of(row: dict[str, Any]) -> Cell:
-    """The cell whose figures a row holds."""
-    return Cell(**{field.name: row[field.name] for field in dataclasses.fields(Cell)})
-
-
-class Sweep:
-    """Model, tokenizer and extractors of one output folder, and the cells they evaluate."""
-
-    def __init__(self, out: Path, scale: Scale, dist: Dist, inception_path: Path | None) -> None:
-        self.out, self.scale, self.dist, self.inception_path = out, scale, dist, inception_path
-        checkpoint_path, tokenizer_path = model_files(out)
-        checkpoint = load_checkpoint(checkpoint_path)
-        self.model = LPD(LPDConfig(**checkpoint["config"]))
-        load_weights(self.model, checkpoint["model"], str(checkpoint_path))
-        self.model.to(dist.device).eval()
-        self.classes = tuple(checkpoint["classes"])
-        self.tokenizer = load_tokenizer(tokenizer_path, dist.device)
-        self.extractors = {"own": load_feature_extractor(str(out / "classifier.pt"), dist.device)}
-        if inception_path is not None:
-            self.extractors["fid"] = load_feature_extractor(INCEPTION, dist.device, inception_path)
-        self.hashes = file_hashes(out)
-
-    def run(self, clock: Clock) -> None:
-        """Evaluate what is missing; raises OutOfTime between two cells."""
-        tuning = tuning_cells(self.scale)
-        self._evaluate_all(tuning, clock)
-        guidance = best_guidance(self.scale, (row(cell, self._results(cell) or {}) for cell in tuning))
-        print("guidance:", ", ".join(f"{order} {cfg:g}" for order, cfg in guidance.items()), flush=True)
-        self._evaluate_all(table_cells(self.scale, guidance, self.inception_path is not None), clock)
-
-    def _evaluate_all(self, cells: list[Cell], clock: Clock) -> None:
+    def evaluate_missing(cells: Sequence[Cell]) -> list[dict[str, Any]]:
         for number, cell in enumerate(cells, start=1):
-            if self._results(cell) is None:
-                clock.check(f"cell {number} of {len(cells)}, {cell.name}")
+            if not rows_of(out, [cell], hashes):
+                stages.check(f"cell {number} of {len(cells)}, {cell.name}")
                 print(f"-- cell {number} of {len(cells)}: {cell.name}", flush=True)
-                self._evaluate(cell)
+                evaluate_cell(cell)
+        return rows_of(out, cells, hashes)
 
-    def _results(self, cell: Cell) -> dict[str, Any] | None:
-        return results_of(self.out, cell, self.hashes)
-
-    def _evaluate(self, cell: Cell) -> None:
-        inception = cell.kind == "fid"
+    def evaluate_cell(cell: Cell) -> None:
+        scoring, extractor = scorings["fid" if cell.kind == "fid" else "own"]
         config = EvalConfig(
-            output_dir=self.out / "eval" / cell.name,
+            output_dir=out / "eval" / cell.name,
             num_images=cell.num_images,
-            eval_bsz=min(self.scale.eval_bsz, FID_BATCH) if inception else self.scale.eval_bsz,
+            eval_bsz=min(scale.eval_bsz, FID_BATCH) if cell.kind == "fid" else scale.eval_bsz,
             seed=cell.seed,
-            bf16=self.dist.device.type == "cuda",
+            bf16=cuda,
             # Large batches keep a GPU busy; capturing a graph for the few of a cell would cost more than it saves.
-            decode_path="compiled" if self.dist.device.type == "cuda" else "auto",
+            decode_path="compiled" if cuda else "auto",
             orders=OrderConfig(
                 order=cell.order,
                 group_sizes=cell.group_sizes(),
@@ -222,15 +171,14 @@ class Sweep:
                 repulsion_threshold=cell.repulsion,
             ),
             sampling=Sampling(cfg=cell.cfg),
-            scoring=ScoringConfig(
-                feature_extractor=INCEPTION if inception else str(self.out / "classifier.pt"),
-                inception_path=self.inception_path,
-                reference_statistics=self.out / ("inception.npz" if inception else "reference.npz"),
-            ),
+            scoring=scoring,
         )
-        inputs = open_inputs(config, self.model.config, self.dist, self.classes, self.extractors[cell.features])
-        record = dataclasses.asdict(cell) | self.hashes[cell.features]
-        evaluate(self.model, self.tokenizer, config, inputs, self.dist, record=record)
+        inputs = open_inputs(config, trained.model.config, dist, trained.classes, extractor)
+        evaluate(trained.model, trained.tokenizer, config, inputs, dist, record=asdict(cell) | hashes)
+
+    guidance = best_guidance(scale, evaluate_missing(tuning_cells(scale)))
+    print("guidance:", ", ".join(f"{order} {cfg:g}" for order, cfg in guidance.items()), flush=True)
+    evaluate_missing(table_cells(scale, guidance, inception is not None))
 
 
 def plan(scale: Scale, model: LPDConfig, fid: bool) -> Iterator[tuple[str, int, int, float]]:

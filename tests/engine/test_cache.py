@@ -1,4 +1,4 @@
-"""Caching codes: whole, resumable, the same for any number of processes, and refused where it should be."""
+"""Caching codes: complete, resumable, the same for any number of processes, and refused where it should be."""
 
 from __future__ import annotations
 
@@ -20,37 +20,28 @@ import main_cache
 from engine import cache as cache_module
 from engine.cache import CacheConfig, build_cache, verify_cache
 from tests.helpers.commands import ROOT, run
+from tests.helpers.processes import ALONE
+from tests.helpers.tiny_models import tiny_tokenizer, write_images
 from tokenizers import VQConfig, VQModel, load_tokenizer, save_tokenizer
-from util.cli import exit_on_user_error
 from util.data.codes import PARTS, CacheHeader, open_codes
 from util.data.images import ImageFolder
-from util.dist import Dist
 from util.errors import UserError
 from util.files import sha256
 from util.pictures import to_float
 
-ONE = Dist(rank=0, world_size=1, device=torch.device("cpu"))
 SIZE = 8  # pixels; 4×4 codes
 
 
 @pytest.fixture(scope="module")
 def vqgan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    config = VQConfig(base_width=8, multipliers=(1, 1), res_blocks=1, z_channels=8, codebook_size=32, code_dim=4)
     path = tmp_path_factory.mktemp("tokenizer") / "vq.pt"
-    save_tokenizer(VQModel(config), path)
+    save_tokenizer(tiny_tokenizer(2, 32), path)
     return path
 
 
 def _write_images(root: Path, counts: dict[str, int]) -> Path:
-    rng = np.random.default_rng(0)
-    for name, count in counts.items():
-        (root / name).mkdir(parents=True)
-        for i in range(count):
-            Image.fromarray(rng.integers(0, 256, (SIZE, SIZE + 3, 3), dtype=np.uint8)).save(
-                root / name / f"{i:04d}.png"
-            )
-    return root
+    return write_images(root, counts, SIZE + 3, SIZE)
 
 
 @pytest.fixture(scope="module")
@@ -70,11 +61,11 @@ def _contents(cache: Path) -> dict[str, bytes]:
 
 def _cache(images: Path, to: Path, vqgan: Path, **options: Any) -> CacheHeader:
     settings: dict[str, Any] = {"data_path": str(images), "img_size": SIZE, "batch_size": 3, "num_workers": 0} | options
-    return build_cache(CacheConfig(vqgan, to, **settings), ONE)
+    return build_cache(CacheConfig(vqgan, to, **settings), ALONE)
 
 
 def _convert(npz: Path, to: Path, vqgan: Path, img_size: int = SIZE) -> CacheHeader:
-    return build_cache(CacheConfig(vqgan, to, convert_from=str(npz), img_size=img_size, num_workers=0), ONE)
+    return build_cache(CacheConfig(vqgan, to, convert_from=str(npz), img_size=img_size, num_workers=0), ALONE)
 
 
 def _npz_layout(images: Path, vqgan: Path, to: Path) -> Path:
@@ -92,7 +83,7 @@ def test_rows_are_the_codes_of_each_crop_and_its_mirror_image(images: Path, vqga
     """Guards against rows out of order, labels of other images, a flip along the wrong axis, or part borders lost."""
     header = _cache(images, tmp_path / "cache", vqgan)
     reference = open_codes(_npz_layout(images, vqgan, tmp_path / "npz"))
-    cached = open_codes(tmp_path / "cache", img_size=SIZE, vocab_size=32)
+    cached = open_codes(tmp_path / "cache", img_size=SIZE)
     for got, wanted in zip(cached.get_batch(range(11)), reference.get_batch(range(11)), strict=True):
         torch.testing.assert_close(got, wanted, rtol=0, atol=0)
     assert cached.labels.tolist() == [0] * 6 + [1] * 5
@@ -103,7 +94,7 @@ def test_rows_are_the_codes_of_each_crop_and_its_mirror_image(images: Path, vqga
 
 
 def test_pictures_of_every_kind_have_the_codes_of_their_rgb_selves(vqgan: Path, tmp_path: Path) -> None:
-    """Guards against a crash or other codes for files that are no plain RGB."""
+    """Guards against a crash or other codes for files that are not plain RGB."""
     rng = np.random.default_rng(0)
     rgb = Image.fromarray(rng.integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8))
     # What ADM's loader makes of a mode is Pillow's conversion, which clips 16 bits; a noted rotation is ignored.
@@ -127,6 +118,7 @@ def test_pictures_of_every_kind_have_the_codes_of_their_rgb_selves(vqgan: Path, 
     assert len(open_codes(tmp_path / "odd_codes")) == 7
 
 
+@pytest.mark.slow
 def test_killed_run_is_finished_by_two_processes(vqgan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against lost, doubled or shifted images after kill -9, and against codes that depend on the processes."""
     monkeypatch.undo()  # the processes have the real size of parts
@@ -288,28 +280,16 @@ def test_published_layout_is_converted(images: Path, vqgan: Path, tmp_path: Path
         _convert(npz, tmp_path / "bad", vqgan)
 
 
-def test_command_line(
-    images: Path, vqgan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_command_line(images: Path, vqgan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Guards against a flag of main_cache.py that does not arrive, and a traceback for a user's mistake."""
-    flags = [
-        "main_cache.py",
-        f"--vqgan_path={vqgan}",
-        f"--cached_path={tmp_path / 'c'}",
-        "--num_workers=0",
-        "--device=cpu",
-    ]
-    monkeypatch.setattr(sys, "argv", [*flags, f"--data_path={images}", f"--img_size={SIZE + 1}"])
-    with pytest.raises(SystemExit) as exit_info:
-        exit_on_user_error(main_cache.main)
-    assert exit_info.value.code == 2
+    flags = [f"--vqgan_path={vqgan}", f"--cached_path={tmp_path / 'c'}", "--num_workers=0", "--device=cpu"]
+    assert run(main_cache.main, *flags, f"--data_path={images}", f"--img_size={SIZE + 1}") == 2
     assert capsys.readouterr().err == "error: --img_size 9 must be a multiple of the tokenizer's stride, 2.\n"
-    monkeypatch.setattr(sys, "argv", [*flags, f"--data_path={images}", f"--img_size={SIZE}", "--batch_size=2"])
-    main_cache.main()
+    assert run(main_cache.main, *flags, f"--data_path={images}", f"--img_size={SIZE}", "--batch_size=2") == 0
     npz = _npz_layout(images, vqgan, tmp_path / "npz")
-    monkeypatch.setattr(sys, "argv", [*flags, f"--convert_from={npz}", f"--img_size={SIZE}"])
-    with pytest.raises(UserError, match="list of files"):  # --cached_path holds the cache made from images
-        main_cache.main()
+    capsys.readouterr()
+    assert run(main_cache.main, *flags, f"--convert_from={npz}", f"--img_size={SIZE}") == 2
+    assert "list of files" in capsys.readouterr().err  # --cached_path holds the cache made from images
 
 
 def test_a_published_command_line_runs_as_it_is(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -18,12 +19,11 @@ from engine.config import Config
 from engine.decoding.latency import PUBLISHED_RUNS
 from engine.hub.download import DOWNLOADS, ORDERS_DIR
 from engine.options import parse, recipe_changes
-from engine.recipes import EVAL_RECIPES, RELEASED, TOKENIZER, TRAIN_RECIPES, checkpoint_path
+from engine.recipes import EVAL_RECIPES, EXPECTED, RELEASED, TOKENIZER, TRAIN_RECIPES, checkpoint_path
 from models import MODEL_SIZES
 from models.lpd import LPD
 from orders import group_sizes
-from tests.helpers.commands import ROOT
-from util.cli import exit_on_user_error
+from tests.helpers.commands import ROOT, run
 from util.config import record
 
 RELEASED_L_256 = json.loads((ROOT / "tests" / "data" / "lpd_l_256.keys.json").read_text())
@@ -71,6 +71,55 @@ def flags_of(config: Config) -> SimpleNamespace:
     return SimpleNamespace(**record(config))
 
 
+# Model, pixels, steps, repulsion, guidance; FID, Inception Score, seconds at batch 1, images/s at batch 64 (paper).
+PUBLISHED_ROWS = {
+    "lpd_l_res256_steps20": ("lpd_l", 256, 20, 2, 4.8, 2.40, 284.5, 0.28, 139.11),
+    "lpd_xl_res256_steps20": ("lpd_xl", 256, 20, 2, 4.9, 2.10, 326.7, 0.41, 75.20),
+    "lpd_xxl_res256_steps20": ("lpd_xxl", 256, 20, 3, 5.9, 2.00, 337.6, 0.55, 45.07),
+    "lpd_l_res256_steps32": ("lpd_l", 256, 32, 2, 5.4, 2.29, 282.7, 0.46, 110.34),
+    "lpd_xl_res256_steps32": ("lpd_xl", 256, 32, 2, 5.0, 1.92, 319.4, 0.66, 61.24),
+    "lpd_l_res512_steps48": ("lpd_l", 512, 48, 4, 7.3, 2.54, 292.2, 0.69, 35.16),
+    "lpd_xl_res512_steps48": ("lpd_xl", 512, 48, 4, 6.0, 2.10, 326.0, 1.01, 18.18),
+}
+# Model, pixels, epochs, warm-up, schedule, decay from, images per GPU.
+PUBLISHED_TRAININGS = {
+    "lpd_l_256": ("lpd_l", 256, 450, 50, "constant+cosine", 400, 64),
+    "lpd_xl_256": ("lpd_xl", 256, 450, 50, "constant+cosine", 400, 32),
+    "lpd_xxl_256": ("lpd_xxl", 256, 450, 50, "constant+cosine", 400, 32),
+    "lpd_l_512": ("lpd_l", 512, 50, 1, "cosine", None, 16),
+    "lpd_xl_512": ("lpd_xl", 512, 50, 1, "cosine", None, 8),
+}
+
+
+@pytest.mark.parametrize("name", EVAL_RECIPES)
+def test_evaluation_recipes_are_the_published_rows(name: str) -> None:
+    """A mistyped guidance or step count would cost a night and look like a bad model."""
+    args = flags_of(parse(["--evaluate", "--recipe", name, "--eval_bsz", "8"]))
+    sampling = (args.model, args.img_size, args.generation_steps, args.repulsion_threshold, args.cfg)
+    assert sampling + dataclasses.astuple(EXPECTED[name]) == PUBLISHED_ROWS[name]
+    assert (args.cfg_schedule, args.temperature, args.top_k, args.top_p) == ("linear", 1.0, 0, 1.0)
+    assert (args.num_images, args.bf16, args.eval_bsz) == (50_000, True, 8)
+    assert args.pretrained_ckpt == checkpoint_path(args.model, args.img_size)
+
+
+@pytest.mark.parametrize("name", TRAIN_RECIPES)
+def test_training_recipes_are_the_published_runs(name: str) -> None:
+    parsed = parse(["--recipe", name])
+    args, config = flags_of(parsed), parsed.training
+    assert config is not None
+    decay = config.lr_decay_start_epoch if config.lr_schedule == "constant+cosine" else None
+    run_of = (args.model, args.img_size, config.epochs, config.warmup_epochs, config.lr_schedule, decay)
+    assert (*run_of, config.batch_size) == PUBLISHED_TRAININGS[name]
+    optimisation = (config.lr, config.blr, config.min_lr, config.weight_decay, config.grad_clip, config.bf16)
+    assert optimisation == (None, 1e-4, 1e-5, 0.02, 3.0, True)
+    assert (args.label_drop_prob, args.proj_dropout, args.attn_dropout) == (0.1, 0.1, 0.0)
+
+
+def test_recipes_cover_the_published_tables() -> None:
+    assert EVAL_RECIPES.keys() == PUBLISHED_ROWS.keys()
+    assert TRAIN_RECIPES.keys() == PUBLISHED_TRAININGS.keys()
+
+
 def test_every_file_that_recipes_need_can_be_downloaded() -> None:
     places = {str(entry.place) for entry in DOWNLOADS.values()}
     assert places == {checkpoint_path(*released) for released in RELEASED} | {TOKENIZER}
@@ -99,13 +148,22 @@ def arguments_of(script: Path, tmp_path: Path) -> list[str]:
     return (tmp_path / "arguments").read_text().splitlines()
 
 
-def error_of(arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
+def error_of(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     """What main_lpd.py says in an empty folder, when it ends with status 2."""
-    monkeypatch.setattr(sys, "argv", ["main_lpd.py", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        exit_on_user_error(main_lpd.main)
-    assert stop.value.code == 2
+    assert run(main_lpd.main, *arguments) == 2
     return capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_published_script_runs_the_program() -> None:
+    """What it lacks is one sentence, and the status 2 arrives."""
+    command = ["bash", str(ROOT / "scripts" / "eval" / "lpd_l_res256_steps20.sh"), "--device", "cpu"]
+    environment = os.environ | {"NPROC_PER_NODE": "1", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    words = ["--pretrained_ckpt", "nowhere.pth"]  # whatever has been downloaded
+    result = subprocess.run([*command, *words], capture_output=True, text=True, env=environment)
+    assert result.returncode == 2
+    assert "nowhere.pth: " in result.stderr
+    assert "Traceback" not in result.stderr
 
 
 @pytest.mark.parametrize("name", EVAL_RECIPES)
@@ -119,7 +177,7 @@ def test_evaluation_scripts_name_all_files_they_lack(
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "torch"))
-    head, *lines = error_of(arguments, monkeypatch, capsys).splitlines()
+    head, *lines = error_of(arguments, capsys).splitlines()
     assert head == "error: 4 files are missing:"
     model, size = re.match(r"(lpd_\w+)_res(\d+)_", name).groups()  # type: ignore[union-attr]
     for line, parts in zip(
@@ -144,7 +202,7 @@ def test_training_scripts_name_all_files_they_lack(
     assert (program, arguments) == ("main_lpd.py", ["--recipe", name, "--device", "cpu"])
     (tmp_path / "empty").mkdir()
     monkeypatch.chdir(tmp_path / "empty")
-    error = error_of(arguments, monkeypatch, capsys)
+    error = error_of(arguments, capsys)
     size = name.rsplit("_", 1)[1]
     assert f"cached/imagenet_{size}: " in error
     command = f"python main_cache.py --img_size {size} --vqgan_path checkpoints/vq_ds16_c2i.pt --data_path IMAGES"
@@ -173,7 +231,7 @@ def test_a_missing_file_of_ones_own_is_one_sentence(
         ("--vqgan_path", "old/vq_ds16_c2i.pt", "get it to checkpoints/vq_ds16_c2i.pt with"),
     ):
         arguments = [part for pair in (given | {flag: value}).items() for part in pair]
-        error = error_of(["--evaluate", "--device", "cpu", *arguments], monkeypatch, capsys)
+        error = error_of(["--evaluate", "--device", "cpu", *arguments], capsys)
         assert error.startswith(f"error: missing file {value}: ")
         assert named in error
         assert len(error.splitlines()) == 1

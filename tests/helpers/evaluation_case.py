@@ -28,22 +28,22 @@ from engine.evaluation.inputs import open_inputs
 from engine.scoring.features import FeatureExtractor
 from engine.scoring.statistics import FeatureStatistics, save_reference_statistics
 from models.lpd import LPD, LPDConfig
-from tokenizers import VQConfig, VQModel
+from tests.helpers.processes import ALONE
+from tests.helpers.tiny_models import tiny_tokenizer
+from tokenizers import VQModel
 from util.cli import from_args
 from util.dist import Dist, distributed
 
 NUM_IMAGES, CLASSES, SIZE, DIM = 23, 5, 16, 6
 GROUP_SIZES = (1, 3, 5, 7)
 Batch = tuple[torch.Tensor, ...]
-ALONE = Dist(0, 1, torch.device("cpu"))
 
 
 def networks() -> tuple[LPD, VQModel]:
     """In float64, so that the batch an image is in cannot change its codes or bytes by rounding."""
     torch.manual_seed(0)
     size = LPDConfig(img_size=SIZE, stride=4, embed_dim=16, depth=2, num_heads=2, class_num=CLASSES, vocab_size=12)
-    tokens = VQConfig(base_width=8, multipliers=(1, 1, 1), res_blocks=1, z_channels=8, codebook_size=12, code_dim=4)
-    return LPD(size).double().eval(), VQModel(tokens).double().eval()
+    return LPD(size).double().eval(), tiny_tokenizer().double()
 
 
 def toy_extractor() -> FeatureExtractor:

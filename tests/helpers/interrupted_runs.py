@@ -1,4 +1,4 @@
-"""Runs a small training again and again and kills it, the way a cluster does; started by test_training_safety.py.
+"""Runs a small training again and again and kills it, the way a cluster does; started by tests of engine/training.
 
 Every run is forked from this process, which has torch imported but has computed nothing, so that a start costs
 milliseconds. Prints one line of JSON: how many runs were killed, how many of them while a checkpoint was being written,
@@ -9,6 +9,7 @@ and which finished runs ended with other weights or losses than the uninterrupte
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -17,6 +18,7 @@ import select
 import signal
 import sys
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +32,9 @@ import util.checkpoint
 from engine.training.trainer import TrainConfig, train
 from models import build_model
 from models.lpd import LPD, load_weights
+from tests.helpers.processes import meeting_place, rank_variables
 from tests.helpers.tiny_run import V
-from tests.helpers.training_case import SCHEDULES, free_port, make_cache
+from tests.helpers.training_case import SCHEDULES, make_cache
 from util.checkpoint import LAST, load_checkpoint, load_newest
 from util.data.codes import MappedCodes
 from util.dist import distributed
@@ -54,10 +57,8 @@ def save_slowly(payload: Any, file: Any) -> None:
 original_save = torch.save
 
 
-def run_training(cache: Path, folder: Path, rank: int, world_size: int, port: int, started: int) -> None:
+def run_training(cache: Path, folder: Path, started: int) -> None:
     """One process's training, as main_lpd.py would do it: from the newest checkpoint, if there is one."""
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size))
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     vars(util.checkpoint.torch)["save"] = save_slowly
 
     class Codes(MappedCodes):
@@ -78,50 +79,56 @@ def run_training(cache: Path, folder: Path, rank: int, world_size: int, port: in
         if newest is not None:
             load_weights(model, newest[1]["model"], str(newest[0]))
         config = TrainConfig(
-            output_dir=folder, epochs=EPOCHS, batch_size=GLOBAL_BATCH // world_size, lr=1e-2, warmup_epochs=1,
+            output_dir=folder, epochs=EPOCHS, batch_size=GLOBAL_BATCH // dist.world_size, lr=1e-2, warmup_epochs=1,
             lr_schedule="cosine", num_workers=0, save_last_steps=2, keep_last=3,
         )  # fmt: skip
         train(model, Codes(cache), SCHEDULES, config, dist, resume=newest[1] if newest else None)
 
 
-def start(cache: Path, folder: Path, world_size: int) -> tuple[list[int], int]:
+@contextlib.contextmanager
+def started(cache: Path, folder: Path, world_size: int) -> Iterator[tuple[list[int], int]]:
     """Process ids, and a pipe that gets a byte when the first step is done."""
-    started, tell = os.pipe()
-    port = free_port()
+    with meeting_place(world_size) as variables:
+        pids, first_step = start(cache, folder, world_size, variables)
+        yield pids, first_step
+        os.close(first_step)
+
+
+def start(cache: Path, folder: Path, world_size: int, variables: dict[str, str]) -> tuple[list[int], int]:
+    first_step, tell = os.pipe()
     pids = []
     for rank in range(world_size):
         pid = os.fork()
         if pid == 0:
             try:
-                os.close(started)
+                os.close(first_step)
                 os.dup2(os.open(folder.parent / "log.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
-                run_training(cache, folder, rank, world_size, port, tell)
+                os.environ.update(variables | rank_variables(rank))
+                run_training(cache, folder, tell)
                 os._exit(0)
             except BaseException:
                 traceback.print_exc()
                 os._exit(1)
         pids.append(pid)
     os.close(tell)
-    return pids, started
+    return pids, first_step
 
 
 def finish(cache: Path, folder: Path, world_size: int) -> None:
-    pids, started = start(cache, folder, world_size)
-    statuses = [os.waitpid(pid, 0)[1] for pid in pids]
-    os.close(started)
+    with started(cache, folder, world_size) as (pids, _):
+        statuses = [os.waitpid(pid, 0)[1] for pid in pids]
     assert not any(statuses), (folder.parent / "log.txt").read_text()
 
 
 def kill(cache: Path, folder: Path, world_size: int, moment: float) -> bool:
     """Start a run and kill it `moment` seconds after its first step; whether it was still running."""
-    pids, started = start(cache, folder, world_size)
-    select.select([started], [], [])  # a byte, or the end of all processes
-    os.read(started, 1)
-    select.select([], [], [], moment)
-    for pid in pids:
-        os.kill(pid, signal.SIGKILL)
-    statuses = [os.waitpid(pid, 0)[1] for pid in pids]
-    os.close(started)
+    with started(cache, folder, world_size) as (pids, first_step):
+        select.select([first_step], [], [])  # a byte, or the end of all processes
+        os.read(first_step, 1)
+        select.select([], [], [], moment)
+        for pid in pids:
+            os.kill(pid, signal.SIGKILL)
+        statuses = [os.waitpid(pid, 0)[1] for pid in pids]
     return any(os.WIFSIGNALED(status) for status in statuses)
 
 

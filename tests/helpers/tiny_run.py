@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 
 from util.checkpoint import LAST, load_checkpoint
-from util.data.codes import CacheHeader
+from util.data.codes import CacheHeader, write_codes
 
 L, V, CLASSES, N = 16, 11, 3, 64
 
@@ -20,16 +19,12 @@ def make_cache(
 ) -> Path:
     """A code cache of random codes, of images of 16 pixels per code."""
     rng = np.random.default_rng(0)
-    folder.mkdir()
-    for name in ("codes", "codes_flip"):
-        np.save(folder / f"{name}.npy", rng.integers(vocab_size, size=(num_images, grid_size**2), dtype=np.uint16))
-    np.save(folder / "labels.npy", rng.integers(CLASSES, size=num_images))
+    codes = [rng.integers(vocab_size, size=(num_images, grid_size**2), dtype=np.uint16) for _ in range(2)]
     header = CacheHeader(
-        img_size=16 * grid_size, grid_size=grid_size, num_images=num_images, classes=["a", "b", "c"],
-        tokenizer_sha256=tokenizer_sha256, vocab_size=vocab_size, max_code=vocab_size - 1, crop="adm", source="test",
-        source_sha256="0" * 64, skipped=[], files={},
+        img_size=16 * grid_size, grid_size=grid_size, classes=["a", "b", "c"], tokenizer_sha256=tokenizer_sha256,
+        vocab_size=vocab_size, source="test",
     )  # fmt: skip
-    (folder / "header.json").write_text(json.dumps(dataclasses.asdict(header)))
+    write_codes(folder, codes[0], codes[1], rng.integers(CLASSES, size=num_images), header)
     return folder
 
 

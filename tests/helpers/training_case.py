@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import functools
-import socket
+import os
+import signal
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from engine.training.trainer import TrainConfig
@@ -13,11 +16,10 @@ from models import build_model
 from models.lpd import LPD
 from tests.helpers import tiny_run
 from tests.helpers.tiny_run import CLASSES, V
-from util.dist import Dist
+from util.data.codes import CodeBatch, MappedCodes
 
 N = 40
 SCHEDULES = [(1, 3, 5, 7), (1, 15), (1, 1, 2, 4, 8)]
-CPU = Dist(0, 1, torch.device("cpu"))
 make_cache = functools.partial(tiny_run.make_cache, num_images=N)
 
 
@@ -32,7 +34,22 @@ def config(folder: Path, **changes: object) -> TrainConfig:
     return TrainConfig(output_dir=folder, **(values | {"num_workers": 0, "log_freq": 3} | changes))
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+class HookedCodes(MappedCodes):
+    """Calls something while batch number `batch`, from 1, is fetched."""
+
+    def __init__(self, path: Path, batch: int, hook: Callable[[], object]) -> None:
+        super().__init__(path)
+        self.left, self.hook = batch, hook
+
+    def get_batch(self, indices: Sequence[int] | np.ndarray) -> CodeBatch:
+        self.left -= 1
+        if self.left == 0:
+            self.hook()
+        return super().get_batch(indices)
+
+    __getitems__ = get_batch
+
+
+def stopped_at(path: Path, batch: int, number: int = signal.SIGTERM) -> HookedCodes:
+    """Codes that send this process a signal while a batch is fetched."""
+    return HookedCodes(path, batch, lambda: os.kill(os.getpid(), number))

@@ -9,15 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib import colormaps
 from PIL import Image, ImageSequence
 
 from orders import generate_orders, group_sizes, load_orders
 from orders.__main__ import main
-from orders.draw import OrderSpec
+from orders.draw import OrderSpec, default_repulsion
 from orders.figures import TITLES, SteppedOrder
+from orders.schedule import grid_group_sizes
 from orders.statistics import order_statistics
 from tests.helpers.commands import ROOT
-from util.cli import exit_on_user_error
+from tests.helpers.commands import run as run_command
+from tests.helpers.pictures import assert_mosaic, assert_text, pixels_of
 from util.errors import UserError
 
 
@@ -95,18 +98,53 @@ def test_every_kind_has_a_title() -> None:
     assert set(TITLES) == set(ORDER_KINDS)
 
 
-def test_pictures(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Non-square grid, other steps: a frame per step and one to rest on; all three open as images."""
-    same = ["--grid", "4x6", "--steps", 5]
-    run(monkeypatch, "draw", tmp_path / "one.png", *same, "--order", "zipar")
-    run(monkeypatch, "compare", tmp_path / "all.png", *same, "--orders", "lpd", "random")
-    run(monkeypatch, "animate", tmp_path / "filling.gif", *same, "--orders", "lpd")
-    for name in ("one.png", "all.png"):
-        with Image.open(tmp_path / name) as image:
-            assert min(image.size) > 200
-            assert len(image.convert("RGB").getcolors(1 << 24) or []) > 5
+GRID, STEPS = (4, 6), 5
+SAME = ["--grid", "4x6", "--steps", STEPS]
+STATE_COLOURS = np.array([(244, 244, 244), (195, 200, 207), (27, 158, 119), (240, 163, 10)])  # states of a snapshot
+RED = (215, 25, 28)
+
+
+def drawn_order(kind: str) -> SteppedOrder:
+    """Order number 0 of the pictures below."""
+    spec = OrderSpec(kind, GRID, grid_group_sizes(GRID, STEPS), 1.0, default_repulsion(GRID), 0)
+    return SteppedOrder(spec, spec.draw(np.array([0]))[0])
+
+
+def step_colours(steps: np.ndarray) -> np.ndarray:
+    """uint8 (h, w, 3), early (dark) to late (bright)."""
+    return np.rint(colormaps["viridis"]((steps - 1) / (STEPS - 1))[..., :3] * 255).astype(np.uint8)
+
+
+def test_drawing_has_each_cell_in_the_colour_of_its_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run(monkeypatch, "draw", tmp_path / "one.png", *SAME, "--order", "zipar")
+    picture = pixels_of(tmp_path / "one.png")
+    rows, columns = assert_mosaic(picture, step_colours(drawn_order("zipar").steps()))
+    assert_text(picture[: rows.start, columns])
+
+
+def test_comparison_has_steps_and_a_snapshot_of_each_order(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run(monkeypatch, "compare", tmp_path / "all.png", *SAME, "--orders", "lpd", "random")
+    picture = pixels_of(tmp_path / "all.png")
+    middle = picture.shape[1] // 2
+    for panel, kind in ((picture[:, :middle], "lpd"), (picture[:, middle:], "random")):
+        order = drawn_order(kind)
+        rows, steps = assert_mosaic(panel, step_colours(order.steps()))
+        _, snapshot = assert_mosaic(panel[rows], STATE_COLOURS[order.snapshot(3)[0]])
+        assert steps.stop < snapshot.start
+        assert_text(panel[: rows.start])
+
+
+def test_animation_fills_the_grid_step_by_step(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A frame per step, with the newest cells in red, and one to rest on."""
+    run(monkeypatch, "animate", tmp_path / "filling.gif", *SAME, "--orders", "lpd")
+    steps = drawn_order("lpd").steps()
     with Image.open(tmp_path / "filling.gif") as image:
-        assert sum(1 for _ in ImageSequence.Iterator(image)) == 6
+        frames = [frame.convert("RGB") for frame in ImageSequence.Iterator(image)]
+    assert len(frames) == STEPS + 1
+    for number, frame in enumerate(frames, 1):
+        colours = np.where((steps <= number)[..., None], step_colours(steps), STATE_COLOURS[0])
+        colours[steps == number] = RED
+        assert_mosaic(pixels_of(frame), colours, tolerance=6)
 
 
 @pytest.mark.parametrize(
@@ -140,10 +178,7 @@ def test_mistakes_get_one_sentence_and_no_file(
     tmp_path: Path,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["orders", *arguments])
-    with pytest.raises(SystemExit) as status:
-        exit_on_user_error(main)
-    assert status.value.code == 2
+    assert run_command(main, *arguments) == 2
     assert message in capsys.readouterr().err.splitlines()[-1]
     assert list(tmp_path.iterdir()) == []
 
@@ -151,7 +186,7 @@ def test_mistakes_get_one_sentence_and_no_file(
 def test_orders_need_no_torch() -> None:
     """Drawing orders must not cost the seconds that torch takes to import."""
     code = (
-        "import sys, orders; orders.generate_orders('lpd', 2, orders.group_sizes(256, 20), 16);"
+        "import sys, orders, orders.__main__; orders.generate_orders('lpd', 2, orders.group_sizes(256, 20), 16);"
         "print('torch' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -11,7 +11,8 @@ import torch
 
 from models import model_config
 from scripts import benchmark_latency
-from tokenizers import VQConfig, VQModel, save_tokenizer
+from tests.helpers.tiny_models import tiny_tokenizer
+from tokenizers import VQModel, save_tokenizer
 from util.errors import UserError
 
 
@@ -20,13 +21,14 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     benchmark_latency.main()
 
 
+@pytest.mark.slow
 def test_all_cases_are_measured(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(benchmark_latency, "copy_bytes", lambda device: 1e10)
     monkeypatch.setattr(benchmark_latency, "matrix_product_flops", lambda device, dtype: 1e11)
     tokenizer, output = tmp_path / "tokenizer.pt", tmp_path / "latency.json"
-    save_tokenizer(VQModel(VQConfig(8, (1, 1, 1, 1, 1), res_blocks=1, z_channels=8, code_dim=4)), tokenizer)
+    save_tokenizer(tiny_tokenizer(16, 16384), tokenizer)
     model = ("--model", "lpd_debug", "--img_size", 64, "--generation_steps", 5, "--vqgan_path", tokenizer)
     runs = ("--runs", 2, "--batch_sizes", 1, 3, "--one_by_one")
     run(monkeypatch, *model, *runs, "--profile", tmp_path, "--output", output)
@@ -56,9 +58,9 @@ def test_flops_of_the_published_tokenizer(img_size: int, gigaflops: float) -> No
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (["--rows", "lpd_m"], "lpd_m"),
+        (["--rows", "lpd_m"], "--rows is 'lpd_m'"),
         (["--threads", 0], "threads is 0"),
-        (["--runs", 0], "--runs"),
+        (["--runs", 0], "--runs is 0"),
         (["--paths", "graph"], "graph needs a CUDA GPU"),
     ],
 )

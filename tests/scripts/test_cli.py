@@ -152,6 +152,7 @@ def start_workers(folder: Path, mode: str, leave_seconds: float) -> subprocess.P
     return subprocess.Popen([sys.executable, "-c", program, *workers], cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "numbers", "leave_seconds", "status"),
     [
@@ -203,7 +204,7 @@ def restored_signals() -> object:
 def test_a_shell_that_dies_of_the_signal_does_not_end_the_job(tmp_path: Path) -> None:
     """Guards against requeueing while the training, whose shell the signal has killed, is still saving."""
     saved = tmp_path / "saved"
-    training = f"trap 'sleep 1; echo > {saved}; exit 75' USR2; echo > {tmp_path}/ready; while :; do sleep 0.1; done"
+    training = f"trap 'sleep 0.5; echo > {saved}; exit 75' USR2; echo > {tmp_path}/ready; while :; do sleep 0.1; done"
     child = Child(["bash", "-c", f'bash -c "{training}"; true'], dict(os.environ))
     wait_until((tmp_path / "ready").exists, 20, "the start")
     os.kill(os.getpid(), signal.SIGUSR2)
@@ -214,8 +215,10 @@ def test_a_shell_that_dies_of_the_signal_does_not_end_the_job(tmp_path: Path) ->
 @pytest.mark.usefixtures("restored_signals")
 def test_patience_ends_before_the_time_limit(tmp_path: Path) -> None:
     """Guards against a job that is lost because its training does not leave."""
-    child = Child(["bash", "-c", f"trap '' USR2; echo > {tmp_path}/ready; sleep 5"], dict(os.environ))
+    training = f"trap '' USR2; echo > {tmp_path}/ready; until [[ -e {tmp_path}/end ]]; do sleep 0.1; done"
+    child = Child(["bash", "-c", training], dict(os.environ))
     wait_until((tmp_path / "ready").exists, 20, "the start")
     os.kill(os.getpid(), signal.SIGUSR2)
     assert child.wait(patience=0.5) is None
+    (tmp_path / "end").touch()
     assert child.wait(patience=60) == 0

@@ -1,16 +1,20 @@
-"""The demo runs from the digits to the table and goes on where it stopped, with a few steps of everything."""
+"""The demo runs from the digits to the table and resumes where it stopped, with a few steps of everything."""
 
 from __future__ import annotations
 
-import sys
+import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
+from matplotlib import colormaps
 
 import scripts.demo
+from orders.schedule import grid_group_sizes
 from tests.helpers.commands import ROOT
-from util.cli import exit_on_user_error
+from tests.helpers.commands import run as run_command
+from tests.helpers.pictures import assert_curve, assert_mosaic, assert_not_blank, assert_text, pixels_of
 
 
 @pytest.fixture
@@ -19,13 +23,7 @@ def demo(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> 
 
     def run(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.chdir(ROOT)
-        monkeypatch.setattr(sys, "argv", ["demo", "--device", "cpu", *map(str, arguments)])
-        try:
-            exit_on_user_error(scripts.demo.main)
-            status = 0
-        except SystemExit as stop:
-            status = int(stop.code or 0)
-        return status, *capfd.readouterr()
+        return run_command(scripts.demo.main, "--device", "cpu", *arguments), *capfd.readouterr()
 
     return run
 
@@ -38,12 +36,21 @@ def test_quick_demo_from_start_to_table_and_again(tmp_path: Path, demo: Callable
     assert table in printed
     for row in ("| raster, one by one | 64 |", "| random | 8 |", "| locality-aware | 16 |", "| real, held out |"):
         assert row in table
-    for picture in ("samples.png", "orders.png"):
-        assert (tmp_path / "demo" / picture).stat().st_size > 10_000
+    samples, orders = (pixels_of(tmp_path / "demo" / f"{name}.png") for name in ("samples", "orders"))
+    assert np.array_equal(samples, pixels_of(tmp_path / "demo" / "eval" / "lpd_16" / "grid.png"))
+    assert samples.shape[0] > 10 * 64  # a row for each digit, two of each
+    assert_not_blank(tmp_path / "demo" / "samples.png", share=0.5)
+    panel = orders[:, : orders.shape[1] // 3]
+    raster = np.repeat(np.arange(16), grid_group_sizes(8, 16)).reshape(8, 8) / 15
+    rows, columns = assert_mosaic(panel, np.rint(colormaps["viridis"](raster)[..., :3] * 255))
+    assert_text(panel[: rows.start, columns])
+    lines = [json.loads(line) for line in (tmp_path / "demo" / "lpd" / "metrics.jsonl").read_text().splitlines()]
+    losses, epochs = ([line[name] for line in lines] for name in ("loss", "epoch"))
+    assert_curve(pixels_of(tmp_path / "demo" / "loss.png")[:, :640], (31, 119, 180), losses, epochs)  # no legend
 
     status, printed, errors = demo("--quick", "--output_dir", tmp_path / "demo")
     assert status == 0, errors[-3000:]
-    assert printed.count("done before") == 7
+    assert printed.count("done before") == 9
 
 
 def test_wrong_arguments(tmp_path: Path, demo: Callable[..., tuple[int, str, str]]) -> None:

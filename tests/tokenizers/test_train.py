@@ -1,4 +1,4 @@
-"""Training small tokenizers: it learns, the codebook stays alive, files are whole, mistakes are named."""
+"""Training small tokenizers: it learns, the codebook stays alive, files are complete, mistakes are named."""
 
 from __future__ import annotations
 
@@ -17,12 +17,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from tests.helpers.pictures import assert_shows, assert_text
 from tokenizers import VQConfig, load_tokenizer, training_data
 from tokenizers import train as train_module
 from tokenizers.codebook_training import DeadCodeRevival, codebook_use, kmeans_start
 from tokenizers.train import TokenizerTrainConfig, evaluate, main, train_tokenizer
 from tokenizers.vq_model import Codebook, VQModel
 from util.errors import UserError
+from util.pictures import to_float, to_uint8
 
 MODEL = VQConfig(base_width=8, multipliers=(1, 2), res_blocks=1, z_channels=16, codebook_size=32, code_dim=4)
 CPU = torch.device("cpu")
@@ -68,14 +70,17 @@ def test_training_improves_reconstructions_and_uses_the_codebook(tmp_path: Path)
     assert saved.items() >= metrics.items()
     assert saved["training"]["lr"] == 4e-3
     assert (metrics["train_images"], metrics["held_out_images"]) == (34, 14)
-    with Image.open(tmp_path / "reconstructions.png") as picture:
-        assert picture.size[0] > 12 * 64
-
     model = load_tokenizer(tmp_path / "tokenizer.pt")
     assert model.config == MODEL
     _, held_out_set = training_data.split(Blobs(), config.held_out, config.seed)
     held_out = torch.stack([held_out_set[i][0] for i in range(14)])
     assert evaluate(model, held_out, 2)["psnr_db"] == pytest.approx(metrics["psnr_db"], abs=2e-3)
+    shown = held_out[:12]
+    with torch.no_grad():
+        decoded = to_uint8(model.decode(model.encode(to_float(shown))))
+    cells = assert_shows(tmp_path / "reconstructions.png", torch.cat([shown, decoded]), columns=12)
+    for top in cells.top:
+        assert_text(cells.pixels[top : top + cells.height, : cells.left[0]])
 
 
 def test_the_seed_decides_the_result(tmp_path: Path) -> None:
@@ -191,7 +196,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path: Path, monkeypa
 @pytest.mark.parametrize(
     ("told", "status", "step"), [(signal.SIGTERM, 75, 3), (signal.SIGUSR2, 75, 13), (signal.SIGINT, 130, 9)]
 )
-def test_a_stop_signal_saves_and_the_same_call_goes_on_exactly(
+def test_a_stop_signal_saves_and_the_same_call_resumes_exactly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: signal.Signals, status: int, step: int
 ) -> None:
     """Guards against steps since the last measurement being lost, and a time limit below them that never gets on."""
@@ -271,7 +276,7 @@ def test_dead_entries_move_to_badly_served_features_and_live_ones_stay() -> None
     assert (moments[alive] > 0).any()
 
 
-def test_revival_counts_anew_after_each_check() -> None:
+def test_revival_counts_from_zero_after_each_check() -> None:
     """Guards against counts of long ago keeping a dead entry."""
     codebook = Codebook(4, 4)
     with torch.no_grad():

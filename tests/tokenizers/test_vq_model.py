@@ -151,7 +151,7 @@ def test_impossible_configs_are_refused(values: dict, message: str) -> None:
     ],
 )
 def test_images_of_a_wrong_shape_or_type_are_refused(images: torch.Tensor) -> None:
-    """2×8 tokens would be decoded as a 4×4 grid without a word."""
+    """2×8 tokens would otherwise be decoded as a 4×4 grid."""
     with pytest.raises(UserError, match=r"[Ii]mages"):
         VQModel(TINY).encode(images)
 

@@ -1,4 +1,4 @@
-"""Checkpoints: whole or absent, released files loadable, nothing executed, the newest readable one found."""
+"""Checkpoints: complete or not there, released files loadable, nothing executed, the newest readable one found."""
 
 from __future__ import annotations
 

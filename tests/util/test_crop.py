@@ -35,7 +35,7 @@ def test_center_crop_refuses_an_empty_crop() -> None:
 
 @pytest.mark.parametrize("mode", ["L", "LA", "1", "P", "RGBA", "CMYK"])
 def test_every_mode_becomes_rgb_as_pillow_converts_it(tmp_path: Path, mode: str) -> None:
-    """Guards against files that are no plain RGB reaching the network with another number of channels."""
+    """Guards against files that are not plain RGB reaching the network with another number of channels."""
     picture = Image.fromarray(RNG.integers(0, 256, (6, 5, 3), dtype=np.uint8)).convert(mode)
     path = tmp_path / ("image.tif" if mode == "CMYK" else "image.png")
     picture.save(path)

@@ -1,4 +1,4 @@
-"""Several processes: what rank 0 alone does, and one training per folder."""
+"""Several processes: what rank 0 alone does, and how they leave."""
 
 from __future__ import annotations
 
@@ -7,82 +7,59 @@ import subprocess
 import sys
 import threading
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
-import torch.multiprocessing as mp
 
-import util.dist
 from tests.helpers.commands import ROOT
-from tests.helpers.training_case import free_port
-from util.dist import Dist, distributed
+from tests.helpers.processes import in_processes, meeting_place, rank_variables
+from util.dist import Dist
 from util.errors import UserError
-from util.folder_lock import FolderLock
 
 
-def take_long(rank: int, port: int, folder: Path) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    util.dist.TIMEOUT = timedelta(seconds=1)
-
+def take_long(folder: Path, dist: Dist) -> None:
     def wait() -> list[int]:
         threading.Event().wait(2.5)
-        return [rank]
+        return [dist.rank]
 
     def fail() -> None:
         raise UserError("no such file")
 
-    with distributed("cpu") as dist:
-        assert dist.on_main(wait) == [0]
-        with pytest.raises(UserError, match="no such file"):
-            dist.on_main(fail)
-        assert dist.on_main(lambda: rank) == 0
-        (folder / str(rank)).touch()
+    assert dist.on_main(wait) == [0]
+    with pytest.raises(UserError, match="no such file"):
+        dist.on_main(fail)
+    assert dist.on_main(lambda: dist.rank) == 0
+    (folder / str(dist.rank)).touch()
 
 
+@pytest.mark.slow
 def test_rank_0_may_take_longer_than_a_collective_and_its_error_reaches_all(tmp_path: Path) -> None:
     """The others would be ended by the time limit, or wait in a barrier for a process that has left."""
-    mp.spawn(take_long, (free_port(), tmp_path), nprocs=2)
-    assert len(list(tmp_path.iterdir())) == 2
+    in_processes(2, partial(take_long, tmp_path), timeout=timedelta(seconds=1))
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "1"}
+
+
+LEAVE = """
+import os, sys
+from util.dist import distributed
+with distributed("cpu") as dist:
+    import torch._dynamo
+    dist.gather(dist.rank)
+names = [open(f"/proc/self/task/{task}/comm").read() for task in os.listdir("/proc/self/task")]
+sys.exit(any("gloo" in name for name in names))
+"""
+
+
+def test_no_thread_of_the_group_outlives_it() -> None:
+    """One that still held a tensor when Python ended aborted the program, now and then, after all work was done."""
+    with meeting_place(2) as variables:
+        started = [
+            subprocess.Popen([sys.executable, "-c", LEAVE], cwd=ROOT, env=os.environ | variables | rank_variables(rank))
+            for rank in range(2)
+        ]
+        assert [process.wait(60) for process in started] == [0, 0]
 
 
 def test_one_process_just_runs_it() -> None:
     assert Dist(0, 1, None).on_main(lambda: 3) == 3  # type: ignore[arg-type]
-
-
-HOLD = """
-import sys
-from pathlib import Path
-from util.folder_lock import FolderLock
-with FolderLock(Path(sys.argv[1]), "training") as lock:
-    lock.acquire()
-    print("held", flush=True)
-    sys.stdin.read()
-"""
-
-
-def test_a_folder_is_held_until_its_process_dies(tmp_path: Path) -> None:
-    """Two trainings in one folder would write over each other's checkpoints; a killed one must not leave it locked."""
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLD, str(tmp_path)], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert holder.stdout is not None
-    assert holder.stdout.readline() == "held\n"
-    with FolderLock(tmp_path, "training") as lock, pytest.raises(UserError, match="another training"):
-        lock.acquire()
-    holder.kill()
-    holder.communicate()
-    with FolderLock(tmp_path, "training") as lock:
-        lock.acquire()
-
-
-def test_a_file_system_without_locks_is_a_warning(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def no_locks(*arguments: object) -> None:
-        raise OSError(37, "No locks available")
-
-    monkeypatch.setattr("util.folder_lock.fcntl.lockf", no_locks)
-    with FolderLock(tmp_path, "training") as lock:
-        lock.acquire()
-    assert "No locks available" in caplog.text

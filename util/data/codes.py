@@ -10,21 +10,22 @@ The published layout, one ``<class>/<image>.npz`` per image with ``indices`` and
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import json
 import logging
 import math
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from util.data.images import list_class_folders
+from util.data.images import hash_names, list_class_folders
 from util.errors import UserError
+from util.files import atomic_write, sha256, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -33,46 +34,64 @@ PARTS = ".parts"  # subfolder of an unfinished cache; hidden, so that it is not 
 CODES, CODES_FLIP, LABELS = "codes.npy", "codes_flip.npy", "labels.npy"
 CACHE_FORMAT, CACHE_VERSION = "lpd-codes", 1
 
-T = TypeVar("T")
 CodeBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class CacheHeader:
     """What a code cache was made of; ``header.json`` holds these fields."""
 
     img_size: int  # side of the crop, pixels
     grid_size: int  # side of the code grid; L = grid_size²
-    num_images: int  # N
+    num_images: int = 0  # N
     classes: list[str]  # names, by label
     tokenizer_sha256: str  # of the tokenizer's file
     vocab_size: int  # the tokenizer's codebook size
-    max_code: int
-    crop: str
+    max_code: int = 0
+    crop: str = "adm_center"
     source: str  # path of the images, or of the cache that was converted
-    source_sha256: str  # of the list of images: ImageDataset.fingerprint, or the relative paths of that cache
-    skipped: list[str]  # broken images that were left out, with the reason
-    files: dict[str, str]  # name → SHA-256
+    source_sha256: str = ""  # of the list of images: ImageDataset.fingerprint, or the relative paths of that cache
+    skipped: list[str] = dataclasses.field(default_factory=list)  # broken images that were left out, with the reason
+    files: dict[str, str] = dataclasses.field(default_factory=dict)  # name → SHA-256
     format: str = CACHE_FORMAT
     version: int = CACHE_VERSION
 
     @staticmethod
-    def read(cache: Path) -> CacheHeader:
-        """Read ``cache/header.json``; UserError if the cache is unfinished or the header another file."""
-        path = cache / HEADER
+    def read(path: Path) -> CacheHeader:
+        """Read a ``header.json``; UserError if it is missing, so that the cache is unfinished, or another file."""
         if not path.is_file():
-            raise UserError(f"{cache} is an unfinished cache; run main_cache.py again to finish it.")
-        try:
-            values = json.loads(path.read_text())
-            header = CacheHeader(**values)
-        except (ValueError, TypeError):
-            raise UserError(f"{path} is not the header of a code cache of version {CACHE_VERSION}.") from None
-        if (header.format, header.version) != (CACHE_FORMAT, CACHE_VERSION):
-            raise UserError(
-                f"{path} is of format {header.format!r} version {header.version}; expected {CACHE_FORMAT!r} version "
-                f"{CACHE_VERSION}."
-            )
-        return header
+            raise UserError(f"{path.parent} is an unfinished cache; run main_cache.py again to finish it.")
+        with contextlib.suppress(ValueError, TypeError):
+            header = CacheHeader(**json.loads(path.read_text()))
+            if (header.format, header.version) == (CACHE_FORMAT, CACHE_VERSION):
+                return header
+        raise UserError(f"{path} is not the header of a code cache of version {CACHE_VERSION}.")
+
+
+def write_codes(
+    cache: Path, codes: np.ndarray, codes_flip: np.ndarray, labels: np.ndarray, header: CacheHeader
+) -> CacheHeader:
+    """Write the files of a code cache, the header last; ``num_images``, ``max_code`` and ``files`` follow from them.
+
+    Args:
+        codes, codes_flip: (N, L) uint16.
+        labels: (N,) int64.
+
+    Returns:
+        The header as it was written.
+    """
+    arrays = {CODES: codes, CODES_FLIP: codes_flip, LABELS: labels}
+    for name, array in arrays.items():
+        with atomic_write(cache / name) as file:
+            np.save(file, array)
+    header = dataclasses.replace(
+        header,
+        num_images=len(labels),
+        max_code=int(max(codes.max(), codes_flip.max())),
+        files={name: sha256(cache / name) for name in arrays},
+    )
+    write_json(cache / HEADER, dataclasses.asdict(header))
+    return header
 
 
 class CodeDataset(Dataset[CodeBatch], abc.ABC):
@@ -98,7 +117,7 @@ class CodeDataset(Dataset[CodeBatch], abc.ABC):
         return len(self.labels)
 
     @abc.abstractmethod
-    def _read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _read(self, indices: np.ndarray) -> Iterable[np.ndarray]:
         """Plain and mirrored codes, (B, L) of any integer type."""
 
     def get_batch(self, indices: Sequence[int] | np.ndarray) -> CodeBatch:
@@ -124,30 +143,17 @@ class CodeDataset(Dataset[CodeBatch], abc.ABC):
 
 
 class MappedCodes(CodeDataset):
-    """A code cache: rows of memory-mapped files, so that opening it reads only the header and the labels."""
+    """A code cache: rows of memory-mapped files, so that opening it reads only the header."""
 
     def __init__(self, path: Path) -> None:
-        self.header: CacheHeader = CacheHeader.read(path)
-        labels = _load_array(path / LABELS, (self.header.num_images,), np.int64, mmap=False)
-        super().__init__(path, self.header.classes, labels, self.header.grid_size**2)
+        self.header: CacheHeader = CacheHeader.read(path / HEADER)
+        count, num_tokens = self.header.num_images, self.header.grid_size**2
+        super().__init__(path, self.header.classes, _load_array(path / LABELS, (count,), np.int64), num_tokens)
         self.vocab_size = self.header.vocab_size
-        self._open()
+        self._codes = [_load_array(path / name, (count, num_tokens), np.uint16) for name in (CODES, CODES_FLIP)]
 
-    def _open(self) -> None:
-        shape = (len(self.labels), self.num_tokens)
-        self._codes = _load_array(self.path / CODES, shape, np.uint16)
-        self._codes_flip = _load_array(self.path / CODES_FLIP, shape, np.uint16)
-
-    def _read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return self._codes[indices], self._codes_flip[indices]
-
-    # A pickled memory map is a copy of the whole file: workers that are not forked open the file again.
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in self.__dict__.items() if key not in ("_codes", "_codes_flip")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._open()
+    def _read(self, indices: np.ndarray) -> Iterable[np.ndarray]:
+        return (codes[indices] for codes in self._codes)
 
 
 class NpzCodes(CodeDataset):
@@ -155,23 +161,30 @@ class NpzCodes(CodeDataset):
 
     def __init__(self, path: Path) -> None:
         classes, self.paths, labels = list_class_folders(path, {".npz"}, "code files")
-        first, _ = _load_npz(path / self.paths[0])
-        super().__init__(path, classes, labels, len(first))
+        super().__init__(path, classes, labels, _load_npz(path / self.paths[0]).shape[1])
 
-    def _read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _read(self, indices: np.ndarray) -> Iterable[np.ndarray]:
         codes = np.empty((2, len(indices), self.num_tokens), dtype=np.int64)
         for row, index in enumerate(indices):
             file = self.path / self.paths[index]
-            for side, values in enumerate(_load_npz(file)):
-                if len(values) != self.num_tokens:
-                    raise UserError(f"{file} holds {len(values)} codes, other files {self.num_tokens}.")
-                codes[side, row] = values
-        return codes[0], codes[1]
+            pair = _load_npz(file)
+            if pair.shape[1] != self.num_tokens:
+                raise UserError(f"{file} holds {pair.shape[1]} codes, other files {self.num_tokens}.")
+            codes[:, row] = pair
+        return codes
+
+    def load(self, index: int) -> torch.Tensor:
+        """Plain and mirrored codes of image ``index``, int64 (2, L)."""
+        return torch.stack(self[index][:2])
+
+    def fingerprint(self) -> str:
+        """Of the sorted list of relative paths."""
+        return hash_names(self.paths)
 
 
-def _load_array(path: Path, shape: tuple[int, ...], dtype: type, mmap: bool = True) -> np.ndarray:
+def _load_array(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
     try:
-        array = np.load(path, mmap_mode="r" if mmap else None)
+        array = np.load(path, mmap_mode="r")
     except (OSError, ValueError, EOFError) as error:
         raise UserError(f"{path} is missing or damaged ({error}); delete the cache and make it again.") from None
     if array.shape != shape or array.dtype != dtype:
@@ -180,29 +193,26 @@ def _load_array(path: Path, shape: tuple[int, ...], dtype: type, mmap: bool = Tr
     return array
 
 
-def _load_npz(path: Path) -> tuple[np.ndarray, np.ndarray]:
-    """``indices`` and ``indices_flip``, flat integer arrays."""
+def _load_npz(path: Path) -> np.ndarray:
+    """``indices`` and ``indices_flip``, int64 (2, L)."""
     try:
         with np.load(path) as file:
-            pair = file["indices"].reshape(-1), file["indices_flip"].reshape(-1)
+            pair = [file[name].reshape(-1) for name in ("indices", "indices_flip")]
     except KeyError as error:
         raise UserError(f"{path} has no array {error}; expected 'indices' and 'indices_flip'.") from None
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is not a readable file of codes ({error}).") from None
     if any(array.dtype.kind not in "iu" for array in pair) or len(pair[0]) != len(pair[1]):
         raise UserError(f"{path} must hold two integer arrays of one length, 'indices' and 'indices_flip'.")
-    return pair
+    return np.array(pair, dtype=np.int64)
 
 
-def open_codes(
-    path: str | Path, *, img_size: int | None = None, tokenizer_hash: str | None = None, vocab_size: int | None = None
-) -> CodeDataset:
+def open_codes(path: str | Path, *, img_size: int | None = None, tokenizer_hash: str | None = None) -> CodeDataset:
     """Open a cache of either format and compare what is given with what it was made of.
 
     Args:
         img_size: crop side in pixels.
         tokenizer_hash: SHA-256 of the tokenizer's file (:func:`util.files.sha256`).
-        vocab_size: V; all codes are below it. Those of single images are compared as they are read.
 
     Raises:
         UserError: if there is no cache, it is unfinished or damaged, or something differs.
@@ -211,20 +221,15 @@ def open_codes(
     if not path.is_dir():
         raise UserError(f"{path} is not a folder; expected a cache of codes made by main_cache.py.")
     if not (path / HEADER).exists() and not (path / PARTS).exists():
-        dataset: CodeDataset = NpzCodes(path)
         logger.warning("%s has no header: its tokenizer and image size cannot be checked", path)
-    else:
-        dataset = MappedCodes(path)
-        header = dataset.header
-        if img_size is not None and header.img_size != img_size:
-            raise UserError(f"cache {path} was made at {header.img_size} px, not {img_size} px; make one of this size.")
-        if tokenizer_hash is not None and header.tokenizer_sha256 != tokenizer_hash:
-            raise UserError(
-                f"cache {path} was made with another tokenizer (SHA-256 {header.tokenizer_sha256[:12]}…, yours is "
-                f"{tokenizer_hash[:12]}…); give that tokenizer or make a new cache."
-            )
-        if vocab_size is not None and header.max_code >= vocab_size:
-            raise UserError(f"cache {path} holds codes up to {header.max_code}; expected codes below {vocab_size}.")
-    if vocab_size is not None:
-        dataset.vocab_size = vocab_size
+        return NpzCodes(path)
+    dataset = MappedCodes(path)
+    header = dataset.header
+    if img_size is not None and header.img_size != img_size:
+        raise UserError(f"cache {path} was made at {header.img_size} px, not {img_size} px; make one of this size.")
+    if tokenizer_hash is not None and header.tokenizer_sha256 != tokenizer_hash:
+        raise UserError(
+            f"cache {path} was made with another tokenizer (SHA-256 {header.tokenizer_sha256[:12]}…, yours is "
+            f"{tokenizer_hash[:12]}…); give that tokenizer or make a new cache."
+        )
     return dataset

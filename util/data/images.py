@@ -17,10 +17,11 @@ from __future__ import annotations
 import abc
 import hashlib
 import io
+import itertools
 import logging
 import os
 import zipfile
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -58,8 +59,6 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int]], abc.ABC):
     def __init__(
         self, source: str | Path, classes: list[str], labels: NDArray[np.int64], img_size: int, skip_broken: bool
     ) -> None:
-        if img_size < 1:
-            raise UserError(f"image size {img_size} must be positive.")
         self.source = str(source)
         self.classes = classes
         self.labels = labels
@@ -109,7 +108,9 @@ class ImageFolder(ImageDataset):
         if labelled:
             classes, self.paths, labels = list_class_folders(self.root, IMAGE_EXTENSIONS, "images")
         else:
-            self.paths = _list_images(self.root)
+            self.paths = sorted(_find_files(self.root, IMAGE_EXTENSIONS), key=lambda path: path.split("/"))
+            if not self.paths:
+                raise UserError(f"{root} holds no images; expected a folder with pictures, in subfolders or not.")
             names = [path.partition("/")[0] if "/" in path else "" for path in self.paths]
             found, labels = np.unique([""] * len(names) if "" in names else names, return_inverse=True)
             classes = found.tolist()
@@ -124,11 +125,7 @@ class ImageFolder(ImageDataset):
 
 
 class ImageArchive(ImageDataset):
-    """The images of an image archive, or those of one split of it.
-
-    Raises:
-        UserError: if the file is missing, damaged or incomplete, or has no images of this split.
-    """
+    """The images of an image archive, or of one split of it; UserError if it is damaged or has no such images."""
 
     def __init__(self, path: str | Path, img_size: int, skip_broken: bool = False, split: str | None = None) -> None:
         arrays = _read_archive(Path(path))
@@ -157,10 +154,9 @@ class ImageArchive(ImageDataset):
 
 
 class Cifar10(ImageDataset):
-    """A split of CIFAR-10 (Krizhevsky, 2009) as torchvision unpacks it; its loader compares all files with known MD5s.
+    """A split of CIFAR-10 (Krizhevsky, 2009) as torchvision unpacks it.
 
-    Raises:
-        UserError: if the folder is incomplete or damaged.
+    Its loader compares all files with known MD5s; UserError if the folder is incomplete or damaged.
     """
 
     def __init__(self, folder: str | Path, img_size: int, skip_broken: bool = False, split: str = "train") -> None:
@@ -235,22 +231,23 @@ def _read_archive(path: Path) -> dict[str, np.ndarray]:
             arrays = {name: file[name] for name in ("data", "offsets", "labels", "classes", "split") if name in file}
     except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise UserError(f"{path} is damaged or not an image archive ({error}).") from None
-    missing = [name for name in ("data", "offsets", "labels", "classes") if name not in arrays]
-    if missing:
-        raise UserError(f"{path} has no array {missing[0]!r}; an image archive has data, offsets, labels and classes.")
-    kinds = {"data": "u", "offsets": "iu", "labels": "iu", "classes": "U", "split": "iu"}
-    wrong = [name for name, array in arrays.items() if array.ndim != 1 or array.dtype.kind not in kinds[name]]
-    if wrong or arrays["data"].dtype != np.uint8:
-        raise UserError(f"array {(wrong or ['data'])[0]!r} of image archive {path} is not of the type it should be.")
-    count, offsets = len(arrays["labels"]), arrays["offsets"].astype(np.int64)
-    if count == 0 or len(offsets) != count + 1 or len(arrays.get("split", arrays["labels"])) != count:
-        raise UserError(
-            f"image archive {path} has {count} labels and {len(offsets)} offsets; N images have N and N + 1."
-        )
-    if offsets[0] != 0 or (np.diff(offsets) < 0).any() or offsets[-1] != len(arrays["data"]):
-        raise UserError(f"the offsets of image archive {path} do not cut its {len(arrays['data'])} bytes into images.")
-    if arrays["labels"].min() < 0 or arrays["labels"].max() >= len(arrays["classes"]):
-        raise UserError(f"image archive {path} has labels outside its {len(arrays['classes'])} classes.")
+    kinds = {"data": np.uint8, "offsets": np.integer, "labels": np.integer, "classes": np.str_, "split": np.integer}
+    for name, kind in kinds.items():
+        if name not in arrays and name != "split":
+            raise UserError(f"{path} has no array {name!r}; an image archive has data, offsets, labels and classes.")
+        if name in arrays and (arrays[name].ndim != 1 or not np.issubdtype(arrays[name].dtype, kind)):
+            raise UserError(f"array {name!r} of image archive {path} is not of the type it should be.")
+    labels, offsets, size = arrays["labels"], arrays["offsets"].astype(np.int64), len(arrays["data"])
+    count, classes = len(labels), len(arrays["classes"])
+    problem = None
+    if count == 0 or len(offsets) != count + 1 or len(arrays.get("split", labels)) != count:
+        problem = f"has {count} labels and {len(offsets)} offsets; N images have N and N + 1"
+    elif offsets[0] != 0 or (np.diff(offsets) < 0).any() or offsets[-1] != size:
+        problem = f"has offsets that do not cut its {size} bytes into images"
+    elif labels.min() < 0 or labels.max() >= classes:
+        problem = f"has labels outside its {classes} classes"
+    if problem:
+        raise UserError(f"image archive {path} {problem}.")
     return arrays
 
 
@@ -273,17 +270,8 @@ def list_class_folders(root: Path, extensions: Collection[str], kind: str) -> tu
     classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
     if not classes:
         raise UserError(f"{root} has no class folders; expected one subfolder of {kind} per class.")
-    paths: list[str] = []
-    counts: list[int] = []
-    for name in classes:
-        found = [
-            os.path.relpath(os.path.join(folder, file), root)
-            for folder, _, files in os.walk(root / name, followlinks=True)
-            for file in files
-            if not file.startswith(".") and os.path.splitext(file)[1].lower() in extensions
-        ]
-        paths += sorted(found)
-        counts.append(len(found))
+    files = [[f"{name}/{path}" for path in sorted(_find_files(root / name, extensions))] for name in classes]
+    counts, paths = list(map(len, files)), list(itertools.chain(*files))
     if not paths:
         raise UserError(f"the class folders of {root} hold no {kind} ({', '.join(sorted(extensions))}).")
     if 0 in counts:
@@ -292,10 +280,9 @@ def list_class_folders(root: Path, extensions: Collection[str], kind: str) -> tu
     return classes, paths, np.repeat(np.arange(len(classes), dtype=np.int64), counts)
 
 
-def _list_images(root: Path) -> list[str]:
-    """Paths, relative to ``root``, of all images in it and its subfolders, sorted; hidden files are ignored."""
-    found = (path for path in root.rglob("*") if path.suffix.lower() in IMAGE_EXTENSIONS)
-    paths = [path.relative_to(root).as_posix() for path in sorted(found) if not path.name.startswith(".")]
-    if not paths:
-        raise UserError(f"{root} holds no images; expected a folder with pictures, in subfolders or not.")
-    return paths
+def _find_files(root: Path, extensions: Collection[str]) -> Iterator[str]:
+    """Paths, relative to ``root``, of the files in it and its subfolders; hidden ones are left out."""
+    for folder, _, names in os.walk(root, followlinks=True):
+        for name in names:
+            if not name.startswith(".") and os.path.splitext(name)[1].lower() in extensions:
+                yield os.path.relpath(os.path.join(folder, name), root)

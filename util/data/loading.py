@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import deque
+import itertools
 from collections.abc import Generator, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -16,8 +16,6 @@ from tqdm import tqdm
 from util.data.codes import CodeDataset, MappedCodes
 from util.data.images import ImageDataset
 from util.signals import ignore_stop_signals
-
-T = TypeVar("T")
 
 
 class Images(Protocol):
@@ -58,7 +56,7 @@ def load_batches(
             iterator._shutdown_workers()
 
 
-def whole_batch(batch: T) -> T:
+def whole_batch(batch: Any) -> Any:
     """``collate_fn`` of a :class:`CodeDataset`, whose ``__getitems__`` returns a whole batch already."""
     return batch
 
@@ -68,18 +66,12 @@ def image_batches(images: ImageDataset, batch_size: int) -> Iterator[Tensor]:
 
     Threads will do: decoding does not hold Python's lock.
     """
-    ahead: deque[Future[Tensor]] = deque()
     with ThreadPoolExecutor() as pool:
-        for index in range(len(images)):
-            ahead.append(pool.submit(images.load, index))
-            if len(ahead) == 2 * batch_size:
-                yield _next(ahead, batch_size)
-        while ahead:
-            yield _next(ahead, min(batch_size, len(ahead)))
-
-
-def _next(ahead: deque[Future[Tensor]], count: int) -> Tensor:
-    return torch.stack([ahead.popleft().result() for _ in range(count)])
+        starts = range(0, len(images), batch_size)
+        batches = (range(start, min(start + batch_size, len(images))) for start in starts)
+        reading = ([pool.submit(images.load, index) for index in batch] for batch in batches)
+        for batch, _ in itertools.pairwise(itertools.chain(reading, [[]])):  # of pairs, the second is read meanwhile
+            yield torch.stack([image.result() for image in batch])
 
 
 def load_all(dataset: Images, threads: int | None = None) -> tuple[Tensor, Tensor]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -11,6 +12,7 @@ from torch.utils.data import Sampler
 from util.errors import UserError
 
 
+@dataclass(frozen=True)
 class GlobalBatchSampler(Sampler[list[int]]):
     """The samples of one process in each global batch, step after step.
 
@@ -19,50 +21,40 @@ class GlobalBatchSampler(Sampler[list[int]]):
     number of processes therefore sees the same global batches, and a sampler started at step ``k`` continues exactly
     where an interrupted one stopped, in the middle of an epoch too.
 
-    Args:
-        dataset_size: number of samples.
-        global_batch: G, samples per step over all processes; a multiple of ``world_size``.
-        start_step: first step, counted from the beginning of training (0).
-        num_steps: how many steps to yield; None for no end.
-
     Raises:
         UserError: if the data set is smaller than one global batch, or the batch does not divide among the processes.
     """
 
-    def __init__(
-        self,
-        dataset_size: int,
-        global_batch: int,
-        rank: int,
-        world_size: int,
-        seed: int,
-        start_step: int = 0,
-        num_steps: int | None = None,
-    ) -> None:
-        if global_batch < 1 or global_batch % world_size:
-            raise UserError(f"global batch {global_batch} must be a positive multiple of the {world_size} process(es).")
-        if dataset_size < global_batch:
+    dataset_size: int
+    global_batch: int  # G
+    rank: int
+    world_size: int
+    seed: int
+    start_step: int = 0  # counted from the beginning of training
+    num_steps: int | None = None  # None for no end
+
+    def __post_init__(self) -> None:
+        if self.global_batch < 1 or self.global_batch % self.world_size:
             raise UserError(
-                f"the data set has {dataset_size} samples, fewer than one global batch of {global_batch}; lower the "
-                f"samples per process (batch_size × grad_accum) to at most {dataset_size // world_size}."
+                f"global batch {self.global_batch} must be a positive multiple of the {self.world_size} process(es)."
             )
-        self.steps_per_epoch = dataset_size // global_batch
-        self._dataset_size = dataset_size
-        self._global_batch = global_batch
-        self._seed = seed
-        self._start_step = start_step
-        self._num_steps = num_steps
-        per_process = global_batch // world_size
-        self._own = slice(rank * per_process, (rank + 1) * per_process)
+        if self.dataset_size < self.global_batch:
+            raise UserError(
+                f"the data set has {self.dataset_size} samples, fewer than one global batch of {self.global_batch}; "
+                "lower the samples per process (batch_size × grad_accum) to at most "
+                f"{self.dataset_size // self.world_size}."
+            )
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.dataset_size // self.global_batch
 
     def __iter__(self) -> Iterator[list[int]]:
-        epoch, step = divmod(self._start_step, self.steps_per_epoch)
-        left = math.inf if self._num_steps is None else self._num_steps
-        while left > 0:
-            order = np.random.default_rng([self._seed, epoch]).permutation(self._dataset_size)
-            while step < self.steps_per_epoch and left > 0:
-                batch = order[step * self._global_batch : (step + 1) * self._global_batch]
-                yield batch[self._own].tolist()
-                step += 1
-                left -= 1
-            epoch, step = epoch + 1, 0
+        per_process = self.global_batch // self.world_size
+        order = None
+        for step in itertools.islice(itertools.count(self.start_step), self.num_steps):
+            epoch, row = divmod(step, self.steps_per_epoch)
+            if order is None or row == 0:
+                order = np.random.default_rng([self.seed, epoch]).permutation(self.dataset_size)
+            start = row * self.global_batch + self.rank * per_process
+            yield order[start : start + per_process].tolist()

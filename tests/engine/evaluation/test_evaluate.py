@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ from engine.scoring.statistics import FeatureStatistics, load_reference_statisti
 from orders import generate_orders, save_orders
 from tests.helpers.commands import ROOT
 from tests.helpers.evaluation_case import (
-    ALONE,
     CLASSES,
     GROUP_SIZES,
     NUM_IMAGES,
@@ -42,6 +40,8 @@ from tests.helpers.evaluation_case import (
     toy_extractor,
     write_reference,
 )
+from tests.helpers.pictures import assert_shows
+from tests.helpers.processes import ALONE, meeting_place, rank_variables
 from util.data.images import ImageFolder
 from util.data.loading import image_batches
 from util.errors import UserError
@@ -90,16 +90,8 @@ def comparable(results: dict[str, Any]) -> dict[str, Any]:
     return kept | {"settings": settings, "reference": results["reference"]["sha256"], "keys": sorted(results)}
 
 
-def start_case(output_dir: Path, *args: object, rank: int = 0, world_size: int = 1, port: int = 0) -> subprocess.Popen:
-    place = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "MASTER_PORT": port}
-    environment = os.environ | {name: str(value) for name, value in place.items()} | {"MASTER_ADDR": "127.0.0.1"}
-    return subprocess.Popen([sys.executable, CASE, output_dir, *map(str, args)], env=environment)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def start_case(output_dir: Path, *args: object, variables: Mapping[str, str] = {}) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, CASE, output_dir, *map(str, args)], env=os.environ | variables)
 
 
 def stopping_after(batches: int) -> Callable[[Batch], None]:
@@ -118,6 +110,7 @@ def test_batch_size_changes_nothing(output_dir: Path, whole: tuple[Path, dict[st
     assert_same(output_dir, run(output_dir, eval_bsz=10), whole)
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_images_and_scores_of_one(
     output_dir: Path, whole: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,15 +118,15 @@ def test_two_processes_make_the_images_and_scores_of_one(
     monkeypatch.setattr(partial_results, "SAVE_INTERVAL_S", 0)
     with pytest.raises(RuntimeError, match="stopped"):
         run(output_dir, eval_bsz=2, before_batch=stopping_after(1))
-    port = free_port()
-    processes = [start_case(output_dir, 3, rank=rank, world_size=2, port=port) for rank in range(2)]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    with meeting_place(2) as variables:
+        processes = [start_case(output_dir, 3, variables=variables | rank_variables(rank)) for rank in range(2)]
+        assert [process.wait(timeout=120) for process in processes] == [0, 0]
     results = json.loads((output_dir / "results.json").read_text())
     assert results["environment"]["world_size"] == 2
     assert_same(output_dir, results, whole)
 
 
-def test_killed_run_goes_on_and_ends_the_same(output_dir: Path, whole: tuple[Path, dict[str, Any]]) -> None:
+def test_killed_run_is_resumed_and_ends_the_same(output_dir: Path, whole: tuple[Path, dict[str, Any]]) -> None:
     """After kill -9 nothing finished is made again, nothing is lost, and another batch size may finish the run."""
     assert start_case(output_dir, 4, 2).wait(timeout=120) == -signal.SIGKILL
     assert not (output_dir / "results.json").exists()
@@ -144,7 +137,7 @@ def test_killed_run_goes_on_and_ends_the_same(output_dir: Path, whole: tuple[Pat
     assert_same(output_dir, results, whole)
 
 
-def test_other_settings_or_weights_do_not_go_on(output_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_settings_or_weights_are_not_resumed(output_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Mixing images of two checkpoints or seeds would be a wrong score that nobody notices."""
     monkeypatch.setattr(partial_results, "SAVE_INTERVAL_S", 0)
     for fields in ({}, {"seed": 4}, {"cfg": 3.0}, {"order": "raster"}):
@@ -203,9 +196,13 @@ def test_results_say_what_was_done(whole: tuple[Path, dict[str, Any]]) -> None:
     assert results["images_per_sec"] > 0
     assert results["environment"]["packages"]["torch"] == torch.__version__.split("+")[0]
     assert "fid" not in results
-    with Image.open(folder / "grid.png") as grid:
-        assert grid.width > 4 * SIZE
-        assert grid.height > 5 * SIZE
+
+
+def test_grid_shows_the_first_images_of_each_class(whole: tuple[Path, dict[str, Any]]) -> None:
+    images, labels = png_bytes(whole[0]), image_labels(NUM_IMAGES, CLASSES)
+    firsts = [int((labels == label).nonzero()[0]) for label in range(CLASSES)]
+    shown = [images[f"{first + i:06}.png"] for first in firsts for i in range(4)]
+    assert_shows(whole[0] / "grid.png", shown, columns=4).assert_labelled()
 
 
 def test_every_image_gets_its_own_class_order_and_seed(output_dir: Path) -> None:
@@ -290,25 +287,25 @@ def test_a_folder_with_other_files_is_not_replaced(output_dir: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"num_images": 0}, "num_images"),
-        ({"eval_bsz": 0}, "eval_bsz"),
-        ({"order": "spiral"}, "spiral"),
-        ({"seed": -1}, "seed"),
-        ({"cfg": 0.5}, "cfg"),
-        ({"cfg_schedule": "cubic"}, "cubic"),
-        ({"temperature": 0.0}, "temperature"),
-        ({"top_k": 13}, "top_k"),
-        ({"top_p": 0.0}, "top_p"),
+        ({"num_images": 0}, "--num_images is 0"),
+        ({"eval_bsz": 0}, "--eval_bsz is 0"),
+        ({"order": "spiral"}, "order is 'spiral'"),
+        ({"seed": -1}, "--seed is -1"),
+        ({"cfg": 0.5}, "cfg is 0.5"),
+        ({"cfg_schedule": "cubic"}, "cfg_schedule is 'cubic'"),
+        ({"temperature": 0.0}, "temperature is 0.0"),
+        ({"top_k": 13}, "top_k is 13"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
         ({"group_sizes": (1, 3, 5)}, "sum to 9"),
         ({"classes": ("a", "b")}, "2 class names"),
-        ({"reference_statistics": Path("no_such.npz")}, "no_such.npz"),
-        ({"lpd_order_file": Path("no_such.json")}, "no_such.json"),
-        ({"feature_extractor": "no_such.pt", "reference_statistics": None}, "no_such.pt"),
-        ({"inception_path": Path("no_such.pth"), "feature_extractor": "inception-v3-compat"}, "no_such.pth"),
-        ({"feature_extractor": None}, "reference.npz"),
-        ({"adm_suite": True}, "mu_s"),
+        ({"reference_statistics": Path("no_such.npz")}, r"statistics no_such\.npz does not exist"),
+        ({"lpd_order_file": Path("no_such.json")}, r"no_such\.json does not exist"),
+        ({"feature_extractor": "no_such.pt", "reference_statistics": None}, r"extractor 'no_such\.pt'"),
+        ({"inception_path": Path("no_such.pth"), "feature_extractor": "inception-v3-compat"}, r"no_such\.pth does not"),
+        ({"feature_extractor": None}, "used without a feature extractor"),
+        ({"adm_suite": True}, "needs mu_s and sigma_s of 2023 features"),
         ({"adm_suite": True, "num_images": 3}, "num_images 3"),
-        ({"adm_suite": True, "reference_statistics": None}, "reference_statistics"),
+        ({"adm_suite": True, "reference_statistics": None}, "needs the feature extractor"),
     ],
 )
 def test_mistakes_are_found_before_anything_is_generated(
@@ -352,7 +349,7 @@ def test_too_few_orders_in_the_file(output_dir: Path) -> None:
 
 
 def test_a_kill_after_the_line_is_written_writes_no_second(tmp_path: Path) -> None:
-    """The call that goes on makes no images, and measures another speed."""
+    """The call that resumes makes no images, and measures another speed."""
     path, results = tmp_path / "results.jsonl", {"fid": 2.0, "images_per_sec": 7.0, "group_sizes": (1, 3)}
     assert append_results(path, results, again=False)["group_sizes"] == [1, 3]
     assert append_results(path, results | {"images_per_sec": None}, again=True)["images_per_sec"] == 7.0

@@ -19,18 +19,21 @@ import torch
 from huggingface_hub import constants, file_download
 
 import engine.hub.download
+import main_lpd
 from engine.hub.__main__ import main
 from engine.hub.download import download, download_all
 from engine.hub.export import export, push
 from engine.hub.remote import choose_tokenizer, choose_weights, fetch, find_file, hub_name, list_files
+from engine.options import parse
 from engine.scoring import features
 from models.lpd import LPD, LPDConfig, load_weights
 from orders import generate_orders, save_orders
 from tests.helpers.commands import ROOT
+from tests.helpers.commands import run as run_command
 from tests.helpers.fake_hub import FakeHub, start
-from tokenizers import VQConfig, VQModel, save_tokenizer
+from tests.helpers.tiny_models import tiny_tokenizer
+from tokenizers import save_tokenizer
 from util.checkpoint import load_checkpoint, save_checkpoint
-from util.cli import exit_on_user_error
 from util.errors import UserError
 from util.files import sha256
 
@@ -167,7 +170,7 @@ def published(hub: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     for name in ("lpd_l_256", "lpd_xl_256", "lpd_xxl_256", "lpd_l_512", "lpd_xl_512"):
         content = file_bytes({"model": state_dict(), "epoch": 449}, tmp_path / "x")
         hub.repos[f"mit-han-lab/{name}"] = {"README.md": b"", f"weights/{name}-final.pth": content}
-    save_tokenizer(VQModel(VQConfig(8, (1, 1, 1), 1, 8, 12, 4)), tmp_path / "x.pt")
+    save_tokenizer(tiny_tokenizer(), tmp_path / "x.pt")
     hub.repos["FoundationVision/LlamaGen"] = {
         "vq_ds16_c2i.pt": (tmp_path / "x.pt").read_bytes(),
         "c2i_B_256.pt": b"another",
@@ -197,7 +200,7 @@ def test_download_all_puts_files_where_recipes_look(published: FakeHub, tmp_path
 
 
 def test_files_that_are_not_what_they_should_be_are_dropped(published: FakeHub, tmp_path: Path) -> None:
-    """A file may arrive as it is on the hub and still be no weights of this size, or none at all."""
+    """A file may arrive as it is on the hub and still not hold weights of this size, or any at all."""
     other = dict(state_dict(), pos_embed=torch.zeros(1, 5, 16))
     for content, named in ((file_bytes(other, tmp_path / "x"), "pos_embed"), (b"no weights", "damaged")):
         published.repos["mit-han-lab/lpd_l_256"] = {"a.pth": content}
@@ -222,8 +225,6 @@ def test_repository_without_one_file_of_weights(published: FakeHub, files: dict[
 
 def test_safetensors_of_a_recipe_keep_their_suffix(published: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
     """The published file names are not documented; a recipe must find the weights in either form."""
-    from engine.options import parse
-
     assert str(parse(["--evaluate", "--recipe", "lpd_l_res256_steps20"]).pretrained_ckpt).endswith(".pth")
     content = safetensors.torch.save(state_dict())
     published.repos["mit-han-lab/lpd_l_256"] = {"a.safetensors": content}
@@ -235,13 +236,7 @@ def test_safetensors_of_a_recipe_keep_their_suffix(published: FakeHub, monkeypat
 
 def run(*arguments: object) -> int:
     """Exit status of the command."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["hub", *map(str, arguments)])
-        try:
-            exit_on_user_error(main)
-        except SystemExit as stop:
-            return int(stop.code or 0)
-        return 0
+    return run_command(main, *arguments)
 
 
 def test_one_failure_does_not_keep_the_rest_from_coming(published: FakeHub, capfd: pytest.CaptureFixture[str]) -> None:
@@ -255,14 +250,16 @@ def test_one_failure_does_not_keep_the_rest_from_coming(published: FakeHub, capf
     assert error.splitlines()[-1].startswith("error: not downloaded: lpd_l_256 (")
 
 
-def closed_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return f"http://127.0.0.1:{probe.getsockname()[1]}"
+@pytest.fixture
+def closed_port() -> Iterator[str]:
+    """A port that refuses connections: nobody listens, and no other program can take it."""
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{holder.getsockname()[1]}"
 
 
-def test_without_network(published: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    for setting, value in (("ENDPOINT", closed_port()), ("HF_HUB_OFFLINE", True)):
+def test_without_network(published: FakeHub, closed_port: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for setting, value in (("ENDPOINT", closed_port), ("HF_HUB_OFFLINE", True)):
         monkeypatch.setattr(constants, setting, value)
         for name, place in (("lpd_l_256", "checkpoints/lpd_l_256.pth"), ("orders", "orders/lpd_orders_generated")):
             with pytest.raises(UserError) as raised:
@@ -297,7 +294,7 @@ def test_names_and_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 @pytest.fixture
 def checkpoint(tmp_path: Path) -> Path:
     """A training checkpoint with averaged weights, and the tokenizer beside it."""
-    save_tokenizer(VQModel(VQConfig(8, (1, 1, 1), 1, 8, 12, 4)), tmp_path / "tok.pt")
+    save_tokenizer(tiny_tokenizer(), tmp_path / "tok.pt")
     path = tmp_path / "run" / "checkpoint-last.pth"
     content = {"model": state_dict(0), "model_ema": state_dict(1), "optimizer": {"state": torch.zeros(3)}, "step": 7}
     content |= {"config": vars(TINY), "classes": ["a", "b", "ç"], "tokenizer_sha256": sha256(tmp_path / "tok.pt")}
@@ -373,16 +370,11 @@ def test_pushed_model_loads_by_name(
 
 def test_evaluation_by_name(hub: FakeHub, checkpoint: Path, tmp_path: Path) -> None:
     """A shared model generates on another machine, which has nothing but its name."""
-    import main_lpd
-
     export(checkpoint, tmp_path / "exported", vqgan_path=tmp_path / "tok.pt")
     hub.repos["user/digits"] = {path.name: path.read_bytes() for path in (tmp_path / "exported").iterdir()}
     flags = "--evaluate --device cpu --pretrained_ckpt user/digits --vqgan_path user/digits --generation_steps 3"
     flags += " --num_images 3 --feature_extractor none --output_dir out"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["main_lpd.py", *flags.split()])
-        with pytest.raises(SystemExit, match="0"):
-            main_lpd.main()
+    assert run_command(main_lpd.main, *flags.split()) == 0
     record = json.loads(Path("out/results.json").read_text())["record"]
     assert record["pretrained_ckpt"]["sha256"] == sha256(tmp_path / "exported" / "model.safetensors")
     assert "models--user--digits" in record["pretrained_ckpt"]["path"]

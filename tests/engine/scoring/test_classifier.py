@@ -110,14 +110,15 @@ def test_augmentation_moves_pixels_as_told() -> None:
     "setting", [{"epochs": 0}, {"lr": 0.0}, {"batch_size": 0}, {"rotate": -1.0}, {"shift": 1.0}, {"weight_decay": -1.0}]
 )
 def test_settings_out_of_range_are_refused(setting: dict) -> None:
-    with pytest.raises(UserError, match=next(iter(setting))):
+    ((name, value),) = setting.items()
+    with pytest.raises(UserError, match=f"--{name} is {value}"):
         ClassifierTrainConfig(**setting)
 
 
 def test_unknown_architectures_and_sizes_are_refused() -> None:
     with pytest.raises(UserError, match="no_such_net"):
         Classifier(ClassifierConfig("no_such_net", 2, 16, 16))
-    with pytest.raises(UserError, match="input_size"):
+    with pytest.raises(UserError, match="input_size is 0"):
         ClassifierConfig("test_resnet", 2, 16, 0)
 
 

@@ -60,6 +60,7 @@ def pictures(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_streamed_scores_equal_torch_fidelity_on_the_folder(trusted: Path, pictures: Path) -> None:
     """Guards against another layer, another resizing or normalisation, an image lost between batches."""
     extractor = load_feature_extractor(INCEPTION, weights_path=trusted)

@@ -14,7 +14,8 @@ from PIL import Image
 
 from engine import metrics
 from tests.helpers.evaluation_case import toy_extractor
-from tokenizers import VQConfig, VQModel, save_tokenizer
+from tests.helpers.tiny_models import tiny_tokenizer
+from tokenizers import save_tokenizer
 from util.data.images import write_image_archive
 from util.errors import UserError
 from util.files import sha256
@@ -77,8 +78,7 @@ def test_image_archives_are_scored_with_their_classes_and_through_a_tokenizer(
         files.append(io.BytesIO())
         Image.fromarray(image).save(files[-1], "PNG")
     write_image_archive(tmp_path / "photos.npz", [file.getvalue() for file in files], labels, "abcde", [1] * NUM_IMAGES)
-    config = VQConfig(base_width=8, multipliers=(1, 1), res_blocks=1, z_channels=8, codebook_size=16, code_dim=4)
-    tokenizer = VQModel(config).eval()
+    tokenizer = tiny_tokenizer(2, 16)
     save_tokenizer(tokenizer, tmp_path / "vq.pt")
     monkeypatch.setattr(metrics, "load_feature_extractor", lambda *_: toy)
 

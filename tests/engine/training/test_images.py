@@ -6,22 +6,19 @@ import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
-from PIL import Image
+import pytest
 
 from tests.helpers.commands import ROOT
-from tokenizers import VQConfig, VQModel, save_tokenizer
+from tests.helpers.tiny_models import tiny_tokenizer, write_images
+from tokenizers import save_tokenizer
 
 
+@pytest.mark.slow
 def test_a_broken_image_ends_the_training_at_once(tmp_path: Path) -> None:
     """Loading processes ignore stop signals, so an error must end them in another way, or the exit waits forever."""
-    rng = np.random.default_rng(0)
-    for i in range(8):
-        path = tmp_path / "images" / "ab"[i % 2] / f"{i}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
+    write_images(tmp_path / "images", {"a": 4, "b": 4}, 16, 16)
     (tmp_path / "images" / "a" / "broken.jpg").write_bytes(b"")
-    save_tokenizer(VQModel(VQConfig(8, (1, 1, 1), 1, 8, 16, 4)), tmp_path / "tokenizer.pt")
+    save_tokenizer(tiny_tokenizer(), tmp_path / "tokenizer.pt")
     flags = {
         "model": "lpd_debug", "device": "cpu", "data_path": tmp_path / "images", "img_size": 16, "batch_size": 3,
         "vqgan_path": tmp_path / "tokenizer.pt", "output_dir": tmp_path / "run", "epochs": 1, "warmup_epochs": 0,

@@ -3,27 +3,20 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as torch_dist
 from PIL import Image
 
 import engine.training.monitor
 from engine.training.checkpoint_writer import CheckpointWriter
 from engine.training.monitor import Monitor, peak_flops
 from engine.training.stop import READ_BACK_DELAY, StopRequest
-from tests.helpers.commands import ROOT
+from tests.helpers.processes import ALONE
 from util.checkpoint import LAST, load_checkpoint
-from util.cli import exit_on_user_error
 from util.dist import Dist
-from util.errors import UserError
-
-CPU = Dist(0, 1, torch.device("cpu"))
 
 
 class Clock:
@@ -46,7 +39,7 @@ def monitor(folder: Path, **changes: object) -> Monitor:
     values: dict = {"start_step": 0, "total_steps": 100, "steps_per_epoch": 4, "global_batch": 32}
     values |= {"flops_per_image": 1e12, "samples_of": lambda step: [step]}
     folder.mkdir(exist_ok=True)
-    return Monitor(folder, CPU, **(values | changes))
+    return Monitor(folder, ALONE, **(values | changes))
 
 
 def lines(folder: Path) -> list[dict]:
@@ -123,41 +116,6 @@ def test_the_first_step_that_is_not_finite_is_named(tmp_path: Path, loss: str, n
     assert lines(tmp_path) == []
     report = json.loads((tmp_path / "nonfinite-rank0.json").read_text())
     assert (report["step"], report["samples"]) == (3, [2])
-
-
-@pytest.mark.parametrize(
-    ("error", "status"),
-    [(UserError("--x is 1."), 2), (FloatingPointError("nan"), 1), (OSError(28, "full"), 1), (KeyboardInterrupt(), 130)],
-)
-def test_the_same_sentence_is_printed_by_one_process_of_several(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], error: BaseException, status: int
-) -> None:
-    """Eight GPUs used to say everything eight times; but what only one of them knows must be said."""
-
-    def fail() -> None:
-        raise error
-
-    store = torch_dist.TCPStore("127.0.0.1", 0, is_master=True)
-    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    monkeypatch.setenv("MASTER_PORT", str(store.port))
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    for rank in range(2):
-        monkeypatch.setenv("RANK", str(rank))
-        with pytest.raises(SystemExit) as caught:
-            exit_on_user_error(fail)
-        assert caught.value.code == status
-    assert len(capsys.readouterr().err.splitlines()) == 1
-    error.args = ("something else",)
-    monkeypatch.delenv("MASTER_PORT")  # nobody to ask: better twice than never
-    with pytest.raises(SystemExit):
-        exit_on_user_error(fail)
-    assert len(capsys.readouterr().err.splitlines()) == 1
-
-
-def test_user_errors_need_no_torch() -> None:
-    """`python -m orders` starts in a blink because nothing it imports loads torch."""
-    code = "import sys, util.errors; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
 
 
 @pytest.mark.gpu

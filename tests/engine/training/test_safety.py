@@ -21,9 +21,10 @@ from engine.training.checkpoint_writer import CheckpointWriter
 from engine.training.stop import StopRequest, exit_when_told
 from engine.training.trainer import train
 from tests.helpers.commands import ROOT
-from tests.helpers.training_case import CPU, SCHEDULES, build, config, make_cache
+from tests.helpers.processes import ALONE
+from tests.helpers.training_case import SCHEDULES, HookedCodes, build, config, make_cache, stopped_at
 from util.checkpoint import LAST, find_checkpoints, load_checkpoint, load_newest, save_checkpoint
-from util.data.codes import CodeBatch, MappedCodes
+from util.data.codes import MappedCodes
 from util.errors import UserError
 from util.signals import REQUEUE_STATUS, exit_status
 
@@ -66,12 +67,12 @@ class FullDisk:
         self.save(payload, file)
 
 
-def test_full_disk_keeps_the_old_checkpoint_and_training_goes_on(
+def test_full_disk_keeps_the_old_checkpoint_and_training_continues(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     disk = FullDisk(monkeypatch, steps=[10])
     folder = tmp_path / "run"
-    assert train(build(), MappedCodes(cache), SCHEDULES, config(folder), CPU) is None
+    assert train(build(), MappedCodes(cache), SCHEDULES, config(folder), ALONE) is None
     assert disk.saved == [5, 10, 15]
     assert "NOT SAVED: step 10" in caplog.text
     assert "No space left" in caplog.text
@@ -87,26 +88,10 @@ def test_a_run_that_cannot_save_its_end_says_so(
     """Exit status 0, or the one that requeues, would claim that everything is on disk."""
     FullDisk(monkeypatch, steps=[12] if stopped else [15])
     folder = tmp_path / "run"
-    data = HookedCodes(cache, 12, lambda: os.kill(os.getpid(), signal.SIGTERM)) if stopped else MappedCodes(cache)
+    data = stopped_at(cache, 12) if stopped else MappedCodes(cache)
     with pytest.raises(UserError, match=r"ends without its last state.*No space left"):
-        train(build(), data, SCHEDULES, config(folder), CPU)
+        train(build(), data, SCHEDULES, config(folder), ALONE)
     assert load_checkpoint(folder / LAST)["step"] == 10
-
-
-class HookedCodes(MappedCodes):
-    """Calls something while a given batch is fetched."""
-
-    def __init__(self, path: Path, batch: int, hook: Any) -> None:
-        super().__init__(path)
-        self.left, self.hook = batch, hook
-
-    def get_batch(self, indices: Sequence[int] | np.ndarray) -> CodeBatch:
-        self.left -= 1
-        if self.left == 0:
-            self.hook()
-        return super().get_batch(indices)
-
-    __getitems__ = get_batch
 
 
 def test_nothing_is_saved_of_a_model_that_is_no_longer_finite(cache: Path, tmp_path: Path) -> None:
@@ -115,7 +100,7 @@ def test_nothing_is_saved_of_a_model_that_is_no_longer_finite(cache: Path, tmp_p
     data = HookedCodes(cache, 4, lambda: torch.nn.init.constant_(model.norm.bias, float("inf")))
     settings = config(folder, save_last_steps=1, log_freq=1000)
     with pytest.raises(FloatingPointError, match="step 4"):
-        train(model, data, SCHEDULES, settings, CPU)
+        train(model, data, SCHEDULES, settings, ALONE)
     checkpoint = load_checkpoint(folder / LAST)
     assert checkpoint["step"] == 3
     assert all(value.isfinite().all() for value in checkpoint["model"].values())
@@ -125,14 +110,14 @@ def test_nothing_is_saved_of_a_model_that_is_no_longer_finite(cache: Path, tmp_p
 
 
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(cache: Path, tmp_path: Path) -> None:
-    """And goes on from there to the same end; the damaged file doesn't push the good one out."""
+    """The run is resumed from there to the same end; the damaged file doesn't push the good one out."""
     whole, folder = tmp_path / "whole", tmp_path / "run"
-    train(build(), MappedCodes(cache), SCHEDULES, config(whole, save_last_steps=2, keep_last=3), CPU)
+    train(build(), MappedCodes(cache), SCHEDULES, config(whole, save_last_steps=2, keep_last=3), ALONE)
     assert [load_checkpoint(path)["step"] for path in find_checkpoints(whole)] == [15, 14, 12]
 
-    data = HookedCodes(cache, 9, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    data = stopped_at(cache, 9)
     settings = config(folder, save_last_steps=2, keep_last=3)
-    assert train(build(), data, SCHEDULES, settings, CPU) == signal.SIGTERM
+    assert train(build(), data, SCHEDULES, settings, ALONE) == signal.SIGTERM
     assert [load_checkpoint(path)["step"] for path in find_checkpoints(folder)] == [9, 8, 6]
     (folder / LAST).write_bytes((folder / LAST).read_bytes()[:-1000])
     newest = load_newest(folder)
@@ -145,12 +130,12 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(cache: Path, t
 
     model = build()
     model.load_state_dict(newest[1]["model"])
-    assert train(model, MappedCodes(cache), SCHEDULES, settings, CPU, resume=newest[1]) is None
+    assert train(model, MappedCodes(cache), SCHEDULES, settings, ALONE, resume=newest[1]) is None
     expected = load_checkpoint(whole / LAST)["model"]
     assert all(torch.equal(value, expected[name]) for name, value in load_checkpoint(folder / LAST)["model"].items())
 
 
-def test_checkpoint_is_the_state_of_its_step_though_training_goes_on(
+def test_checkpoint_is_the_state_of_its_step_though_training_continues(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The optimizer changes tensors in place: a write in the background must not see the next step."""
@@ -201,10 +186,10 @@ def test_a_file_system_without_links_keeps_the_same_files(tmp_path: Path, monkey
     assert [load_checkpoint(path)["step"] for path in find_checkpoints(tmp_path)] == [3, 2, 3]
 
 
-def test_max_steps_saves_and_goes_on_later(cache: Path, tmp_path: Path) -> None:
+def test_max_steps_saves_and_can_be_resumed(cache: Path, tmp_path: Path) -> None:
     """A one-step test run evaluates nothing, and what it did counts: learning rates and data are those of the run."""
     whole, folder = tmp_path / "whole", tmp_path / "run"
-    train(build(), MappedCodes(cache), SCHEDULES, config(whole), CPU)
+    train(build(), MappedCodes(cache), SCHEDULES, config(whole), ALONE)
 
     def never(*arguments: Any) -> None:
         raise AssertionError
@@ -216,13 +201,13 @@ def test_max_steps_saves_and_goes_on_later(cache: Path, tmp_path: Path) -> None:
         settings = config(folder, max_steps=steps, sample_freq=1, eval_freq=1)
         resume = newest and newest[1]
         assert (
-            train(model, MappedCodes(cache), SCHEDULES, settings, CPU, resume=resume, evaluate=never, draw_grid=never)
+            train(model, MappedCodes(cache), SCHEDULES, settings, ALONE, resume=resume, evaluate=never, draw_grid=never)
             is None
         )
         assert load_checkpoint(folder / LAST)["step"] == steps
     model.load_state_dict(load_checkpoint(folder / LAST)["model"])
     resume = load_checkpoint(folder / LAST)
-    train(model, MappedCodes(cache), SCHEDULES, config(folder), CPU, resume=resume)
+    train(model, MappedCodes(cache), SCHEDULES, config(folder), ALONE, resume=resume)
     expected = load_checkpoint(whole / LAST)["model"]
     assert all(torch.equal(value, expected[name]) for name, value in load_checkpoint(folder / LAST)["model"].items())
 
@@ -230,7 +215,7 @@ def test_max_steps_saves_and_goes_on_later(cache: Path, tmp_path: Path) -> None:
 def test_a_peak_below_min_lr_is_kept(cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """The published recipes on few GPUs: a cosine must not rise from the peak to min_lr."""
     settings = config(tmp_path / "run", lr=1e-3, min_lr=1e-2, log_freq=1)
-    train(build(), MappedCodes(cache), SCHEDULES, settings, CPU)
+    train(build(), MappedCodes(cache), SCHEDULES, settings, ALONE)
     rates = [json.loads(line)["lr"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rates[5:] == [1e-3] * 10
     assert "below --min_lr 0.01" in caplog.text
@@ -252,13 +237,13 @@ def test_further_signals_while_saving_change_nothing() -> None:
     with StopRequest() as stop:
         for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):
             os.kill(os.getpid(), number)
-        assert stop.agreed(CPU)
+        assert stop.agreed(ALONE)
         assert stop.signal == signal.SIGTERM
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 
 
-def test_a_kill_between_two_renames_leaves_a_folder_that_goes_on(tmp_path: Path) -> None:
+def test_a_kill_between_two_renames_leaves_a_folder_that_can_be_resumed(tmp_path: Path) -> None:
     """`checkpoint-last.pth` and the one before it are then the same file, which renaming leaves as it is."""
     save_checkpoint(tmp_path / LAST, {"model": {"w": torch.ones(1)}, "step": 4})
     for suffix in (".pth", ".json"):
@@ -290,26 +275,26 @@ def test_a_signal_after_the_last_agreement_ends_the_run_before_evaluating(
     steps = 5 * epochs
     settings = config(tmp_path / "run", epochs=epochs, eval_freq=epochs)
     monkeypatch.setattr(StopRequest, "agreed", lambda self, dist: False)  # it was asked just before
-    data = HookedCodes(cache, steps, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    data = stopped_at(cache, steps)
     with pytest.raises(SystemExit) as caught, exit_when_told():
-        train(build(), data, SCHEDULES, settings, CPU, evaluate=never)
+        train(build(), data, SCHEDULES, settings, ALONE, evaluate=never)
     assert caught.value.code == 75
     assert load_checkpoint(tmp_path / "run" / LAST)["step"] == steps
 
 
 def test_a_checkpoint_does_not_stay_in_memory(cache: Path, tmp_path: Path) -> None:
-    train(build(), MappedCodes(cache), SCHEDULES, config(tmp_path / "run", max_steps=2), CPU)
+    train(build(), MappedCodes(cache), SCHEDULES, config(tmp_path / "run", max_steps=2), ALONE)
     resume = load_checkpoint(tmp_path / "run" / LAST)
     left = weakref.ref(next(iter(resume["model"].values())))
     alive: list[bool] = []
     data = HookedCodes(cache, 1, lambda: alive.append(left() is not None))
-    train(build(), data, SCHEDULES, config(tmp_path / "run"), CPU, resume=resume)
+    train(build(), data, SCHEDULES, config(tmp_path / "run"), ALONE, resume=resume)
     assert alive == [False]
 
 
 def test_fewer_epochs_than_the_checkpoint_has(cache: Path, tmp_path: Path) -> None:
     """It would be reported as finished, with the learning rates of another schedule."""
-    train(build(), MappedCodes(cache), SCHEDULES, config(tmp_path / "run"), CPU)
+    train(build(), MappedCodes(cache), SCHEDULES, config(tmp_path / "run"), ALONE)
     resume = load_checkpoint(tmp_path / "run" / LAST)
     with pytest.raises(UserError, match="--epochs is 2, but the checkpoint was saved after 3 epochs"):
-        train(build(), MappedCodes(cache), SCHEDULES, config(tmp_path / "run", epochs=2), CPU, resume=resume)
+        train(build(), MappedCodes(cache), SCHEDULES, config(tmp_path / "run", epochs=2), ALONE, resume=resume)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 from torch.nn.attention import flex_attention
 
 import engine.training.step
@@ -23,13 +22,15 @@ from models import build_model, model_config
 from models.lpd import LPD
 from orders import published_group_sizes
 from tests.helpers.commands import run as run_command
+from tests.helpers.pictures import pixels_of
+from tests.helpers.processes import ALONE, in_processes
+from tests.helpers.tiny_models import tiny_tokenizer
 from tests.helpers.tiny_run import CLASSES, L, V
-from tests.helpers.training_case import CPU, SCHEDULES, build, config, free_port, make_cache
-from tokenizers import VQConfig, VQModel
-from tokenizers.checkpoint import save_tokenizer
+from tests.helpers.training_case import SCHEDULES, build, config, make_cache
+from tokenizers import save_tokenizer
 from util.checkpoint import LAST, load_checkpoint, save_checkpoint
 from util.data.codes import MappedCodes
-from util.dist import Dist, distributed
+from util.dist import Dist
 from util.errors import UserError
 
 
@@ -46,7 +47,7 @@ def short(folder: Path, **changes: object) -> TrainConfig:
 def run(
     cache: Path,
     settings: TrainConfig,
-    dist: Dist = CPU,
+    dist: Dist = ALONE,
     resume: Path | None = None,
     evaluate: Callable[[LPD, int], None] | None = None,
     **overrides: Any,
@@ -92,19 +93,6 @@ def test_resumed_in_other_parts_it_is_the_same_run(cache: Path, tmp_path: Path, 
     assert_same_run(tmp_path, whole)
 
 
-def join(rank: int, world_size: int, port: int, work: Callable[[Dist], None]) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    torch.set_num_threads(1)
-    with distributed("cpu") as dist:
-        work(dist)
-
-
-def in_processes(world_size: int, work: Callable[[Dist], None]) -> None:
-    mp.spawn(join, (world_size, free_port(), work), nprocs=world_size)
-
-
 def four_processes(cache: Path, folder: Path, dist: Dist) -> None:
     run(cache, short(folder / "ddp", batch_size=2), dist)
 
@@ -123,13 +111,15 @@ def two_processes(cache: Path, folder: Path, dist: Dist) -> None:
     run(cache, short(folder / "from_fsdp", batch_size=4, fsdp=True, max_steps=7), dist)
 
 
+@pytest.mark.slow
 def test_four_processes_equal_one(cache: Path, tmp_path: Path, whole: Path) -> None:
     in_processes(4, partial(four_processes, cache, tmp_path))
     assert_same_run(tmp_path / "ddp", whole)
 
 
+@pytest.mark.slow
 def test_two_processes_sharded_or_not_equal_one(cache: Path, tmp_path: Path, whole: Path) -> None:
-    """Also with activation checkpointing, and where a run goes on with sharding or without it."""
+    """Also with activation checkpointing, and where a run is resumed with sharding or without it."""
     run(cache, short(tmp_path / "to_fsdp", max_steps=3))
     in_processes(2, partial(two_processes, cache, tmp_path))
     assert load_checkpoint(tmp_path / "from_fsdp" / LAST)["step"] == 7
@@ -153,10 +143,10 @@ def parts(model: LPD, seed: int, count: int = 1, batch: int = 4) -> Iterator[Par
 
 
 def test_moving_average_is_the_sum_it_should_be_and_is_what_evaluation_sees() -> None:
-    """And it starts from the first weights, not from zero; training goes on with the weights themselves."""
+    """And it starts from the first weights, not from zero; training continues with the weights themselves."""
     model = build()
     expected = {name: value.clone() for name, value in model.state_dict().items()}
-    step = TrainStep(model, TrainConfig(ema=0.75), CPU)
+    step = TrainStep(model, TrainConfig(ema=0.75), ALONE)
     for seed in range(3):
         step(parts(model, seed), SCHEDULES[0], lr=1e-2)
         for name, value in model.state_dict().items():
@@ -165,12 +155,12 @@ def test_moving_average_is_the_sum_it_should_be_and_is_what_evaluation_sees() ->
     torch.testing.assert_close(dict(averaged), expected, rtol=1e-12, atol=1e-12)
     assert not torch.equal(averaged["head.weight"], model.head.weight)
     torch.testing.assert_close(step.state()["model_ema"], expected, rtol=1e-12, atol=1e-12)
-    assert TrainStep(model, TrainConfig(), CPU).evaluation_model() is model
+    assert TrainStep(model, TrainConfig(), ALONE).evaluation_model() is model
 
 
 def test_moving_average_turned_on_or_off_later(caplog: pytest.LogCaptureFixture) -> None:
     model = build()
-    averaged, plain = TrainStep(model, TrainConfig(ema=0.5), CPU), TrainStep(model, TrainConfig(), CPU)
+    averaged, plain = TrainStep(model, TrainConfig(ema=0.5), ALONE), TrainStep(model, TrainConfig(), ALONE)
     averaged.load(plain.state())
     assert "starts now" in caplog.text
     plain.load(averaged.state())
@@ -179,15 +169,14 @@ def test_moving_average_turned_on_or_off_later(caplog: pytest.LogCaptureFixture)
 
 def test_average_of_narrow_weights_is_float32() -> None:
     """In bfloat16 a decay of 0.9999 would round every change away."""
-    step = TrainStep(build().bfloat16(), TrainConfig(ema=0.9999), CPU)
+    step = TrainStep(build().bfloat16(), TrainConfig(ema=0.9999), ALONE)
     assert {value.dtype for value in step.state()["model_ema"].values()} == {torch.float32}
 
 
-def test_evaluation_of_the_average_is_that_of_its_weights(tmp_path: Path) -> None:
+def test_evaluation_of_the_average_is_that_of_its_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """--use_ema by the command: another result than the last weights, and a clear error where there is no average."""
     torch.manual_seed(0)
-    tokenizer = VQModel(VQConfig(base_width=8, multipliers=(1, 1), res_blocks=1, z_channels=8, codebook_size=V))
-    save_tokenizer(tokenizer, tmp_path / "tokenizer.pt")
+    save_tokenizer(tiny_tokenizer(2, V), tmp_path / "tokenizer.pt")
     weights, average = (
         build_model("lpd_debug", img_size=8, stride=2, class_num=CLASSES, vocab_size=V) for _ in range(2)
     )
@@ -197,19 +186,23 @@ def test_evaluation_of_the_average_is_that_of_its_weights(tmp_path: Path) -> Non
     save_checkpoint(tmp_path / "both.pth", common | first)
     save_checkpoint(tmp_path / "average.pth", common | {"model": average.state_dict()})
 
-    def grid(name: str, *flags: str) -> tuple[int, bytes]:
+    def grid(name: str, *flags: str) -> np.ndarray:
         output = tmp_path / "-".join((name, *flags))
         arguments = {
             "pretrained_ckpt": tmp_path / f"{name}.pth", "vqgan_path": tmp_path / "tokenizer.pt", "num_images": 3,
             "generation_steps": 4, "feature_extractor": "none", "device": "cpu", "output_dir": output,
         }  # fmt: skip
         words = (str(word) for key, value in arguments.items() for word in (f"--{key}", value))
-        status = run_command(main_lpd.main, "--evaluate", *words, *flags)
-        return status, (output / "grid.png").read_bytes() if status == 0 else b""
+        assert run_command(main_lpd.main, "--evaluate", *words, *flags) == expected_status
+        return pixels_of(output / "grid.png") if expected_status == 0 else np.empty(0)
 
-    assert grid("both", "--use_ema") == grid("average")
-    assert grid("both") != grid("average")
-    assert grid("average", "--use_ema")[0] == 2
+    expected_status = 0
+    of_average = grid("average")
+    assert np.array_equal(grid("both", "--use_ema"), of_average)
+    assert not np.array_equal(grid("both"), of_average)
+    expected_status = 2
+    grid("average", "--use_ema")
+    assert "average.pth holds no moving average of the weights" in capsys.readouterr().err.splitlines()[-1]
 
 
 def plain_compile(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -226,7 +219,7 @@ def test_compiled_step_equals_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> 
     for compiled in (False, True):
         model = build(dropout=0.0)
         names = list(model.state_dict())
-        step = TrainStep(model, TrainConfig(compile=compiled), CPU)
+        step = TrainStep(model, TrainConfig(compile=compiled), ALONE)
         losses = [step(parts(model, seed), group_sizes, 1e-2) for seed, group_sizes in enumerate(SCHEDULES)]
         results.append((losses, model.state_dict()))
         assert list(model.state_dict()) == names
@@ -259,7 +252,7 @@ def test_compiled_blocks_with_flex_attention_under_ddp_and_fsdp(tmp_path: Path) 
     """FSDP's and checkpointing's hooks must stay outside of the graph, and weights that FSDP frees must not be read."""
     torch.manual_seed(0)
     model = build_model("lpd_debug", img_size=64, class_num=CLASSES, vocab_size=V).double()
-    step = TrainStep(model, TrainConfig(grad_accum=2), CPU)
+    step = TrainStep(model, TrainConfig(grad_accum=2), ALONE)
     for seed in range(2):
         step(parts(model, seed, count=2), SCHEDULES[seed], 1e-3)
     in_processes(2, partial(compiled_processes, tmp_path))
@@ -275,10 +268,10 @@ def test_attention_that_cannot_be_had_is_refused_and_auto_avoids_it() -> None:
     assert choose_attention("auto", released, cuda) == "flex"
     assert choose_attention("sdpa", released, cuda) == "sdpa"
     for refused, device, named in (
-        (released, cpu, "CPU"),
+        (released, cpu, "on a CPU"),
         (model_config("lpd_l", attn_dropout=0.1), cuda, "--attn_dropout is 0.1"),
         (debug, cuda, "16 tokens"),
-        (model_config("lpd_debug", num_heads=4), cuda, "8"),
+        (model_config("lpd_debug", num_heads=4), cuda, "the model's have 8"),
     ):
         assert choose_attention("auto", refused, device) == "sdpa"
         with pytest.raises(UserError, match=named):
@@ -287,7 +280,7 @@ def test_attention_that_cannot_be_had_is_refused_and_auto_avoids_it() -> None:
 
 def test_sharding_over_one_process_is_refused() -> None:
     with pytest.raises(UserError, match="torchrun"):
-        TrainStep(build(), TrainConfig(fsdp=True), CPU)
+        TrainStep(build(), TrainConfig(fsdp=True), ALONE)
 
 
 @pytest.mark.parametrize(

@@ -6,26 +6,27 @@ import dataclasses
 import json
 import os
 import signal
-from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import torch.multiprocessing as mp
 
 import util.data.loading
 from engine.training.stop import StopRequest
-from engine.training.trainer import TrainConfig, draw_samples, train
+from engine.training.trainer import TrainConfig, draw_samples, mirrored_codes, train
 from models.lpd import LPD
+from tests.helpers.processes import ALONE, in_processes
+from tests.helpers.tiny_models import tiny_tokenizer
 from tests.helpers.tiny_run import L
-from tests.helpers.training_case import CPU, SCHEDULES, build, config, free_port, make_cache
+from tests.helpers.training_case import SCHEDULES, build, config, make_cache, stopped_at
 from util.checkpoint import LAST, load_checkpoint
-from util.data.codes import CodeBatch, MappedCodes, open_codes
+from util.data.codes import MappedCodes, open_codes
 from util.data.loading import load_batches
 from util.data.sampler import GlobalBatchSampler
-from util.dist import distributed
+from util.dist import Dist
 from util.errors import UserError
 
 
@@ -34,35 +35,19 @@ def cache(tmp_path: Path) -> Path:
     return make_cache(tmp_path / "codes")
 
 
-class SignalAt(MappedCodes):
-    """Sends this process a signal while a given batch is fetched."""
-
-    def __init__(self, path: Path, batch: int, number: int = signal.SIGTERM) -> None:
-        super().__init__(path)
-        self.left, self.number = batch, number
-
-    def get_batch(self, indices: Sequence[int] | np.ndarray) -> CodeBatch:
-        self.left -= 1
-        if self.left == 0:
-            os.kill(os.getpid(), self.number)
-        return super().get_batch(indices)
-
-    __getitems__ = get_batch
-
-
 @pytest.mark.parametrize("stop_at", [2, 5, 8])
 def test_resumed_run_equals_an_uninterrupted_one(cache: Path, tmp_path: Path, stop_at: int) -> None:
     """Bit for bit, also in mid-epoch: weights, optimizer state and the data of every step."""
     whole = build()
-    assert train(whole, MappedCodes(cache), SCHEDULES, config(tmp_path / "whole"), CPU) is None
+    assert train(whole, MappedCodes(cache), SCHEDULES, config(tmp_path / "whole"), ALONE) is None
 
     folder = tmp_path / "parts"
-    assert train(build(), SignalAt(cache, stop_at), SCHEDULES, config(folder), CPU) == signal.SIGTERM
+    assert train(build(), stopped_at(cache, stop_at), SCHEDULES, config(folder), ALONE) == signal.SIGTERM
     checkpoint = load_checkpoint(folder / LAST)
-    assert 0 < checkpoint["step"] < 15
+    assert checkpoint["step"] == stop_at
     resumed = build()
     resumed.load_state_dict(checkpoint["model"])
-    assert train(resumed, MappedCodes(cache), SCHEDULES, config(folder), CPU, resume=checkpoint) is None
+    assert train(resumed, MappedCodes(cache), SCHEDULES, config(folder), ALONE, resume=checkpoint) is None
 
     first, second = load_checkpoint(tmp_path / "whole" / LAST), load_checkpoint(folder / LAST)
     for name, value in first["model"].items():
@@ -70,23 +55,18 @@ def test_resumed_run_equals_an_uninterrupted_one(cache: Path, tmp_path: Path, st
     for key, state in first["optimizer"]["state"].items():
         assert all(torch.equal(value, second["optimizer"]["state"][key][name]) for name, value in state.items())
     steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert steps == sorted(set(steps))
+    assert steps == sorted({*range(3, 16, 3), *range(5, 16, 5), stop_at})
 
 
-def train_worker(rank: int, world_size: int, cache: Path, folder: Path, port: int) -> None:
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    torch.set_num_threads(1)
-    with distributed("cpu") as dist:
-        settings = config(folder, batch_size=8 // world_size, bf16=False)
-        train(build(dropout=0.0), MappedCodes(cache), SCHEDULES, settings, dist)
+def half_of_each_batch(cache: Path, folder: Path, dist: Dist) -> None:
+    train(build(dropout=0.0), MappedCodes(cache), SCHEDULES, config(folder, batch_size=4, bf16=False), dist)
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(cache: Path, tmp_path: Path) -> None:
     """Same global batches, orders, flips, label drops and learning rates, hence the same weights to rounding."""
-    train(build(dropout=0.0), MappedCodes(cache), SCHEDULES, config(tmp_path / "one"), CPU)
-    mp.spawn(train_worker, (2, cache, tmp_path / "two", free_port()), nprocs=2)
+    train(build(dropout=0.0), MappedCodes(cache), SCHEDULES, config(tmp_path / "one"), ALONE)
+    in_processes(2, partial(half_of_each_batch, cache, tmp_path / "two"))
     first, second = load_checkpoint(tmp_path / "one" / LAST), load_checkpoint(tmp_path / "two" / LAST)
     torch.testing.assert_close(first["model"], second["model"], rtol=1e-9, atol=1e-9)
     losses = [
@@ -102,30 +82,25 @@ def draw(
     return draw_samples(seed, step, rows, num_tokens, flip, drop, torch.device("cpu"))
 
 
-def stopped_worker(rank: int, world_size: int, cache: Path, folder: Path, port: int) -> None:
-    """One of two processes is told to stop; both finish the same step and agree."""
-    os.environ.update(
-        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world_size), MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port)
-    )
-    torch.set_num_threads(1)
-    with distributed("cpu") as dist:
-        data = SignalAt(cache, batch=3) if rank == 1 else MappedCodes(cache)
-        settings = config(folder, batch_size=4, log_freq=1000)
-        assert train(build(), data, SCHEDULES, settings, dist) == signal.SIGTERM
+def one_is_told_to_stop(cache: Path, folder: Path, dist: Dist) -> None:
+    """Both finish the same step."""
+    data = stopped_at(cache, batch=3) if dist.rank == 1 else MappedCodes(cache)
+    assert train(build(), data, SCHEDULES, config(folder, batch_size=4, log_freq=1000), dist) == signal.SIGTERM
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_of_two_processes_stops_both(cache: Path, tmp_path: Path) -> None:
-    mp.spawn(stopped_worker, (2, cache, tmp_path / "run", free_port()), nprocs=2)
+    in_processes(2, partial(one_is_told_to_stop, cache, tmp_path / "run"))
     assert load_checkpoint(tmp_path / "run" / LAST)["step"] == 3  # the step in which it was told
 
 
 def test_resuming_in_other_units_is_refused(cache: Path, tmp_path: Path) -> None:
     """Another batch size or seed would silently repeat and skip samples."""
-    train(build(), MappedCodes(cache), SCHEDULES, config(tmp_path, epochs=1), CPU)
+    train(build(), MappedCodes(cache), SCHEDULES, config(tmp_path, epochs=1), ALONE)
     resume = load_checkpoint(tmp_path / LAST)
     for changes, named in (({"batch_size": 4}, "global_batch 8"), ({"seed": 1}, "seed 0")):
         with pytest.raises(UserError, match=named):
-            train(build(), MappedCodes(cache), SCHEDULES, config(tmp_path, **changes), CPU, resume=resume)
+            train(build(), MappedCodes(cache), SCHEDULES, config(tmp_path, **changes), ALONE, resume=resume)
 
 
 def test_sample_draws_are_permutations_and_do_not_depend_on_the_process() -> None:
@@ -154,10 +129,7 @@ def test_orders_are_uniform_over_positions() -> None:
 
 def test_images_are_encoded_and_mirrored_like_cached_codes(tmp_path: Path) -> None:
     """Training from images sees the same codes as training from a cache of the same images."""
-    from engine.training.trainer import mirrored_codes
-    from tokenizers import VQConfig, VQModel
-
-    vq = VQModel(VQConfig(base_width=32, multipliers=(1, 1), codebook_size=16, z_channels=32)).eval()
+    vq = tiny_tokenizer(2, 16)
     images = torch.randint(256, (3, 8, 8, 3), dtype=torch.uint8)
     scaled = images.permute(0, 3, 1, 2).float() / 127.5 - 1
     with torch.no_grad():
@@ -171,13 +143,13 @@ def test_images_are_encoded_and_mirrored_like_cached_codes(tmp_path: Path) -> No
 
 def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(cache: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    train(build(), MappedCodes(cache), SCHEDULES, config(folder, epochs=2), CPU)
+    train(build(), MappedCodes(cache), SCHEDULES, config(folder, epochs=2), ALONE)
     good = (folder / LAST).read_bytes()
     checkpoint = load_checkpoint(folder / LAST)
     model = build()
     torch.nn.init.constant_(model.head.weight, float("nan"))
     with pytest.raises(FloatingPointError, match="not finite in step 11"):
-        train(model, MappedCodes(cache), SCHEDULES, config(folder), CPU, resume=checkpoint)
+        train(model, MappedCodes(cache), SCHEDULES, config(folder), ALONE, resume=checkpoint)
     assert (folder / LAST).read_bytes() == good
     report = json.loads((folder / "nonfinite-rank0.json").read_text())
     assert (report["step"], report["loss"], len(report["samples"])) == (11, "nan", 8)
@@ -187,15 +159,15 @@ def test_frequencies_of_saving_and_evaluating(cache: Path, tmp_path: Path) -> No
     epochs = []
 
     def evaluate(model: LPD, epoch: int) -> None:
-        """What an interruption of the evaluation would go on from is saved before it starts."""
+        """What an interrupted evaluation is resumed from is saved before it starts."""
         assert load_checkpoint(tmp_path / LAST)["epoch"] == epoch
         epochs.append(epoch)
 
     settings = config(tmp_path, epochs=5, save_intermediate_freq=2, eval_freq=2, save_last_freq=10)
-    train(build(), MappedCodes(cache), SCHEDULES, settings, CPU, evaluate=evaluate)
+    train(build(), MappedCodes(cache), SCHEDULES, settings, ALONE, evaluate=evaluate)
     assert epochs == [2, 4, 5]
     resume = load_checkpoint(tmp_path / LAST)
-    train(build(), MappedCodes(cache), SCHEDULES, settings, CPU, evaluate=evaluate, resume=resume)
+    train(build(), MappedCodes(cache), SCHEDULES, settings, ALONE, evaluate=evaluate, resume=resume)
     assert epochs == [2, 4, 5, 5]  # it may have been killed in the middle of the last
     assert sorted(path.name for path in tmp_path.glob("*.pth")) == [
         "checkpoint-2.pth",
@@ -245,8 +217,8 @@ def test_bad_settings_are_named(changes: dict, named: str) -> None:
 
 
 def test_data_set_smaller_than_a_batch_is_refused(cache: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="40"):
-        train(build(), MappedCodes(cache), SCHEDULES, config(tmp_path, batch_size=64), CPU)
+    with pytest.raises(UserError, match="40 samples"):
+        train(build(), MappedCodes(cache), SCHEDULES, config(tmp_path, batch_size=64), ALONE)
 
 
 @pytest.mark.parametrize(("packed", "workers"), [(True, 0), (False, 2)])
@@ -268,6 +240,6 @@ def test_only_packed_codes_are_read_in_process(
     monkeypatch.setattr(util.data.loading, "DataLoader", noted)
     dataset = open_codes(cache if packed else tmp_path / "npz")
     sampler = GlobalBatchSampler(8, 4, 0, 1, seed=0, num_steps=1)
-    (batch,) = load_batches(dataset, sampler, 2, CPU.device)
+    (batch,) = load_batches(dataset, sampler, 2, ALONE.device)
     assert batch[0].shape == (4, L)
     assert asked == [workers]

@@ -14,7 +14,8 @@ import pytest
 from PIL import Image
 
 from engine.cache import CacheConfig, build_cache
-from tokenizers import VQConfig, VQModel, save_tokenizer
+from tests.helpers.tiny_models import tiny_tokenizer
+from tokenizers import save_tokenizer
 from util.data.codes import open_codes
 from util.data.images import CIFAR10_FOLDER, ImageFolder, open_images, write_image_archive
 from util.dist import Dist
@@ -38,7 +39,7 @@ def archive(tmp_path: Path) -> Path:
 
 
 def change(path: Path, **arrays: Any) -> None:
-    """Write the file anew with other arrays; None leaves one out."""
+    """Write the file again with other arrays; None leaves one out."""
     with np.load(path) as file:
         contents = dict(file) | arrays
     np.savez(path, **{name: array for name, array in contents.items() if array is not None})
@@ -162,8 +163,7 @@ def test_codes_are_cached_from_an_image_archive(archive: Path, tmp_path: Path) -
     """Guards against a cache that mixes splits, or is continued with other photos of the same number."""
     import torch
 
-    size = VQConfig(base_width=8, multipliers=(1, 1), res_blocks=1, z_channels=8, codebook_size=16, code_dim=4)
-    save_tokenizer(VQModel(size), tmp_path / "vq.pt")
+    save_tokenizer(tiny_tokenizer(2, 16), tmp_path / "vq.pt")
     alone = Dist(0, 1, torch.device("cpu"))
     config = CacheConfig(
         tmp_path / "vq.pt", tmp_path / "codes", data_path=f"{archive}:train", img_size=8, num_workers=0

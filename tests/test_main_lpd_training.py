@@ -12,27 +12,26 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 import engine.training.data
 import engine.training.setup
 import main_lpd
+from engine.options import parse
 from engine.training.sample_grid import SampleGrid
 from models import build_model
 from tests.helpers.commands import run
-from tests.helpers.evaluation_case import eval_config
+from tests.helpers.pictures import assert_not_blank, pixels_of
+from tests.helpers.processes import ALONE
+from tests.helpers.tiny_models import tiny_tokenizer
 from tests.helpers.tiny_run import V
 from tests.helpers.training_case import make_cache
-from tokenizers import VQConfig, VQModel, load_tokenizer
-from tokenizers.checkpoint import save_tokenizer
+from tokenizers import load_tokenizer, save_tokenizer
 from util.checkpoint import LAST, load_checkpoint, load_newest
 from util.data.codes import MappedCodes
-from util.dist import Dist
 from util.files import sha256
-
-CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -40,8 +39,7 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Codes of three classes, their tokenizer, and checkpoints of five classes: own and in the released layout."""
     folder = tmp_path_factory.mktemp("training")
     torch.manual_seed(0)
-    tokenizer = VQModel(VQConfig(base_width=32, multipliers=(1,) * 5, res_blocks=1, z_channels=32, codebook_size=V))
-    save_tokenizer(tokenizer, folder / "tokenizer.pt")
+    save_tokenizer(tiny_tokenizer(16, V), folder / "tokenizer.pt")
     header = make_cache(folder / "codes") / "header.json"
     header.write_text(
         json.dumps(json.loads(header.read_text()) | {"tokenizer_sha256": sha256(folder / "tokenizer.pt")})
@@ -54,13 +52,19 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def training(workspace: Path, output: Path, *flags: object) -> int:
-    """Exit status of a run of 5 steps per epoch."""
-    return run(
-        main_lpd.main, "--use_cached", "--cached_path", workspace / "codes", "--vqgan_path", workspace / "tokenizer.pt",
+def words(workspace: Path, output: Path, *flags: object) -> list[str]:
+    """The command line of a run of two epochs of 5 steps."""
+    line = (
+        "--use_cached", "--cached_path", workspace / "codes", "--vqgan_path", workspace / "tokenizer.pt",
         "--output_dir", output, "--batch_size", 8, "--lr", 1e-3, "--lr_schedule", "cosine", "--warmup_epochs", 0,
         "--epochs", 2, "--generation_steps", 4, "--device", "cpu", *flags,
     )  # fmt: skip
+    return list(map(str, line))
+
+
+def training(workspace: Path, output: Path, *flags: object) -> int:
+    """Exit status of the run."""
+    return run(main_lpd.main, *words(workspace, output, *flags))
 
 
 DEBUG = ("--model", "lpd_debug")
@@ -70,14 +74,14 @@ DEBUG = ("--model", "lpd_debug")
 def test_fine_tuning_on_other_classes(
     workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], source: str
 ) -> None:
-    """The class table is new, all else goes on from the checkpoint; the recorded configuration has the new classes."""
+    """The class table is new, all else is the checkpoint's; the recorded configuration has the new classes."""
     flags = ("--pretrained_ckpt", workspace / source, "--lr", 1e-9, *(DEBUG if source == "released.pth" else ()))
     assert training(workspace, tmp_path / "refused", *flags) == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert "has 5 classes, this run 3; give --new_classes" in message
     assert "--class_num 5 to keep the old one" in message
     assert training(workspace, tmp_path / "new", *flags, "--new_classes") == 0
-    assert training(workspace, tmp_path / "new", *flags, "--new_classes") == 0  # again: goes on, does not start anew
+    assert training(workspace, tmp_path / "new", *flags, "--new_classes") == 0  # again: it is finished
     assert training(workspace, tmp_path / "kept", *flags, "--class_num", 5) == 0
     old = load_checkpoint(workspace / source)["model"]
     for name, classes in (("new", 3), ("kept", 5)):
@@ -92,7 +96,7 @@ def test_fine_tuning_on_other_classes(
 
 
 def test_fine_tuning_that_was_interrupted_keeps_its_new_class_table(workspace: Path, tmp_path: Path) -> None:
-    """The same command goes on from its checkpoint: a class table started anew twice would be half trained."""
+    """The same command resumes from its checkpoint: a class table that starts twice would be half trained."""
     flags = ("--pretrained_ckpt", workspace / "own.pth", "--new_classes", "--lr", 1e-2)
     assert training(workspace, tmp_path / "whole", *flags) == 0
     for steps in (4, 7, 0):
@@ -110,38 +114,17 @@ def test_one_step_and_then_the_rest(workspace: Path, tmp_path: Path) -> None:
     assert names == {".lock", "checkpoint-last.json", LAST, "metrics.jsonl", "train_settings.json"}
     assert training(workspace, tmp_path, *flags) == 0
     assert {path.name for path in (tmp_path / "samples").iterdir()} == {"epoch0001.png", "epoch0002.png"}
-    with Image.open(tmp_path / "samples" / "epoch0001.png") as picture:
-        assert picture.width > 4 * 64
-        assert picture.height > 3 * 64
-    assert (tmp_path / "eval_epoch0002" / "grid.png").is_file()
-
-
-class RankOfTwo(Dist):
-    """One of two processes, whose parts meet in a list."""
-
-    parts: list[Any] = []  # noqa: RUF012 - shared on purpose
-
-    def gather(self, value: Any) -> list[Any]:
-        self.parts.append(value)
-        return self.parts
-
-
-def test_sample_grid_is_the_same_from_two_processes_and_every_time(workspace: Path) -> None:
-    """Pictures of different epochs are compared, so nothing but the weights may change them."""
-    torch.manual_seed(3)
+    first, last = (pixels_of(tmp_path / "samples" / f"epoch000{epoch}.png") for epoch in (1, 2))
     model = build_model("lpd_debug", img_size=64, class_num=3, vocab_size=V)
+    model.load_state_dict(load_checkpoint(tmp_path / LAST)["model"])
     tokenizer = load_tokenizer(workspace / "tokenizer.pt")
-    config, names = eval_config(workspace, group_sizes=(1, 3, 5, 7), cfg=2.0, seed=0, classes=("a", "b", "c"))
-    grid = SampleGrid(model.config, tokenizer, config, names, Dist(0, 1, CPU))
-    first = grid(model)
-    torch.rand(7)
-    assert first is not None
-    assert first == grid(model)
-    assert model.training
-    assert SampleGrid(model.config, tokenizer, config, names, RankOfTwo(1, 2, CPU))(model) is None
-    assert first == SampleGrid(model.config, tokenizer, config, names, RankOfTwo(0, 2, CPU))(model)
-    other = build_model("lpd_debug", img_size=64, class_num=3, vocab_size=V)
-    assert first != grid(other)
+    draw = SampleGrid(model.config, tokenizer, parse(words(workspace, tmp_path, *flags)).evaluation, "abc", ALONE)
+    expected = draw(model)
+    assert expected is not None
+    assert np.array_equal(last, pixels_of(expected))
+    assert first.shape == last.shape
+    assert not np.array_equal(first, last)
+    assert_not_blank(tmp_path / "eval_epoch0002" / "grid.png")
 
 
 FAKE_WANDB = """
@@ -177,7 +160,7 @@ def wandb_log(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]
     sys.modules.pop("wandb", None)
 
 
-def test_a_resumed_run_goes_on_in_the_same_wandb_run(workspace: Path, tmp_path: Path, wandb_log: Path) -> None:
+def test_a_resumed_run_is_the_same_wandb_run(workspace: Path, tmp_path: Path, wandb_log: Path) -> None:
     flags = (
         *DEBUG, "--use_wandb", "--wandb_project", "p", "--wandb_run_name", "n", "--sample_freq", 1, "--online_eval",
         "--feature_extractor", "none", "--num_images", 3,
@@ -240,13 +223,18 @@ def test_wrong_flags(
     assert not (tmp_path / "wrong").exists()
 
 
-@pytest.mark.parametrize("flag", ["tensorboard", "use_wandb"])
+@pytest.mark.parametrize(("flag", "package"), [("tensorboard", "tensorboard"), ("use_wandb", "wandb")])
 def test_a_tracker_that_is_not_installed_is_named(
-    workspace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, flag: str
+    workspace: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    flag: str,
+    package: str,
 ) -> None:
     monkeypatch.setattr("engine.training.trackers.importlib.util.find_spec", lambda name: None)
     assert training(workspace, tmp_path / "wrong", *DEBUG, f"--{flag}") == 2
-    assert "pip install" in capsys.readouterr().err.splitlines()[-1]
+    assert f"pip install {package}" in capsys.readouterr().err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 75), (signal.SIGUSR1, 75), (signal.SIGINT, 130)])
@@ -270,7 +258,7 @@ def test_exit_status_after_a_signal(
 
 
 def test_results_of_an_earlier_run_are_not_kept(workspace: Path, tmp_path: Path) -> None:
-    """A training started anew in the same folder would pass the old model's scores off as its own."""
+    """A training started over in the same folder would pass the old model's scores off as its own."""
     flags = (*DEBUG, "--online_eval", "--feature_extractor", "none", "--num_images", 3)
     results = tmp_path / "eval_epoch0002" / "results.json"
     results.parent.mkdir()
@@ -286,7 +274,7 @@ def test_results_of_an_earlier_run_are_not_kept(workspace: Path, tmp_path: Path)
     assert results.exists()
 
 
-def test_the_weights_gone_on_from_do_not_stay_in_memory(
+def test_the_weights_resumed_from_do_not_stay_in_memory(
     workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a large model they are gigabytes per process."""
