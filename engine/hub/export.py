@@ -82,6 +82,7 @@ def _recorded_config(content: dict[str, Any], source: Path) -> LPDConfig:
 
 
 def _model_card(name: str, config: LPDConfig, trained_with: str | None, has_tokenizer: bool) -> str:
+    recorded = f"SHA-256 `{trained_with}`" if trained_with else "not recorded"
     return f"""---
 tags: [lpd, image-generation, class-conditional]
 ---
@@ -91,7 +92,7 @@ A class-conditional image generator that decodes tokens in parallel, by the meth
 ([arXiv 2507.01957](https://arxiv.org/abs/2507.01957)): {config.img_size} pixels, {config.class_num} classes, width
 {config.embed_dim}, depth {config.depth}, {config.num_heads} heads.
 
-Tokenizer: {config.vocab_size} codes, stride {config.stride}, SHA-256 {f"`{trained_with}`" if trained_with else "not recorded"}\
+Tokenizer: {config.vocab_size} codes, stride {config.stride}, {recorded}\
 {", in this repository" if has_tokenizer else ""}. Generate images:
 
 ```bash
