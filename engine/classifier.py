@@ -53,16 +53,12 @@ def run(config: ClassifierRunConfig) -> None:
     device = resolve_device(config.device)
     train_set, test_set = open_images(config.data_path, config.img_size), open_images(config.test_path, config.img_size)
     if train_set.classes != test_set.classes:
-        raise UserError(
-            f"--test_path {config.test_path} has classes {', '.join(test_set.classes)}; expected those of --data_path, "
-            f"{', '.join(train_set.classes)}."
-        )
+        raise UserError(f"--test_path has classes {', '.join(test_set.classes)}, which are not those of --data_path.")
     torch.manual_seed(config.train.seed)
     input_size = config.input_size or config.img_size
     model = Classifier(ClassifierConfig(config.arch, len(train_set.classes), config.img_size, input_size))
-    (images, labels), (test_images, test_labels) = (
-        (pixels.permute(0, 3, 1, 2).contiguous(), labels) for pixels, labels in map(load_all, (train_set, test_set))
-    )
+    (images, labels), (test_images, test_labels) = load_all(train_set), load_all(test_set)
+    images, test_images = (pixels.permute(0, 3, 1, 2).contiguous() for pixels in (images, test_images))
 
     start = time.perf_counter()
     train_classifier(model, images, labels, config.train, device)
@@ -75,14 +71,8 @@ def run(config: ClassifierRunConfig) -> None:
         "train": record(config.train),
     }
     save_classifier(model, tuple(train_set.classes), config.output, metadata)
-    logger.info(
-        "%s reads %.2f %% of %d held-out images right; trained in %.1f s; written to %s",
-        config.arch,
-        100 * metadata["test_accuracy"],
-        len(test_images),
-        metadata["train_sec"],
-        config.output,
-    )
+    share = 100 * metadata["test_accuracy"]
+    logger.info("%s: reads %.2f %% of %d held-out images right", config.output, share, len(test_images))
     print(json.dumps(metadata))
 
 

@@ -49,9 +49,7 @@ class MetricsConfig(DeviceConfig):
     def __post_init__(self) -> None:
         check(self)
         if self.output is None and self.scoring.reference_statistics is None:
-            raise UserError(
-                "nothing to do: give --output to save statistics, --reference_statistics to score, or both."
-            )
+            raise UserError("nothing to do: give --output to save statistics, --reference_statistics to score.")
         if self.scoring.feature_extractor is None:
             raise UserError("--feature_extractor none leaves nothing to compute statistics of.")
 

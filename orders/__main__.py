@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
+from orders import figures
 from orders.config import OrderConfig, Orders
 from orders.draw import ORDER_KINDS
 from orders.files import load_orders, read_spec, save_orders
@@ -16,9 +16,6 @@ from orders.schedule import default_steps, grid_shape, grid_side
 from orders.statistics import order_statistics
 from util.cli import Parser, exit_on_user_error, from_args
 from util.errors import UserError
-
-if TYPE_CHECKING:
-    from orders.figures import SteppedOrder
 
 _COMPARED = ("lpd", "lpd_near_only", "lpd_far_only", "random", "halton", "par", "raster", "zipar", "nar")
 _ANIMATED = ("lpd", "random", "nar")
@@ -75,32 +72,24 @@ def stats(args: argparse.Namespace) -> None:
         print("{:>6}{:>8}{:>14.4f}{:>11.3f}{:>13.4f}{:>9.2f}".format(*row).replace("nan", "  –"))
 
 
-def _stepped(args: argparse.Namespace, **given: str) -> SteppedOrder:
-    from orders.figures import SteppedOrder
-
+def _stepped(args: argparse.Namespace, **given: str) -> figures.SteppedOrder:
     spec = _orders(args, **given).spec
-    return SteppedOrder(spec, spec.draw(np.array([args.index]))[0])
+    return figures.SteppedOrder(spec, spec.draw(np.array([args.index]))[0])
 
 
 def draw(args: argparse.Namespace) -> None:
     """Draw the step of each token of one order."""
-    from orders.figures import draw_order
-
-    draw_order(args.output, _stepped(args))
+    figures.draw_order(args.output, _stepped(args))
 
 
 def compare(args: argparse.Namespace) -> None:
     """Draw several orders with the same group sizes beside each other."""
-    from orders.figures import draw_comparison
-
-    draw_comparison(args.output, [_stepped(args, order=kind) for kind in args.orders])
+    figures.draw_comparison(args.output, [_stepped(args, order=kind) for kind in args.orders])
 
 
 def animate(args: argparse.Namespace) -> None:
     """Write a GIF of grids that fill up."""
-    from orders.figures import animate
-
-    animate(args.output, [_stepped(args, order=kind) for kind in args.orders])
+    figures.animate(args.output, [_stepped(args, order=kind) for kind in args.orders])
 
 
 def grid(text: str) -> tuple[int, int]:
@@ -133,19 +122,17 @@ def _parser() -> Parser:
     spec.add_config(OrderConfig, skip=("generation_steps", "order", "lpd_order_file"))
     spec.add_argument("--seed", type=int, default=0, help="what the random numbers follow from")
 
-    order = Parser(add_help=False)
-    order.add_argument("--order", choices=ORDER_KINDS, default="lpd", help="the kind of order")
-
-    index = Parser(add_help=False)
-    index.add_argument("--index", type=int, default=0, help="number of the order")
-
-    def command(run: Callable[[argparse.Namespace], None], *parents: Parser) -> Callable:
-        added = commands.add_parser(run.__name__, parents=parents, help=run.__doc__, description=run.__doc__)
+    def command(run: Callable[[argparse.Namespace], None], parent: Parser, *flags: str) -> Callable:
+        added = commands.add_parser(run.__name__, parents=[parent], help=run.__doc__, description=run.__doc__)
         added.set_defaults(run=run)
+        if "order" in flags:
+            added.add_argument("--order", choices=ORDER_KINDS, default="lpd", help="the kind of order")
+        if "index" in flags:
+            added.add_argument("--index", type=int, default=0, help="number of the order")
         return added.add_argument
 
     orders_file, picture = _file(".json", ".safetensors"), _file(".png", ".pdf", ".svg")
-    add = command(generate, spec, order)
+    add = command(generate, spec, "order")
     add("output", type=orders_file, help=".json (the published form) or .safetensors (smaller, loads at once)")
     add("--num", type=int, default=60_000, help="number of orders")
     add("--device", default="cpu", help="cpu, cuda or cuda:N")
@@ -155,24 +142,17 @@ def _parser() -> Parser:
     add("input", type=orders_file, help=".json or .safetensors")
     add("output", type=orders_file, help=".json or .safetensors")
 
-    add = command(stats, spec, order)
+    add = command(stats, spec, "order")
     add("--num", type=int, default=400, help="number of orders to measure")
-    add(
-        "--file",
-        dest="lpd_order_file",
-        metavar="FILE",
-        type=orders_file,
-        help="measure the orders of this file instead",
-    )
+    add("--file", dest="lpd_order_file", metavar="FILE", type=orders_file, help="measure its orders instead")
 
-    add = command(draw, spec, order, index)
-    add("output", type=picture, help=".png, .pdf or .svg")
+    command(draw, spec, "order", "index")("output", type=picture, help=".png, .pdf or .svg")
 
-    add = command(compare, spec, index)
+    add = command(compare, spec, "index")
     add("output", type=picture, help=".png, .pdf or .svg")
     add("--orders", nargs="+", choices=ORDER_KINDS, default=_COMPARED, help="(default: all)")
 
-    add = command(animate, spec, index)
+    add = command(animate, spec, "index")
     add("output", type=_file(".gif"), help=".gif")
     add("--orders", nargs="+", choices=ORDER_KINDS, default=_ANIMATED, help=f"(default: {' '.join(_ANIMATED)})")
     return parser

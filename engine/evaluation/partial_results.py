@@ -61,14 +61,12 @@ class PartialResults:
     def save(self) -> None:
         """Write what was added since the last save as one file."""
         if self._pending:
-            columns = {name: [getattr(batch, name) for batch in self._pending] for name in ARRAYS}
-            arrays: dict[str, Any] = {
-                name: np.concatenate([torch.as_tensor(a).cpu() for a in given]) for name, given in columns.items()
-            }
-            timing = np.array([[batch.timed_images, batch.timed_sec] for batch in self._pending])
+            arrays: dict[str, Any] = {"timing": np.array([[b.timed_images, b.timed_sec] for b in self._pending])}
+            for name in ARRAYS:
+                arrays[name] = np.concatenate([torch.as_tensor(getattr(batch, name)).cpu() for batch in self._pending])
             # Every image is generated once, so its number makes the name unique among processes and restarts.
             with atomic_write(self.folder / f"part_{arrays['indices'][0]:08}.npz") as file:
-                np.savez(file, timing=timing, **arrays)
+                np.savez(file, **arrays)
             self._pending = []
         self._last_save = time.monotonic()
 

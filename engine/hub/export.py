@@ -56,11 +56,11 @@ def export(checkpoint: Path, folder: Path, *, ema: bool = False, vqgan_path: Pat
     with atomic_write(folder / EXPORTED_MODEL) as file:
         tensors = {name: tensor.contiguous() for name, tensor in state.items()}
         safetensors.torch.save_file(tensors, file.name, metadata={"format": "pt"})
-    for name in TOKENIZERS:
-        (folder / name).unlink(missing_ok=True)  # of an earlier export
     if vqgan_path is not None and tokenizer is not None:
         with atomic_write(folder / tokenizer) as file:
             file.write(vqgan_path.read_bytes())
+    for name in {*TOKENIZERS} - {tokenizer}:
+        (folder / name).unlink(missing_ok=True)  # of an earlier export
     described = {"config": vars(config), "classes": content.get("classes"), "tokenizer_sha256": trained_with}
     write_json(folder / EXPORTED_CONFIG, EXPORT_FORMAT | described)
     with atomic_write(folder / CARD) as file:
@@ -82,6 +82,7 @@ def _recorded_config(content: dict[str, Any], source: Path) -> LPDConfig:
 
 
 def _model_card(name: str, config: LPDConfig, trained_with: str | None, has_tokenizer: bool) -> str:
+    recorded = f"SHA-256 `{trained_with}`" if trained_with else "not recorded"
     return f"""---
 tags: [lpd, image-generation, class-conditional]
 ---
@@ -91,7 +92,7 @@ A class-conditional image generator that decodes tokens in parallel, by the meth
 ([arXiv 2507.01957](https://arxiv.org/abs/2507.01957)): {config.img_size} pixels, {config.class_num} classes, width
 {config.embed_dim}, depth {config.depth}, {config.num_heads} heads.
 
-Tokenizer: {config.vocab_size} codes, stride {config.stride}, SHA-256 `{trained_with}`\
+Tokenizer: {config.vocab_size} codes, stride {config.stride}, {recorded}\
 {", in this repository" if has_tokenizer else ""}. Generate images:
 
 ```bash

@@ -326,6 +326,8 @@ def test_exported_model_loads_by_folder_and_file(checkpoint: Path, tmp_path: Pat
     assert run("export", checkpoint, folder, "--ema", "--vqgan_path", tmp_path / "tok.pt") == 0
     assert_same_model(find_file(folder), checkpoint, "model_ema")
     assert find_file(folder, choose_tokenizer).read_bytes() == (tmp_path / "tok.pt").read_bytes()
+    assert run("export", checkpoint, folder, "--vqgan_path", folder / "tokenizer.pt") == 0, "its own copy"
+    assert find_file(folder, choose_tokenizer).read_bytes() == (tmp_path / "tok.pt").read_bytes()
     assert run("export", checkpoint, folder) == 0
     assert not (folder / "tokenizer.pt").exists(), "of the export before"
 
