@@ -98,8 +98,9 @@ class CheckpointWriter:
         names = [folder / last_name(age) for age in range(self._keep_last)]
         if self._last_is_good:
             for newer, older in reversed(list(itertools.pairwise(names))):
-                _rename(newer, older)
-        _rename(folder / NEW, folder / LAST)
+                _name_again(newer, older)
+        for suffix in (".pth", ".json"):
+            os.replace((folder / NEW).with_suffix(suffix), (folder / LAST).with_suffix(suffix))
         age = self._keep_last
         while (surplus := folder / last_name(age)).exists():  # of a run that kept more
             surplus.unlink()
@@ -113,19 +114,16 @@ class CheckpointWriter:
         self.wait()
 
 
-def _rename(checkpoint: Path, name: Path) -> None:
-    """Rename a checkpoint, if it is there, and what is readable of it."""
-    for suffix in (".pth", ".json"):
-        if checkpoint.with_suffix(suffix).exists():
-            os.replace(checkpoint.with_suffix(suffix), name.with_suffix(suffix))
-
-
 def _name_again(checkpoint: Path, name: Path) -> None:
-    """Give a checkpoint a second name; a copy where the file system has no links, as a mounted bucket."""
+    """Give a checkpoint, if it is there, a second name in one step; what had that name before loses it."""
     for suffix in (".pth", ".json"):
         source, target = checkpoint.with_suffix(suffix), name.with_suffix(suffix)
-        target.unlink(missing_ok=True)
-        try:
-            os.link(source, target)
-        except OSError:
-            shutil.copyfile(source, target)
+        if source.exists():
+            temporary = target.with_name(f".{target.name}.tmp")
+            temporary.unlink(missing_ok=True)
+            try:
+                os.link(source, temporary)
+            except OSError:  # a file system without links, such as a mounted bucket
+                shutil.copyfile(source, temporary)
+            os.replace(temporary, target)
+            temporary.unlink(missing_ok=True)  # still there if both were names of one file already
