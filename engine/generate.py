@@ -49,8 +49,18 @@ def generate(
     Raises:
         UserError: for settings, labels or shapes that do not fit the model.
     """
+    return _generate(model, labels, orders, group_sizes, Sampling(cfg, cfg_schedule, temperature, top_k, top_p), seeds)
+
+
+def _generate(
+    model: LPD,
+    labels: torch.Tensor | None,
+    orders: torch.Tensor,
+    group_sizes: Sequence[int],
+    sampling: Sampling,
+    seeds: torch.Tensor | None,
+) -> torch.Tensor:
     device = model.pos_embed.device
-    sampling = Sampling(cfg, cfg_schedule, temperature, top_k, top_p)
     sampling.check_top_k(model.config.vocab_size)
     model.check_inputs(orders, group_sizes)
     if model.training:
@@ -76,4 +86,4 @@ def generate_images(
 ) -> torch.Tensor:
     """Pictures uint8 (B, H, W, 3) instead of codes, with bfloat16 autocast where asked for; see :func:`generate`."""
     with torch.inference_mode(), torch.autocast(model.pos_embed.device.type, torch.bfloat16, enabled=bf16):
-        return to_uint8(tokenizer.decode(generate(model, labels, orders, group_sizes, **vars(sampling), seeds=seeds)))
+        return to_uint8(tokenizer.decode(_generate(model, labels, orders, group_sizes, sampling, seeds)))

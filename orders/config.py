@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
-from orders.draw import ORDER_KINDS, OrderSpec, default_repulsion
+from orders.draw import ORDER_KINDS, Orders, OrderSpec, default_repulsion
 from orders.files import load_orders
 from orders.schedule import GridSize, grid_group_sizes, grid_shape, parse_group_sizes
 from util.config import check, setting
@@ -51,25 +48,3 @@ class OrderConfig:
         if rows is not None and len(rows) < num_images:
             raise UserError(f"{self.lpd_order_file} holds {len(rows)} orders, too few for {num_images} images.")
         return Orders(spec, rows)
-
-
-@dataclass(frozen=True)
-class Orders:
-    """The orders of images on one grid: image i has order i of the file, or of the seed.
-
-    Args:
-        rows: the orders of a file, (num, L), which then take the place of drawn ones.
-    """
-
-    spec: OrderSpec
-    rows: np.ndarray | None = None
-
-    @property
-    def group_sizes(self) -> tuple[int, ...]:
-        """Tokens per decoding step, summing to L."""
-        return self.spec.group_sizes
-
-    def of_images(self, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
-        """The orders of the images with these numbers, int16 (B, L)."""
-        numbers = np.asarray(numbers, np.int64)
-        return self.spec.draw(numbers) if self.rows is None else self.rows[numbers]

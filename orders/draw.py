@@ -108,6 +108,28 @@ class OrderSpec:
         return lpd_orders(torch, torch.from_numpy(indices).to(gpu), *rest).cpu().numpy()
 
 
+@dataclass(frozen=True)
+class Orders:
+    """The orders of images on one grid: image i has order i of the file, or of the seed.
+
+    Args:
+        rows: the orders of a file, (num, L), which then take the place of drawn ones.
+    """
+
+    spec: OrderSpec
+    rows: np.ndarray | None = None
+
+    @property
+    def group_sizes(self) -> tuple[int, ...]:
+        """Tokens per decoding step, summing to L."""
+        return self.spec.group_sizes
+
+    def of_images(self, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
+        """The orders of the images with these numbers, int16 (B, L)."""
+        numbers = np.asarray(numbers, np.int64)
+        return self.spec.draw(numbers) if self.rows is None else self.rows[numbers]
+
+
 def generate_orders(
     kind: str,
     num: int,

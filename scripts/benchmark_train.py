@@ -23,9 +23,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from engine.training.batch import Part, codes_of, draw_samples
 from engine.training.config import ATTENTIONS, TrainConfig
 from engine.training.optim import build_adamw
-from engine.training.step import Part, TrainStep, choose_attention, draw_samples, mirrored_codes
+from engine.training.step import TrainStep, choose_attention
 from models import MODEL_SIZES, model_config
 from models.flops import training_flops
 from models.lpd import LPD
@@ -147,7 +148,7 @@ class Benchmark:
             waits.append(time.perf_counter() - start)
             rows, tokens = range(len(labels)), self.lpd.num_tokens
             orders, flip, label_drop = draw_samples(0, index, rows, tokens, 0.5, LABEL_DROP, self.device)
-            part = mirrored_codes(codes, flip, None), labels, orders, label_drop
+            part = codes_of(codes, flip, None), labels, orders, label_drop
             losses.append(step([part], self.schedules[index % len(self.schedules)], LR)[0])
 
         seconds = time_runs(run, warmup + self.config.steps, self.device)

@@ -1,12 +1,10 @@
-"""Image files → RGB pictures → square crops, as ADM does it (Dhariwal & Nichol, arXiv:2105.05233)."""
+"""The square centre crop of ADM (Dhariwal & Nichol, arXiv:2105.05233)."""
 
 from __future__ import annotations
 
 import logging
-from pathlib import Path
-from typing import BinaryIO
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from util.errors import UserError
 
@@ -28,32 +26,3 @@ def center_crop_arr(image: Image.Image, size: int) -> Image.Image:
     image = image.resize((round(image.width * scale), round(image.height * scale)), resample=Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
-
-
-def load_rgb(source: str | Path | BinaryIO, name: str | None = None) -> Image.Image:
-    """Read any image file as an 8-bit RGB picture, decoded completely, just as ADM's loader does.
-
-    Grey, palette and CMYK pictures become RGB by Pillow's conversion, which drops an alpha channel and clips 16-bit
-    grey at 255 (with a warning: such files should be scaled beforehand). A rotation noted in EXIF is not applied. Of an
-    animation the first frame is taken.
-
-    Args:
-        name: what messages call a ``source`` that is not a path.
-
-    Raises:
-        UserError: naming the image, when it is missing, damaged, not an image, or has floating-point pixels.
-    """
-    name = repr(str(source)) if name is None else name
-    try:
-        with Image.open(source) as image:
-            image.load()
-    except UnidentifiedImageError:
-        raise UserError(f"Image file {name} can't be read: it is damaged or not an image.") from None
-    # Decoders fail on damaged bytes in many ways: OSError, SyntaxError, struct.error, DecompressionBombError, ...
-    except Exception as error:
-        raise UserError(f"Image file {name} can't be read: {error}.") from error
-    if image.mode == "F":
-        raise UserError(f"Image file {name} has floating-point pixels; 8-bit images can be used.")
-    if image.mode.startswith("I"):
-        logger.warning("image file %s has 16-bit pixels: what is above 255 becomes white", name)
-    return image.convert("RGB")

@@ -14,7 +14,7 @@ from engine.evaluation.outputs import check_replaceable
 from engine.scoring.features import FeatureExtractor, load_feature_extractor
 from engine.scoring.statistics import ReferenceStatistics, load_reference_statistics
 from models.lpd import LPDConfig
-from orders.config import Orders
+from orders.draw import Orders
 from util.dist import Dist
 from util.errors import UserError
 

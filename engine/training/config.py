@@ -54,7 +54,7 @@ class TrainConfig(RunConfig):
     compile: bool | None = setting(None, "compile the training step (default: on a GPU, not on a CPU)")
     fsdp: bool = setting(False, "shard weights and optimizer over the processes (FSDP2): less memory")
     num_workers: int = setting(8, "processes that load images; the code cache needs none", at_least=0)
-    resume: Path | None = setting(None, "checkpoint, or folder of checkpoints (default: --output_dir, if it has any)")
+    resume: Path | None = setting(None, "checkpoint, or folder of checkpoints, where --output_dir holds none yet")
     log_freq: int = setting(50, "steps between lines of metrics.jsonl", at_least=1)
     save_last_freq: int = setting(1, "epochs between saves of checkpoint-last.pth", at_least=1)
     save_last_steps: int = setting(0, "steps between saves as well, for long epochs; 0: none", at_least=0)

@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+from engine.training.batch import Part, codes_of, draw_samples
 from engine.training.checkpoint_writer import CheckpointWriter
 from engine.training.config import TrainConfig
 from engine.training.monitor import Monitor
-from engine.training.step import Part, TrainStep, draw_samples, mirrored_codes
+from engine.training.step import TrainStep
 from engine.training.stop import StopRequest
 from engine.training.trackers import Tracker
 from models.flops import training_flops
@@ -200,7 +201,7 @@ class Trainer:
             orders, flip, label_drop = draw_samples(
                 config.seed, step, rows, model.num_tokens, config.flip_prob, model.label_drop_prob, self.dist.device
             )
-            codes = mirrored_codes([tensor[part] for tensor in data], flip, self.encoder)
+            codes = codes_of([tensor[part] for tensor in data], flip, self.encoder)
             yield codes, labels[part], orders, label_drop
 
     def _after_step(self, done: int, lr: float) -> bool:
@@ -267,15 +268,3 @@ class Trainer:
                     self._check_saved()
                 with self.stop.suspended(told):
                     self.evaluate(self.train_step.evaluation_model(), epoch)
-
-
-def train(
-    model: LPD,
-    dataset: CodeDataset | ImageDataset,
-    schedules: Sequence[Sequence[int]],
-    config: TrainConfig,
-    dist: Dist,
-    **options: Any,
-) -> int | None:
-    """Train `model`: arguments of :class:`Trainer`, result and errors of its :meth:`Trainer.run`."""
-    return Trainer(model, dataset, schedules, config, dist, **options).run()

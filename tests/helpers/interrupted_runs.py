@@ -29,12 +29,12 @@ import torch
 import torch._dynamo
 
 import util.checkpoint
-from engine.training.trainer import TrainConfig, train
+from engine.training.config import TrainConfig
 from models import build_model
 from models.lpd import LPD, load_weights
 from tests.helpers.processes import meeting_place, rank_variables
 from tests.helpers.tiny_run import V
-from tests.helpers.training_case import SCHEDULES, make_cache
+from tests.helpers.training_case import SCHEDULES, make_cache, train
 from util.checkpoint import LAST, load_checkpoint, load_newest
 from util.data.codes import MappedCodes
 from util.dist import distributed

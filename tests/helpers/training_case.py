@@ -7,11 +7,13 @@ import os
 import signal
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from engine.training.trainer import TrainConfig
+from engine.training.config import TrainConfig
+from engine.training.trainer import Trainer
 from models import build_model
 from models.lpd import LPD
 from tests.helpers import tiny_run
@@ -53,3 +55,8 @@ class HookedCodes(MappedCodes):
 def stopped_at(path: Path, batch: int, number: int = signal.SIGTERM) -> HookedCodes:
     """Codes that send this process a signal while a batch is fetched."""
     return HookedCodes(path, batch, lambda: os.kill(os.getpid(), number))
+
+
+def train(*arguments: Any, **options: Any) -> int | None:
+    """Make a :class:`Trainer` and run it."""
+    return Trainer(*arguments, **options).run()

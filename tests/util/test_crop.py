@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from tests.helpers.commands import DATA
-from util.crop import center_crop_arr, load_rgb
+from util.crop import center_crop_arr
+from util.data.images import load_rgb
 from util.errors import UserError
 
 RNG = np.random.default_rng(0)

@@ -23,14 +23,15 @@ import os
 import zipfile
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
-from util.crop import center_crop_arr, load_rgb
+from util.crop import center_crop_arr
 from util.errors import UserError
 from util.files import atomic_write
 
@@ -286,3 +287,32 @@ def _find_files(root: Path, extensions: Collection[str]) -> Iterator[str]:
         for name in names:
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in extensions:
                 yield os.path.relpath(os.path.join(folder, name), root)
+
+
+def load_rgb(source: str | Path | BinaryIO, name: str | None = None) -> Image.Image:
+    """Read any image file as an 8-bit RGB picture, decoded completely, just as ADM's loader does.
+
+    Grey, palette and CMYK pictures become RGB by Pillow's conversion, which drops an alpha channel and clips 16-bit
+    grey at 255 (with a warning: such files should be scaled beforehand). A rotation noted in EXIF is not applied. Of an
+    animation the first frame is taken.
+
+    Args:
+        name: what messages call a ``source`` that is not a path.
+
+    Raises:
+        UserError: naming the image, when it is missing, damaged, not an image, or has floating-point pixels.
+    """
+    name = repr(str(source)) if name is None else name
+    try:
+        with Image.open(source) as image:
+            image.load()
+    except UnidentifiedImageError:
+        raise UserError(f"Image file {name} can't be read: it is damaged or not an image.") from None
+    # Decoders fail on damaged bytes in many ways: OSError, SyntaxError, struct.error, DecompressionBombError, ...
+    except Exception as error:
+        raise UserError(f"Image file {name} can't be read: {error}.") from error
+    if image.mode == "F":
+        raise UserError(f"Image file {name} has floating-point pixels; 8-bit images can be used.")
+    if image.mode.startswith("I"):
+        logger.warning("image file %s has 16-bit pixels: what is above 255 becomes white", name)
+    return image.convert("RGB")

@@ -19,10 +19,9 @@ import torch
 
 from engine.training.checkpoint_writer import CheckpointWriter
 from engine.training.stop import StopRequest, exit_when_told
-from engine.training.trainer import train
 from tests.helpers.commands import ROOT
 from tests.helpers.processes import ALONE
-from tests.helpers.training_case import SCHEDULES, HookedCodes, build, config, make_cache, stopped_at
+from tests.helpers.training_case import SCHEDULES, HookedCodes, build, config, make_cache, stopped_at, train
 from util.checkpoint import LAST, find_checkpoints, load_checkpoint, load_newest, save_checkpoint
 from util.data.codes import MappedCodes
 from util.errors import UserError

@@ -16,8 +16,9 @@ from torch.nn.attention import flex_attention
 import engine.training.step
 import main_lpd
 import models.mask
-from engine.training.step import Part, TrainStep, choose_attention
-from engine.training.trainer import TrainConfig, train
+from engine.training.batch import Part
+from engine.training.config import TrainConfig
+from engine.training.step import TrainStep, choose_attention
 from models import build_model, model_config
 from models.lpd import LPD
 from orders import published_group_sizes
@@ -26,7 +27,7 @@ from tests.helpers.pictures import pixels_of
 from tests.helpers.processes import ALONE, in_processes
 from tests.helpers.tiny_models import tiny_tokenizer
 from tests.helpers.tiny_run import CLASSES, L, V
-from tests.helpers.training_case import SCHEDULES, build, config, make_cache
+from tests.helpers.training_case import SCHEDULES, build, config, make_cache, train
 from tokenizers import save_tokenizer
 from util.checkpoint import LAST, load_checkpoint, save_checkpoint
 from util.data.codes import MappedCodes

@@ -15,13 +15,14 @@ import pytest
 import torch
 
 import util.data.loading
+from engine.training.batch import codes_of, draw_samples
+from engine.training.config import TrainConfig
 from engine.training.stop import StopRequest
-from engine.training.trainer import TrainConfig, draw_samples, mirrored_codes, train
 from models.lpd import LPD
 from tests.helpers.processes import ALONE, in_processes
 from tests.helpers.tiny_models import tiny_tokenizer
 from tests.helpers.tiny_run import L
-from tests.helpers.training_case import SCHEDULES, build, config, make_cache, stopped_at
+from tests.helpers.training_case import SCHEDULES, build, config, make_cache, stopped_at, train
 from util.checkpoint import LAST, load_checkpoint
 from util.data.codes import MappedCodes, open_codes
 from util.data.loading import load_batches
@@ -135,10 +136,10 @@ def test_images_are_encoded_and_mirrored_like_cached_codes(tmp_path: Path) -> No
     with torch.no_grad():
         codes, codes_flip = vq.encode(scaled), vq.encode(scaled.flip(-1))
     flip = torch.tensor([True, False, True])
-    expected = mirrored_codes([codes, codes_flip], flip, None)
+    expected = codes_of([codes, codes_flip], flip, None)
     assert torch.equal(expected[0], codes_flip[0])
     assert torch.equal(expected[1], codes[1])
-    assert torch.equal(mirrored_codes([images], flip, vq), expected)
+    assert torch.equal(codes_of([images], flip, vq), expected)
 
 
 def test_non_finite_loss_stops_and_keeps_the_last_checkpoint(cache: Path, tmp_path: Path) -> None:
