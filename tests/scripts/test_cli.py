@@ -30,6 +30,7 @@ if mode == "crash" and rank == 1:
     sys.exit(5)
 while not told.wait(0.1):
     pass
+threading.Event().wait(0.6)  # for the signals that come right after the first one
 signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun's, were it to end the workers, would be seen
 if rank == 0:
     threading.Event().wait(60 if mode == "hang" else 1)
