@@ -24,7 +24,7 @@ from tests.helpers.processes import ALONE
 from tests.helpers.tiny_models import tiny_tokenizer, write_images
 from tokenizers import VQConfig, VQModel, load_tokenizer, save_tokenizer
 from util.data.codes import PARTS, CacheHeader, open_codes
-from util.data.images import ImageFolder
+from util.data.images import ImageFolder, write_image_archive
 from util.errors import UserError
 from util.files import sha256
 from util.pictures import to_float
@@ -307,3 +307,16 @@ def test_a_published_command_line_runs_as_it_is(
     said = capsys.readouterr().err
     for flag in ("vqgan_stride", "vqgan_vocab_size", "seed", "pin_mem", "world_size", "local_rank", "dist_url"):
         assert f"note: --{flag} of the published code is not used here" in said
+
+
+def test_codes_are_cached_from_an_image_archive(images: Path, vqgan: Path, tmp_path: Path) -> None:
+    """Guards against a cache that mixes splits, or is continued with other photos of the same number."""
+    archive = tmp_path / "photos.npz"
+    files = [path.read_bytes() for path in sorted(images.glob("*/*.png"))[:6]]
+    write_image_archive(archive, files, [1, 0, 1, 1, 0, 0], ["cat", "dog"], [0, 0, 1, 0, 1, 0])
+    header = _cache(Path(f"{archive}:train"), tmp_path / "codes", vqgan)
+    assert (header.num_images, header.classes, header.grid_size) == (4, ["cat", "dog"], 4)
+    assert open_codes(tmp_path / "codes").labels.tolist() == [1, 0, 1, 0]
+    assert header == _cache(Path(f"{archive}:train"), tmp_path / "codes", vqgan)
+    with pytest.raises(UserError, match="list of files"):
+        _cache(archive, tmp_path / "codes", vqgan)

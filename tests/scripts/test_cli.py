@@ -201,6 +201,7 @@ def restored_signals() -> object:
         signal.signal(number, handler)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("restored_signals")
 def test_a_shell_that_dies_of_the_signal_does_not_end_the_job(tmp_path: Path) -> None:
     """Guards against requeueing while the training, whose shell the signal has killed, is still saving."""

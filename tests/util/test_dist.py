@@ -54,6 +54,7 @@ sys.exit(any("gloo" in name for name in names))
 """
 
 
+@pytest.mark.slow
 def test_no_thread_of_the_group_outlives_it() -> None:
     """One that still held a tensor when Python ended aborted the program, now and then, after all work was done."""
     with meeting_place(2) as variables:

@@ -11,12 +11,8 @@ import torch
 from PIL import Image
 
 import engine.training.monitor
-from engine.training.checkpoint_writer import CheckpointWriter
 from engine.training.monitor import Monitor, peak_flops
-from engine.training.stop import READ_BACK_DELAY, StopRequest
 from tests.helpers.processes import ALONE
-from util.checkpoint import LAST, load_checkpoint
-from util.dist import Dist
 
 
 class Clock:
@@ -116,26 +112,3 @@ def test_the_first_step_that_is_not_finite_is_named(tmp_path: Path, loss: str, n
     assert lines(tmp_path) == []
     report = json.loads((tmp_path / "nonfinite-rank0.json").read_text())
     assert (report["step"], report["samples"]) == (3, [2])
-
-
-@pytest.mark.gpu
-def test_checkpoint_of_a_gpu_is_the_state_of_its_step(tmp_path: Path) -> None:
-    """Copies to pinned memory are asynchronous: they must be complete before the next step changes the weights."""
-    weights = torch.zeros(50_000_000, device="cuda")
-    with CheckpointWriter(tmp_path, keep_last=1) as writer:
-        for step in (1, 2):
-            writer.save({"model": {"w": weights}, "step": step})
-            weights += 1
-        writer.wait()
-    assert (load_checkpoint(tmp_path / LAST)["model"]["w"] == 1).all()
-
-
-@pytest.mark.gpu
-def test_processes_on_gpus_agree_without_waiting_for_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The answer comes from some steps before, the same for all, and a request is never lost."""
-    monkeypatch.setattr(Dist, "sum_", lambda self, tensor: tensor)
-    dist, stop = Dist(0, 2, torch.device("cuda", 0)), StopRequest()
-    answers = [stop.agreed(dist) for _ in range(4)]
-    stop.signal = 15
-    answers += [stop.agreed(dist) for _ in range(4)]
-    assert answers == [False] * (4 + READ_BACK_DELAY) + [True] * (4 - READ_BACK_DELAY)

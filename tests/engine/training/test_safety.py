@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
-from threading import Semaphore
 from typing import Any
 
 import numpy as np
@@ -22,10 +20,9 @@ from engine.training.stop import StopRequest, exit_when_told
 from tests.helpers.commands import ROOT
 from tests.helpers.processes import ALONE
 from tests.helpers.training_case import SCHEDULES, HookedCodes, build, config, make_cache, stopped_at, train
-from util.checkpoint import LAST, find_checkpoints, load_checkpoint, load_newest, save_checkpoint
+from util.checkpoint import LAST, find_checkpoints, load_checkpoint, load_newest
 from util.data.codes import MappedCodes
 from util.errors import UserError
-from util.signals import REQUEUE_STATUS, exit_status
 
 
 @pytest.fixture
@@ -134,57 +131,6 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(cache: Path, t
     assert all(torch.equal(value, expected[name]) for name, value in load_checkpoint(folder / LAST)["model"].items())
 
 
-def test_checkpoint_is_the_state_of_its_step_though_training_continues(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The optimizer changes tensors in place: a write in the background must not see the next step."""
-    may_write, save = Semaphore(0), torch.save
-
-    def wait_and_save(payload: Any, file: Any) -> None:
-        may_write.acquire()
-        save(payload, file)
-
-    monkeypatch.setattr("util.checkpoint.torch.save", wait_and_save)
-    weights = torch.zeros(3)
-    nested = {"state": {0: {"moment": torch.zeros(2)}}, "groups": [{"lr": 1.0}]}
-    with CheckpointWriter(tmp_path, keep_last=1) as writer:
-        writer.save({"model": {"w": weights}, "optimizer": nested, "step": 1})
-        weights += 1
-        nested["state"][0]["moment"] += 1  # type: ignore[index]
-        assert not (tmp_path / LAST).exists()
-        may_write.release()
-        writer.save({"model": {"w": weights}, "optimizer": nested, "step": 2}, epoch=7)
-        assert not load_checkpoint(tmp_path / LAST)["model"]["w"].any()
-        assert not load_checkpoint(tmp_path / LAST)["optimizer"]["state"][0]["moment"].any()
-        may_write.release()
-    assert [path.name for path in find_checkpoints(tmp_path)] == [LAST, "checkpoint-7.pth"]
-    assert load_checkpoint(tmp_path / LAST)["model"]["w"].tolist() == [1, 1, 1]
-    assert json.loads((tmp_path / "checkpoint-7.json").read_text()) == {"step": 2}
-
-
-def test_leftovers_of_a_killed_write_and_surplus_checkpoints_are_removed(tmp_path: Path) -> None:
-    """Each kill would leave a file of the size of a checkpoint behind."""
-    (tmp_path / ".checkpoint-last.pth.1.tmp").write_bytes(b"half")
-    for name, step in ((LAST, 9), ("checkpoint-last-1.pth", 8), ("checkpoint-last-2.pth", 7)):
-        save_checkpoint(tmp_path / name, {"model": {"w": torch.ones(1)}, "step": step})
-    with CheckpointWriter(tmp_path, keep_last=2, start_step=9) as writer:
-        writer.save({"model": {"w": torch.ones(1)}, "step": 10})
-    names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["checkpoint-last-1.json", "checkpoint-last-1.pth", "checkpoint-last.json", LAST]
-    assert [load_checkpoint(path)["step"] for path in find_checkpoints(tmp_path)] == [10, 9]
-
-
-def test_a_file_system_without_links_keeps_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def no_links(*arguments: Any) -> None:
-        raise OSError(95, "Operation not supported")
-
-    monkeypatch.setattr(os, "link", no_links)
-    with CheckpointWriter(tmp_path, keep_last=2) as writer:
-        for step in (1, 2, 3):
-            writer.save({"model": {"w": torch.full((1,), step)}, "step": step}, epoch=step if step == 3 else None)
-    assert [load_checkpoint(path)["step"] for path in find_checkpoints(tmp_path)] == [3, 2, 3]
-
-
 def test_max_steps_saves_and_can_be_resumed(cache: Path, tmp_path: Path) -> None:
     """A one-step test run evaluates nothing, and what it did counts: learning rates and data are those of the run."""
     whole, folder = tmp_path / "whole", tmp_path / "run"
@@ -218,48 +164,6 @@ def test_a_peak_below_min_lr_is_kept(cache: Path, tmp_path: Path, caplog: pytest
     rates = [json.loads(line)["lr"] for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert rates[5:] == [1e-3] * 10
     assert "below --min_lr 0.01" in caplog.text
-
-
-def test_exit_statuses_and_signals_outside_the_loop() -> None:
-    """75 asks the launcher to requeue; it would be wrong for Ctrl-C."""
-    assert [exit_status(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)] == [75] * 3
-    assert (exit_status(signal.SIGINT), REQUEUE_STATUS) == (130, 75)
-    before = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as caught, exit_when_told():
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert caught.value.code == 75
-    assert signal.getsignal(signal.SIGTERM) is before
-
-
-def test_further_signals_while_saving_change_nothing() -> None:
-    """A launcher repeats SIGTERM; only a second Ctrl-C is a person who doesn't want to wait."""
-    with StopRequest() as stop:
-        for number in (signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1):
-            os.kill(os.getpid(), number)
-        assert stop.agreed(ALONE)
-        assert stop.signal == signal.SIGTERM
-        with pytest.raises(KeyboardInterrupt):
-            os.kill(os.getpid(), signal.SIGINT)
-
-
-def test_a_kill_between_two_renames_leaves_a_folder_that_can_be_resumed(tmp_path: Path) -> None:
-    """`checkpoint-last.pth` and the one before it are then the same file, which renaming leaves as it is."""
-    save_checkpoint(tmp_path / LAST, {"model": {"w": torch.ones(1)}, "step": 4})
-    for suffix in (".pth", ".json"):
-        os.link(tmp_path / f"checkpoint-last{suffix}", tmp_path / f"checkpoint-last-1{suffix}")
-    with CheckpointWriter(tmp_path, keep_last=2, start_step=4) as writer:
-        writer.save({"model": {"w": torch.ones(1)}, "step": 5})
-    assert [load_checkpoint(path)["step"] for path in find_checkpoints(tmp_path)] == [5, 4]
-    assert not list(tmp_path.glob(".*"))
-
-
-def test_a_kill_before_the_readable_file_does_not_count_as_damage(tmp_path: Path) -> None:
-    """The .json beside a good last state is then that of the state before; the state itself must be kept."""
-    save_checkpoint(tmp_path / LAST, {"model": {"w": torch.ones(1)}, "step": 4})
-    (tmp_path / "checkpoint-last.json").write_text('{"step": 3}')
-    with CheckpointWriter(tmp_path, keep_last=2, start_step=4) as writer:
-        writer.save({"model": {"w": torch.ones(1)}, "step": 5})
-    assert [load_checkpoint(path)["step"] for path in find_checkpoints(tmp_path)] == [5, 4]
 
 
 @pytest.mark.parametrize("epochs", [1, 3])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import signal
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,6 @@ import torch
 import util.data.loading
 from engine.training.batch import codes_of, draw_samples
 from engine.training.config import TrainConfig
-from engine.training.stop import StopRequest
 from models.lpd import LPD
 from tests.helpers.processes import ALONE, in_processes
 from tests.helpers.tiny_models import tiny_tokenizer
@@ -177,20 +175,6 @@ def test_frequencies_of_saving_and_evaluating(cache: Path, tmp_path: Path) -> No
         "checkpoint-last.pth",
     ]
     assert json.loads((tmp_path / "checkpoint-last.json").read_text())["epoch"] == 5
-
-
-def test_stop_request_restores_handlers_and_second_ctrl_c_interrupts() -> None:
-    before = signal.getsignal(signal.SIGINT)
-
-    def press_ctrl_c_twice() -> None:
-        with StopRequest() as stop:
-            os.kill(os.getpid(), signal.SIGINT)
-            assert stop.signal == signal.SIGINT
-            os.kill(os.getpid(), signal.SIGINT)
-
-    with pytest.raises(KeyboardInterrupt):
-        press_ctrl_c_twice()
-    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_peak_learning_rate_follows_the_global_batch() -> None:

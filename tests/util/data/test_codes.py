@@ -1,20 +1,17 @@
-"""Image folders, caches of codes as training opens them, and the order of samples."""
+"""Caches of codes as training opens them."""
 
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch.utils.data import DataLoader
 
 from util.data.codes import CacheHeader, CodeDataset, open_codes
-from util.data.images import ImageFolder
 from util.data.loading import whole_batch
 from util.data.sampler import GlobalBatchSampler
 from util.errors import UserError
@@ -37,11 +34,6 @@ HEADER = CacheHeader(
     skipped=[],
     files={},
 )
-
-
-def _image(path: Path, color: tuple[int, int, int] = (10, 20, 30), size: tuple[int, int] = (12, 8)) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", size, color).save(path)
 
 
 @pytest.fixture
@@ -67,65 +59,6 @@ def npz(tmp_path: Path) -> Path:
         file.parent.mkdir(parents=True, exist_ok=True)
         np.savez(file, indices=PLAIN[i].astype(np.int64).reshape(1, L), indices_flip=FLIP[i].astype(np.int32))
     return cache
-
-
-class TestImageFolder:
-    def test_labels_follow_sorted_folders_and_files_are_found(self, tmp_path: Path) -> None:
-        """Guards against labels in the file system's order, capital extensions, nested or hidden files."""
-        for name in ("n02/b.JPEG", "n02/deep/er/a.png", "n01/z.webp", "n10/x.bmp"):
-            _image(tmp_path / name)
-        _image(tmp_path / "n01/._z.png")
-        _image(tmp_path / ".cache/x.png")
-        (tmp_path / "n01/notes.txt").write_text("no image")
-        folder = ImageFolder(tmp_path, 8)
-        assert folder.classes == ["n01", "n02", "n10"]
-        assert folder.paths == ["n01/z.webp", "n02/b.JPEG", "n02/deep/er/a.png", "n10/x.bmp"]
-        assert folder.labels.tolist() == [0, 1, 1, 2]
-
-    def test_items_are_cropped_bytes(self, tmp_path: Path) -> None:
-        """Guards against floats, channels first or an uncropped picture at the border of the module."""
-        _image(tmp_path / "a/x.png", (1, 2, 3), size=(40, 16))
-        image, label = ImageFolder(tmp_path, 8)[0]
-        assert (image.dtype, image.shape, label) == (torch.uint8, (8, 8, 3), 0)
-        assert image.unique(dim=0).shape[0] == 1
-        assert image[0, 0].tolist() == [1, 2, 3]
-
-    def test_broken_image_is_named_or_replaced_by_the_next(
-        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
-    ) -> None:
-        """Guards against a crash without the name, a batch that shrinks, and a replacement with a foreign label."""
-        _image(tmp_path / "a/1.png", (1, 1, 1))
-        (tmp_path / "a/2.png").write_bytes(b"")
-        (tmp_path / "a/3.png").write_bytes(b"\x89PNG")
-        _image(tmp_path / "b/4.png", (4, 4, 4))
-        (tmp_path / "b/5.png").write_bytes(b"broken")
-        with pytest.raises(UserError, match=r"2\.png"):
-            ImageFolder(tmp_path, 8)[1]
-        folder = ImageFolder(tmp_path, 8, skip_broken=True)
-        found = [(int(image.float().mean()), label) for image, label in (folder[i] for i in range(5))]
-        assert found == [(1, 0), (4, 1), (4, 1), (4, 1), (1, 0)]
-        assert "2.png" in caplog.text
-
-    def test_only_broken_images(self, tmp_path: Path) -> None:
-        """Guards against an endless search for a readable image."""
-        (tmp_path / "a").mkdir()
-        (tmp_path / "a/1.png").write_bytes(b"")
-        with pytest.raises(UserError, match="none of the 1 images"):
-            ImageFolder(tmp_path, 8, skip_broken=True)[0]
-
-    def test_unfit_folders_are_named(self, tmp_path: Path) -> None:
-        """Guards against labels shifted by an empty class, and an empty data set that fails late."""
-        with pytest.raises(UserError, match=r"missing is not a folder"):
-            ImageFolder(tmp_path / "missing", 8)
-        _image(tmp_path / "flat/x.png")
-        with pytest.raises(UserError, match=r"flat has no class folders"):
-            ImageFolder(tmp_path / "flat", 8)
-        (tmp_path / "set/a").mkdir(parents=True)
-        with pytest.raises(UserError, match=r"set hold no images"):
-            ImageFolder(tmp_path / "set", 8)
-        _image(tmp_path / "set/b/x.png")
-        with pytest.raises(UserError, match=r"set/a holds no images"):
-            ImageFolder(tmp_path / "set", 8)
 
 
 class TestCodes:
@@ -219,46 +152,3 @@ class TestCodes:
             damage()
             with pytest.raises(UserError, match=sentence):
                 dataset.get_batch([3])
-
-
-def _steps(world_size: int, start: int, count: int, size: int = 23, batch: int = 8) -> list[list[int]]:
-    """The global batches that ``world_size`` processes see together, as each process's shares in rank order."""
-    shares = [
-        list(GlobalBatchSampler(size, batch, rank, world_size, seed=3, start_step=start, num_steps=count))
-        for rank in range(world_size)
-    ]
-    return [list(itertools.chain(*step)) for step in zip(*shares, strict=True)]
-
-
-class TestGlobalBatchSampler:
-    def test_every_world_size_sees_the_same_batches(self) -> None:
-        """Guards against a run whose data change with the number of GPUs."""
-        assert _steps(1, 0, 7) == _steps(2, 0, 7) == _steps(4, 0, 7) == _steps(8, 0, 7)
-
-    @pytest.mark.parametrize("start", [1, 2, 3, 5])
-    def test_a_run_resumes_where_it_stopped(self, start: int) -> None:
-        """Guards against repeated or lost samples after a restart in mid-epoch or at its border."""
-        assert _steps(2, start, 7 - start) == _steps(2, 0, 7)[start:]
-
-    def test_epochs_are_different_permutations(self) -> None:
-        """Guards against repeated samples within an epoch, the same order every epoch, and a kept incomplete batch."""
-        first, second = (list(itertools.chain(*_steps(1, start, 2))) for start in (0, 2))
-        assert len(set(first)) == len(first) == 16
-        assert len(set(second)) == len(second) == 16
-        assert first != second
-        assert set(first) | set(second) <= set(range(23))
-
-    def test_yields_for_ever_by_default(self) -> None:
-        """Guards against training that stops at the end of an epoch."""
-        sampler = GlobalBatchSampler(5, 5, 0, 1, seed=0)
-        assert sampler.steps_per_epoch == 1
-        assert len(list(itertools.islice(sampler, 100))) == 100
-
-    def test_impossible_batches_are_refused(self) -> None:
-        """Guards against an epoch of no steps, or processes with unequal shares."""
-        with pytest.raises(UserError, match=r"7 samples.*to at most 3"):
-            GlobalBatchSampler(7, 8, 0, 2, seed=0)
-        with pytest.raises(UserError, match="multiple of the 2 process"):
-            GlobalBatchSampler(100, 9, 0, 2, seed=0)
-        with pytest.raises(UserError, match="global batch 0"):
-            GlobalBatchSampler(100, 0, 0, 1, seed=0)

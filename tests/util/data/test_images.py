@@ -1,8 +1,7 @@
-"""Images from image archives and torchvision's CIFAR-10: the same as from a folder, damage named in one sentence."""
+"""Images from folders, image archives and torchvision's CIFAR-10: the same from each, damage named in one sentence."""
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import pickle
 from collections.abc import Callable
@@ -11,14 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from engine.cache import CacheConfig, build_cache
-from tests.helpers.tiny_models import tiny_tokenizer
-from tokenizers import save_tokenizer
-from util.data.codes import open_codes
 from util.data.images import CIFAR10_FOLDER, ImageFolder, open_images, write_image_archive
-from util.dist import Dist
 from util.errors import UserError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 10, 12, 3), dtype=np.uint8)
@@ -159,18 +154,65 @@ def test_images_without_class_folders(tmp_path: Path) -> None:
         ImageFolder(tmp_path / "tree" / "none", 8, labelled=False)
 
 
-def test_codes_are_cached_from_an_image_archive(archive: Path, tmp_path: Path) -> None:
-    """Guards against a cache that mixes splits, or is continued with other photos of the same number."""
-    import torch
+def _image(path: Path, color: tuple[int, int, int] = (10, 20, 30), size: tuple[int, int] = (12, 8)) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, color).save(path)
 
-    save_tokenizer(tiny_tokenizer(2, 16), tmp_path / "vq.pt")
-    alone = Dist(0, 1, torch.device("cpu"))
-    config = CacheConfig(
-        tmp_path / "vq.pt", tmp_path / "codes", data_path=f"{archive}:train", img_size=8, num_workers=0
-    )
-    header = build_cache(config, alone)
-    assert (header.num_images, header.classes, header.grid_size) == (4, CLASSES, 4)
-    assert open_codes(tmp_path / "codes").labels.tolist() == [1, 0, 1, 0]
-    assert header == build_cache(config, alone)
-    with pytest.raises(UserError, match="list of files"):
-        build_cache(dataclasses.replace(config, data_path=str(archive)), alone)
+
+class TestImageFolder:
+    def test_labels_follow_sorted_folders_and_files_are_found(self, tmp_path: Path) -> None:
+        """Guards against labels in the file system's order, capital extensions, nested or hidden files."""
+        for name in ("n02/b.JPEG", "n02/deep/er/a.png", "n01/z.webp", "n10/x.bmp"):
+            _image(tmp_path / name)
+        _image(tmp_path / "n01/._z.png")
+        _image(tmp_path / ".cache/x.png")
+        (tmp_path / "n01/notes.txt").write_text("no image")
+        folder = ImageFolder(tmp_path, 8)
+        assert folder.classes == ["n01", "n02", "n10"]
+        assert folder.paths == ["n01/z.webp", "n02/b.JPEG", "n02/deep/er/a.png", "n10/x.bmp"]
+        assert folder.labels.tolist() == [0, 1, 1, 2]
+
+    def test_items_are_cropped_bytes(self, tmp_path: Path) -> None:
+        """Guards against floats, channels first or an uncropped picture at the border of the module."""
+        _image(tmp_path / "a/x.png", (1, 2, 3), size=(40, 16))
+        image, label = ImageFolder(tmp_path, 8)[0]
+        assert (image.dtype, image.shape, label) == (torch.uint8, (8, 8, 3), 0)
+        assert image.unique(dim=0).shape[0] == 1
+        assert image[0, 0].tolist() == [1, 2, 3]
+
+    def test_broken_image_is_named_or_replaced_by_the_next(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Guards against a crash without the name, a batch that shrinks, and a replacement with a foreign label."""
+        _image(tmp_path / "a/1.png", (1, 1, 1))
+        (tmp_path / "a/2.png").write_bytes(b"")
+        (tmp_path / "a/3.png").write_bytes(b"\x89PNG")
+        _image(tmp_path / "b/4.png", (4, 4, 4))
+        (tmp_path / "b/5.png").write_bytes(b"broken")
+        with pytest.raises(UserError, match=r"2\.png"):
+            ImageFolder(tmp_path, 8)[1]
+        folder = ImageFolder(tmp_path, 8, skip_broken=True)
+        found = [(int(image.float().mean()), label) for image, label in (folder[i] for i in range(5))]
+        assert found == [(1, 0), (4, 1), (4, 1), (4, 1), (1, 0)]
+        assert "2.png" in caplog.text
+
+    def test_only_broken_images(self, tmp_path: Path) -> None:
+        """Guards against an endless search for a readable image."""
+        (tmp_path / "a").mkdir()
+        (tmp_path / "a/1.png").write_bytes(b"")
+        with pytest.raises(UserError, match="none of the 1 images"):
+            ImageFolder(tmp_path, 8, skip_broken=True)[0]
+
+    def test_unfit_folders_are_named(self, tmp_path: Path) -> None:
+        """Guards against labels shifted by an empty class, and an empty data set that fails late."""
+        with pytest.raises(UserError, match=r"missing is not a folder"):
+            ImageFolder(tmp_path / "missing", 8)
+        _image(tmp_path / "flat/x.png")
+        with pytest.raises(UserError, match=r"flat has no class folders"):
+            ImageFolder(tmp_path / "flat", 8)
+        (tmp_path / "set/a").mkdir(parents=True)
+        with pytest.raises(UserError, match=r"set hold no images"):
+            ImageFolder(tmp_path / "set", 8)
+        _image(tmp_path / "set/b/x.png")
+        with pytest.raises(UserError, match=r"set/a holds no images"):
+            ImageFolder(tmp_path / "set", 8)
