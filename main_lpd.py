@@ -42,7 +42,7 @@ def main() -> None:
     with exit_when_told(), distributed(config.device) as dist, FolderLock(config.output_dir) as lock:
         setup_logging(dist.rank)
         prepared = prepare_evaluation(config, dist) if config.evaluate else prepare_training(config, dist, lock)
-        announce(config, prepared.model_config, dist)
+        announce(prepared.config, prepared.model_config, dist)
         status = 0 if config.dry_run else prepared.start()
     sys.exit(status)
 

@@ -53,6 +53,8 @@ class ImageGenerator:
         self.bf16 = self.device.type == "cuda" if bf16 is None else bf16
         weights = find_file(Path(checkpoint), choose_weights)
         content = load_pretrained(weights, use_ema)
+        if tokenizer is None and Path(checkpoint).is_file():
+            raise UserError(f"{checkpoint} is a file: give its tokenizer as well; an exported folder has its own.")
         self.tokenizer = load_tokenizer(find_file(Path(tokenizer or checkpoint), choose_tokenizer), self.device)
         recorded = content.get("config")
         config = LPDConfig(**recorded) if recorded else config_of_weights(content["model"], self.tokenizer.stride)
@@ -97,8 +99,8 @@ class ImageGenerator:
         return [Image.fromarray(pixels) for pixels in images.cpu().numpy()]
 
     def _label(self, name: int | str) -> int:
-        if isinstance(name, int):
-            return name
+        if not isinstance(name, str):
+            return int(name)
         names = self.classes or []
         if name not in names:
             raise UserError(f"the model has no class {name!r}; it has {', '.join(names) or 'classes without names'}.")

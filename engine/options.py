@@ -21,7 +21,7 @@ from util.errors import UserError
 PUBLISHED_DEFAULTS = {"proj_dropout": 0.1}
 # Settings on which an evaluation's figures depend, beside files and seed.
 FIGURES_DEPEND_ON = (
-    *("model", "img_size", "use_ema", "num_images", "bf16", "feature_extractor"),
+    *("model", "img_size", "use_ema", "num_images", "bf16", "decode_path", "feature_extractor"),
     *(name for name in names(OrderConfig, Sampling) if name != "lpd_order_file"),
 )
 

@@ -63,7 +63,8 @@ def training_block_mask(group_sizes: Sequence[int], num_rows: int, device: torch
     return create_block_mask(mask_mod, None, None, num_rows, 2 * sum(group_sizes), device)
 
 
-# Kept for every schedule of a run: there are at most fourteen. Inference mode would make tensors unfit for training.
+# Kept for every schedule of a run: the published lists have nine and fourteen. Inference mode would make tensors unfit
+# for training.
 @lru_cache(maxsize=64)
 def _kept_mask(group_sizes: tuple[int, ...], device: torch.device) -> torch.Tensor:
     with torch.inference_mode(False):

@@ -1,4 +1,4 @@
-"""The command lines of the published scripts, word for word, with `--dry_run` and tiny networks behind the names."""
+"""Command lines with all flags of the published scripts, composed here, with `--dry_run` and tiny networks."""
 
 from __future__ import annotations
 
@@ -141,6 +141,21 @@ def test_published_command_line_is_taken_as_it_is(command: str, capsys: pytest.C
     assert len(compared) >= 15
     assert announced["model"]["img_size"] == announced["settings"]["img_size"]
     assert not Path("output").exists()
+
+
+@pytest.mark.usefixtures("tiny_networks")
+@pytest.mark.parametrize("there", [True, False])
+def test_resume_names_a_folder_without_checkpoints(
+    place: Path, there: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its name may have a dot; a checkpoint that is not there is still a mistake."""
+    folder = place / f"run.{there}"
+    if there:
+        folder.mkdir()
+    words = [*shlex.split(COMMANDS[7]), "--batch_size", 8, "--lr", "1e-3", "--device", "cpu", "--dry_run"]
+    assert run(main_lpd.main, *words, "--resume", folder) == 0
+    assert run(main_lpd.main, *words, "--resume", folder / "checkpoint-3.pth") == 2
+    assert "checkpoint-3.pth does not exist" in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("tiny_networks")

@@ -97,7 +97,7 @@ def resolve_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     """``auto`` (a GPU if there is one), ``cpu``, ``cuda`` or ``cuda:N``; UserError for others, or a missing GPU."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+    if not re.fullmatch(r"cpu|cuda(:\d{1,2})?", name):
         raise UserError(f"the device {name!r} can't be used; name auto, cpu, cuda or cuda:N.")
     device = torch.device(name)
     if device.type == "cuda":

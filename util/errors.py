@@ -31,10 +31,10 @@ def reading(what: str, path: str | Path) -> Iterator[None]:
         UserError: if there is no such file, or the block fails. One raised in the block is passed on as it is.
     """
     if not Path(path).is_file():
-        raise UserError(f"{what} {path} does not exist.")
+        raise UserError(f"{what} {path} {'is not a file' if Path(path).exists() else 'does not exist'}.")
     try:
         yield
-    except UserError:
+    except (UserError, MemoryError, PermissionError):
         raise
     except Exception as error:  # the kind depends on where the damage is
         reason = reason_of(error)

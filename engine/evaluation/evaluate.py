@@ -99,7 +99,8 @@ class _Evaluation:
         self.model, self.tokenizer, self.config, self.dist = model, tokenizer, config, dist
         self.orders, self.reference, self.extractor = inputs.orders, inputs.reference, inputs.extractor
         self.classes = inputs.classes
-        self.recorded = util.config.record(config) | {"group_sizes": list(self.orders.group_sizes)}
+        sizes = self.orders.group_sizes
+        self.recorded = util.config.record(config) | {"group_sizes": list(sizes), "generation_steps": len(sizes)}
         order_file = config.orders.lpd_order_file
         self.order_file_sha256 = None if order_file is None else sha256(order_file)
         self.images_dir = config.output_dir / "images"

@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.scoring.classifier import load_classifier
-from util.checkpoint import load_checkpoint
-from util.errors import UserError
+from util.errors import UserError, reading
 from util.files import sha256
 
 logger = logging.getLogger(__name__)
@@ -119,7 +118,10 @@ def _load_inception(path: Path, device: torch.device) -> FeatureExtractor:
             f"{path} is not {INCEPTION_FILE}: its SHA-256 starts with {digest[:8]} and should start with "
             f"{INCEPTION_SHA256_PREFIX}; delete it (a broken download?) and get it from {INCEPTION_URL}."
         )
-    load_checkpoint(path)  # torch-fidelity unpickles without restrictions; what passes here holds nothing that runs
+    with reading(
+        "the Inception file", path
+    ):  # torch-fidelity unpickles without restrictions; what passes is plain data
+        torch.load(path, map_location="cpu", weights_only=True)
     with torch.random.fork_rng(devices=[]):  # the constructor draws random weights first
         network: nn.Module = FeatureExtractorInceptionV3(
             INCEPTION, ["2048", "logits_unbiased"], feature_extractor_weights_path=str(path)

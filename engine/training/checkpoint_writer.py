@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from util.checkpoint import LAST, last_name, save_checkpoint, saved_step
+from util.errors import DISK_FULL
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +26,8 @@ class CheckpointWriter:
     Whenever the program is killed, :func:`util.checkpoint.find_checkpoints` finds the state of the last finished save.
 
     At most one write is under way: a save waits for the one before. A write that fails (on a full disk, for example)
-    is reported and leaves `checkpoint-last.pth` as it was; the next save tries again. Leaving the `with` block waits
+    is reported and leaves `checkpoint-last.pth` as it was; the next save tries again. On a full disk the states before
+    it make room. Leaving the `with` block waits
     for the write under way.
 
     Args:
@@ -43,8 +45,9 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._failure: str | None = None
         if folder is not None:
-            for leftover in folder.glob(".checkpoint-*.tmp"):  # of a run that was killed while it wrote
-                leftover.unlink()
+            # Of a run that was killed while it wrote.
+            for leftover in (*folder.glob(".checkpoint-*.tmp"), folder / NEW, (folder / NEW).with_suffix(".json")):
+                leftover.unlink(missing_ok=True)
 
     def save(self, payload: dict[str, Any], epoch: int | None = None) -> None:
         """Copy `payload` (which holds its `step`) to the host, and write it in the background.
@@ -83,7 +86,12 @@ class CheckpointWriter:
 
     def _write(self, folder: Path, payload: dict[str, Any], epoch: int | None) -> None:
         try:
-            save_checkpoint(folder / NEW, payload)
+            try:
+                save_checkpoint(folder / NEW, payload)
+            except OSError as error:
+                if error.errno not in DISK_FULL or not self._make_room(folder):
+                    raise
+                save_checkpoint(folder / NEW, payload)
             if epoch is not None:
                 _name_again(folder / NEW, folder / f"checkpoint-{epoch}.pth")
             self._replace_last(folder)
@@ -92,6 +100,15 @@ class CheckpointWriter:
             logger.error("NOT SAVED: %s; the previous checkpoint is kept, the next save tries again", self._failure)
         else:
             self._failure, self._last_is_good = None, True
+
+    def _make_room(self, folder: Path) -> bool:
+        """Give up the states before `checkpoint-last.pth`, if it is good; whether there were any."""
+        previous = list(folder.glob("checkpoint-last-*.pth")) if self._last_is_good else []
+        for path in previous:
+            logger.warning("the disk is full: %s is deleted to make room for the next checkpoint", path)
+            path.unlink()
+            path.with_suffix(".json").unlink(missing_ok=True)
+        return bool(previous)
 
     def _replace_last(self, folder: Path) -> None:
         """Make the new checkpoint the last, which becomes the one before, and so on up to `keep_last` in total."""

@@ -182,10 +182,15 @@ def prepare_training(config: Config, dist: Dist, lock: FolderLock) -> PreparedTr
     if training.sample_freq > 0 and tokenizer is not None:
         draw_grid = SampleGrid(model_config, tokenizer, evaluation, classes, dist)
     choose_attention(training.attention, model_config, dist.device)
+    if model_config.attn_dropout > 0 and dist.is_main:
+        logger.warning(
+            "--attn_dropout %g drops attention weights, and FlexAttention is off; the published models were trained "
+            "without it, since fused attention ignored the flag", model_config.attn_dropout,
+        )  # fmt: skip
     global_batch = training.global_batch(dist.world_size)
     sampler = GlobalBatchSampler(len(dataset), global_batch, dist.rank, dist.world_size, config.seed)
     return PreparedTraining(
-        config=config,
+        config=dataclasses.replace(config, model=choice),
         training=training,
         dist=dist,
         lock=lock,
@@ -240,7 +245,7 @@ def _check_resume(path: Path | None) -> None:
     """Refuse a file that is not there; a folder without checkpoints is where a run is still to begin."""
     if path is None:
         return
-    if path.suffix:
+    if path.suffix in (".pth", ".safetensors") and not path.is_dir():
         raise UserError(f"--resume {path} does not exist; give a checkpoint, or a folder for checkpoints.")
     logger.info("--resume %s holds no checkpoints: the training starts from the beginning", path)
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import io
+import json
 from functools import partial
 from pathlib import Path
 
@@ -115,7 +116,20 @@ def prepare_data(args: argparse.Namespace, scale: Scale) -> tuple[str, str]:
     return split_paths(path)
 
 
+def check_epochs(out: Path, scale: Scale) -> None:
+    """Raise UserError if the folder's LPD was trained for another number of epochs."""
+    path = out / "lpd" / "checkpoint-last.json"
+    wanted = int(lpd_flags(scale)["--epochs"])
+    trained = json.loads(path.read_text())["args"]["epochs"] if path.exists() else wanted
+    if trained != wanted:
+        raise UserError(
+            f"{out} holds an LPD trained with --epochs {trained}, not {wanted}; resume with {trained} or give another "
+            "--output_dir."
+        )
+
+
 def run_stages(args: argparse.Namespace, scale: Scale) -> None:
+    check_epochs(args.output_dir, scale)
     train, test = prepare_data(args, scale)
     out, inception, stages = args.output_dir, args.inception_path, Stages(args.output_dir, args.time_limit)
     dist = Dist(0, 1, resolve_device(args.device))

@@ -312,6 +312,18 @@ def test_wrong_arguments(tmp_path: Path, command: Callable[..., tuple[int, str, 
     assert not (tmp_path / "out").exists()
 
 
+def test_a_folder_keeps_its_number_of_epochs(tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
+    """Guards against a page that calls a model trained for 18 epochs one of 6."""
+    write_photos(tmp_path / "photos.npz", 3, 3)
+    (tmp_path / "out" / "lpd").mkdir(parents=True)
+    write_json(tmp_path / "out" / "lpd" / "checkpoint-last.json", {"args": {"epochs": 18}})
+    arguments = ("--data", tmp_path / "photos.npz", "--output_dir", tmp_path / "out", "--stage", "report")
+    for flags in (("--epochs", 6), ("--tiny",)):
+        status, _, errors = command(*arguments, *flags)
+        assert status == 2
+        assert "trained with --epochs 18" in errors
+
+
 def test_plan_needs_no_data(tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
     status, printed, _ = command("--data", "anything", "--plan")
     assert status == 0

@@ -96,3 +96,30 @@ def test_checkpoint_of_a_gpu_is_the_state_of_its_step(tmp_path: Path) -> None:
             weights += 1
         writer.wait()
     assert (load_checkpoint(tmp_path / LAST)["model"]["w"] == 1).all()
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_on_a_full_disk_the_state_before_the_last_makes_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool
+) -> None:
+    """Three states at once don't fit: the newest is worth more than the oldest, unless that is the only good one."""
+    weights = {"w": torch.ones(1)}
+    for name, step in ((LAST, 2), ("checkpoint-last-1.pth", 1)):
+        save_checkpoint(tmp_path / name, {"model": weights, "step": step})
+    save = torch.save
+
+    def save_two_only(payload: dict[str, Any], file: Any) -> None:
+        if len(find_checkpoints(tmp_path)) > 1:
+            try:
+                raise OSError(28, "No space left on device")
+            except OSError:
+                raise RuntimeError("unexpected pos 704 vs 598")  # noqa: B904 - as torch's writer has it
+        save(payload, file)
+
+    monkeypatch.setattr("util.checkpoint.torch.save", save_two_only)
+    with CheckpointWriter(tmp_path, keep_last=2, start_step=1 if damaged else 2) as writer:
+        writer.save({"model": weights, "step": 3})
+        assert (writer.wait() is not None) == damaged
+        assert not damaged or "No space left" in str(writer.wait())
+    steps = [load_checkpoint(path)["step"] for path in find_checkpoints(tmp_path)]
+    assert steps == ([2, 1] if damaged else [3, 2])
