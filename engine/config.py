@@ -8,14 +8,13 @@ from pathlib import Path
 from engine.evaluation.config import EvalConfig
 from engine.model_choice import ModelChoice
 from engine.recipes import EVAL_RECIPES, TRAIN_RECIPES
-from engine.run_config import RunConfig
 from engine.training.config import DataConfig, TrainConfig
 from util.config import check, part, setting
 from util.dist import DeviceConfig
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(RunConfig, DeviceConfig):
+class Config(DeviceConfig):
     """One run of main_lpd.py: a training, or an evaluation, for which `training` is None."""
 
     evaluate: bool = setting(False, "generate and score images instead of training")
@@ -38,3 +37,11 @@ class Config(RunConfig, DeviceConfig):
 
     def __post_init__(self) -> None:
         check(self)
+
+    @property
+    def output_dir(self) -> Path:
+        return self.evaluation.output_dir
+
+    @property
+    def seed(self) -> int:
+        return self.evaluation.seed

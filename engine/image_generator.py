@@ -17,9 +17,9 @@ from PIL import Image
 
 from engine.generate import generate_images
 from engine.hub.remote import choose_tokenizer, choose_weights, find_file
-from engine.inputs import class_names, load_pretrained
+from engine.model_choice import class_names, load_pretrained, recorded_config
 from models import config_of_weights
-from models.lpd import LPD, LPDConfig, load_weights
+from models.lpd import LPD, load_weights
 from models.sampling import Sampling, image_seeds
 from orders.config import OrderConfig
 from orders.schedule import default_steps
@@ -56,8 +56,7 @@ class ImageGenerator:
         if tokenizer is None and Path(checkpoint).is_file():
             raise UserError(f"{checkpoint} is a file: give its tokenizer as well; an exported folder has its own.")
         self.tokenizer = load_tokenizer(find_file(Path(tokenizer or checkpoint), choose_tokenizer), self.device)
-        recorded = content.get("config")
-        config = LPDConfig(**recorded) if recorded else config_of_weights(content["model"], self.tokenizer.stride)
+        config = recorded_config(content, weights) or config_of_weights(content["model"], self.tokenizer.stride)
         model = LPD(config)
         load_weights(model, content["model"], str(weights))
         self.model = model.to(self.device).eval()

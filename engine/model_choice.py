@@ -1,13 +1,15 @@
-"""Which model a run has: what its flags ask for, what a checkpoint records, and what tokenizer and data need."""
+"""Which model a run has: what its flags ask for, what its checkpoint records, and what tokenizer and data need."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from models import MODEL_SIZES, model_config
 from models.lpd import LPDConfig, Regularisation
+from util.checkpoint import load_checkpoint
 from util.config import check, part, setting
 from util.errors import UserError
 
@@ -89,3 +91,44 @@ class ModelChoice:
         for name, value, source in wanted:
             if value is not None and values[name] != value:
                 raise UserError(f"the checkpoint is of a model with {name} {values[name]}, but {source} says {value}.")
+
+
+def recorded_config(content: Mapping[str, Any], source: Path) -> LPDConfig | None:
+    """The configuration that a checkpoint records, or None; UserError for one of something other than an LPD model."""
+    config = content.get("config")
+    if config is None:
+        return None
+    if not isinstance(config, dict) or config.keys() != LPDConfig.__dataclass_fields__.keys():
+        raise UserError(f"{source} is not a checkpoint of an LPD model: its 'config' does not describe one.")
+    return LPDConfig(**config)
+
+
+def load_pretrained(path: Path, use_ema: bool) -> dict[str, Any]:
+    """A checkpoint; with `use_ema`, the moving average takes the place of its weights."""
+    checkpoint = load_checkpoint(path)
+    if use_ema:
+        if "model_ema" not in checkpoint:
+            raise UserError(f"{path} holds no moving average of the weights; leave out --use_ema.")
+        checkpoint["model"] = checkpoint.pop("model_ema")
+    return checkpoint
+
+
+def check_tokenizer(checkpoint: dict[str, Any], source: Path, tokenizer_sha256: str | None) -> None:
+    """Refuse codes of another tokenizer than those the checkpoint was trained on, where both are known."""
+    trained_with = checkpoint.get("tokenizer_sha256")
+    if trained_with is not None and tokenizer_sha256 is not None and trained_with != tokenizer_sha256:
+        raise UserError(
+            f"{source} was trained on codes of another tokenizer (SHA-256 {trained_with[:12]}…) than the one given "
+            f"({tokenizer_sha256[:12]}…)."
+        )
+
+
+def class_names(model: LPDConfig, known: Sequence[str] | None) -> list[str] | None:
+    """Names for all classes of a model: `known` ones of its checkpoint or data set, or ImageNet's for 1000 classes."""
+    if known is None and model.class_num == 1000:
+        from torchvision.models import ResNet18_Weights
+
+        # Sorted WordNet ids, the order of ImageNet's labels.
+        known = ResNet18_Weights.IMAGENET1K_V1.meta["categories"]
+    # A model may have more classes than the data it was last trained on.
+    return None if known is None else [*known, *(f"class {i}" for i in range(len(known), model.class_num))]

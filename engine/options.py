@@ -11,6 +11,7 @@ from engine.config import Config
 from engine.hub.download import ORDERS_DIR
 from engine.published_flags import add_unused_process_flags, add_unused_tokenizer_flags
 from engine.recipes import EVAL_RECIPES, RELEASED, TRAIN_RECIPES, checkpoint_path
+from engine.run_config import RunConfig
 from models.sampling import Sampling
 from orders.config import OrderConfig
 from util.cli import Parser, from_args
@@ -31,6 +32,7 @@ def build_parser() -> Parser:
         prog="main_lpd.py",
         description="Train LPD (locality-aware parallel decoding), or evaluate a checkpoint with --evaluate.",
     )
+    parser.add_config(RunConfig)
     parser.add_config(Config, PUBLISHED_DEFAULTS)
     parser.add_unused("--log_dir", instead="--output_dir gets metrics.jsonl, and --tensorboard event files beside it")
     parser.add_unused("--resume_epoch", instead="a run resumes from the newest checkpoint, or from --resume FILE")

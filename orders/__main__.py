@@ -5,10 +5,10 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from orders import figures
 from orders.config import OrderConfig, Orders
 from orders.draw import ORDER_KINDS
 from orders.files import load_orders, read_spec, save_orders
@@ -72,23 +72,31 @@ def stats(args: argparse.Namespace) -> None:
         print("{:>6}{:>8}{:>14.4f}{:>11.3f}{:>13.4f}{:>9.2f}".format(*row).replace("nan", "  –"))
 
 
-def _stepped(args: argparse.Namespace, **given: str) -> figures.SteppedOrder:
+def _stepped(args: argparse.Namespace, **given: str) -> Any:
+    from orders import figures  # loads matplotlib
+
     spec = _orders(args, **given).spec
     return figures.SteppedOrder(spec, spec.draw(np.array([args.index]))[0])
 
 
 def draw(args: argparse.Namespace) -> None:
     """Draw the step of each token of one order."""
+    from orders import figures  # loads matplotlib
+
     figures.draw_order(args.output, _stepped(args))
 
 
 def compare(args: argparse.Namespace) -> None:
     """Draw several orders with the same group sizes beside each other."""
+    from orders import figures  # loads matplotlib
+
     figures.draw_comparison(args.output, [_stepped(args, order=kind) for kind in args.orders])
 
 
 def animate(args: argparse.Namespace) -> None:
     """Write a GIF of grids that fill up."""
+    from orders import figures  # loads matplotlib
+
     figures.animate(args.output, [_stepped(args, order=kind) for kind in args.orders])
 
 

@@ -13,7 +13,8 @@ from engine.config import Config
 from engine.evaluation.evaluate import evaluate
 from engine.evaluation.inputs import EvalInputs, open_inputs
 from engine.hub.remote import choose_tokenizer, choose_weights
-from engine.inputs import TOKENIZER_MISSING, check_files, check_tokenizer, class_names, load_pretrained, local_file
+from engine.model_choice import check_tokenizer, class_names, load_pretrained
+from engine.named_files import TOKENIZER_MISSING, check_files, local_file
 from engine.options import recipe_changes
 from engine.recipes import EXPECTED
 from models.lpd import LPD, LPDConfig, load_weights

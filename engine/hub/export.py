@@ -11,6 +11,7 @@ import torch
 from huggingface_hub import HfApi
 
 from engine.hub.remote import TOKENIZERS, hub_errors
+from engine.model_choice import recorded_config
 from models.lpd import LPD, LPDConfig, load_weights
 from orders.schedule import default_steps
 from tokenizers import load_tokenizer
@@ -75,10 +76,10 @@ def check_state(state: dict[str, torch.Tensor], config: LPDConfig, source: str) 
 
 
 def _recorded_config(content: dict[str, Any], source: Path) -> LPDConfig:
-    config = content.get("config")
-    if not isinstance(config, dict) or config.keys() != LPDConfig.__dataclass_fields__.keys():
-        raise UserError(f"{source} records no configuration of an LPD model, so it can't be exported.")
-    return LPDConfig(**config)
+    config = recorded_config(content, source)
+    if config is None:
+        raise UserError(f"{source} records no configuration of its model, so it can't be exported.")
+    return config
 
 
 def _model_card(name: str, config: LPDConfig, trained_with: str | None, has_tokenizer: bool) -> str:

@@ -16,15 +16,8 @@ from engine.config import Config
 from engine.evaluation.evaluate import evaluate
 from engine.evaluation.inputs import EvalInputs, open_inputs
 from engine.hub.remote import choose_tokenizer, choose_weights
-from engine.inputs import (
-    TOKENIZER_MISSING,
-    check_files,
-    check_tokenizer,
-    class_names,
-    find_run,
-    load_pretrained,
-    local_file,
-)
+from engine.model_choice import check_tokenizer, class_names, load_pretrained
+from engine.named_files import TOKENIZER_MISSING, check_files, find_run, local_file
 from engine.training.config import TrainConfig
 from engine.training.data import code_geometry, open_dataset
 from engine.training.sample_grid import SampleGrid

@@ -1,18 +1,16 @@
-"""The files that the flags name: all looked for at once before anything else is done, then found and opened."""
+"""The files that the flags name: all looked for at once before anything else is done, then found."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from engine.config import Config
 from engine.hub.download import COMMAND, DOWNLOADS, GUIDED_DIFFUSION, OPENAI_STATISTICS, ORDERS_DIR, ORDERS_REPO
 from engine.hub.remote import Choice, find_file, hub_name
 from engine.recipes import TOKENIZER
 from engine.scoring.features import INCEPTION, INCEPTION_URL, inception_cache
-from models.lpd import LPDConfig
-from util.checkpoint import find_checkpoints, load_checkpoint
+from util.checkpoint import find_checkpoints
 from util.dist import Dist
 from util.errors import UserError
 
@@ -107,34 +105,3 @@ def local_file(path: Path, choose: Choice, dist: Dist) -> Path:
     """The file that a path or a name on the hub stands for (:func:`engine.hub.remote.find_file`); rank 0 loads it."""
     found = dist.on_main(lambda: find_file(path, choose))
     return found if found.is_file() else find_file(path, choose)  # a machine with a cache of its own
-
-
-def load_pretrained(path: Path, use_ema: bool) -> dict[str, Any]:
-    """A checkpoint; with `use_ema`, the moving average takes the place of its weights."""
-    checkpoint = load_checkpoint(path)
-    if use_ema:
-        if "model_ema" not in checkpoint:
-            raise UserError(f"{path} holds no moving average of the weights; leave out --use_ema.")
-        checkpoint["model"] = checkpoint.pop("model_ema")
-    return checkpoint
-
-
-def check_tokenizer(checkpoint: dict[str, Any], source: Path, tokenizer_sha256: str | None) -> None:
-    """Refuse codes of another tokenizer than those the checkpoint was trained on, where both are known."""
-    trained_with = checkpoint.get("tokenizer_sha256")
-    if trained_with is not None and tokenizer_sha256 is not None and trained_with != tokenizer_sha256:
-        raise UserError(
-            f"{source} was trained on codes of another tokenizer (SHA-256 {trained_with[:12]}…) than the one given "
-            f"({tokenizer_sha256[:12]}…)."
-        )
-
-
-def class_names(model: LPDConfig, known: Sequence[str] | None) -> list[str] | None:
-    """Names for all classes of a model: `known` ones of its checkpoint or data set, or ImageNet's for 1000 classes."""
-    if known is None and model.class_num == 1000:
-        from torchvision.models import ResNet18_Weights
-
-        # Sorted WordNet ids, the order of ImageNet's labels.
-        known = ResNet18_Weights.IMAGENET1K_V1.meta["categories"]
-    # A model may have more classes than the data it was last trained on.
-    return None if known is None else [*known, *(f"class {i}" for i in range(len(known), model.class_num))]
