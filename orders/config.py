@@ -1,4 +1,4 @@
-"""The schedule and the orders of a run, as its flags describe them, and the orders of given images that follow."""
+"""The schedule and the orders of a run, as its flags describe them; :mod:`orders.draw` has those of given images."""
 
 from __future__ import annotations
 

@@ -19,5 +19,6 @@ def plot_curves(path: Path, curves: Mapping[str, Sequence[Any]], xlabel: str, yl
         axis.set_xscale("log", base=2)
     axis.set(xlabel=xlabel, ylabel=ylabel)
     axis.grid(alpha=0.3)
-    figure.legend(loc="outside right upper")
+    if curves:
+        figure.legend(loc="outside right upper")
     figure.savefig(path, dpi=110)
