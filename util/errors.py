@@ -34,7 +34,7 @@ def reading(what: str, path: str | Path) -> Iterator[None]:
         raise UserError(f"{what} {path} {'is not a file' if Path(path).exists() else 'does not exist'}.")
     try:
         yield
-    except (UserError, MemoryError, PermissionError):
+    except (UserError, MemoryError):
         raise
     except Exception as error:  # the kind depends on where the damage is
         reason = reason_of(error)
