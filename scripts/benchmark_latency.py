@@ -69,6 +69,8 @@ class LatencyBenchmark(BenchmarkConfig):
         None, f"runs before the measured ones (default: {PUBLISHED_WARMUP} on a GPU, else 1)", at_least=0
     )
     runs: int = setting(None, f"measured runs (default: {PUBLISHED_RUNS} on a GPU, else 5)", at_least=1)
+    batch_runs: int | None = setting(None, "measured runs of batches above 1 (default: --runs)", at_least=1)
+    outputs: tuple[str, ...] = setting(("codes", "pixels"), "what a call makes", choices=("codes", "pixels"))
     bf16: bool = setting(None, "bfloat16 (default: on a GPU)")
     startup: bool = setting(False, "start-up of every row's auto path in new processes, cache cold and warm")
     first_call_of: str | None = setting(None, "print the seconds to the first images of this row and stop (--startup)")
@@ -155,8 +157,9 @@ class Benchmark:
 
     def measure_row(self, row: Row) -> None:
         config, model = self.config, row.random_model(self.device)
-        for batch_size, path, pixels in itertools.product(config.batch_sizes, config.paths, (False, True)):
-            self.measure(row, model, pixels, batch_size, path, config.runs)
+        for batch_size, path, output in itertools.product(config.batch_sizes, config.paths, config.outputs):
+            runs = config.batch_runs if batch_size > 1 and config.batch_runs is not None else config.runs
+            self.measure(row, model, output == "pixels", batch_size, path, runs)
         if config.one_by_one:
             single = row._replace(name=f"{row.name}, one by one", steps=row.config.num_tokens)
             for path in config.paths:

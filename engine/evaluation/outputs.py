@@ -92,7 +92,7 @@ def append_results(path: Path, results: dict[str, Any], again: bool) -> dict[str
 
 
 def describe_environment(dist: Dist) -> dict[str, Any]:
-    """Machine, processes and versions, for the results."""
+    """Machine, processes and versions, for the results; None for a package that is not installed."""
     cuda = dist.device.type == "cuda"
     return {
         "device": torch.cuda.get_device_name(dist.device) if cuda else platform.processor() or platform.machine(),
@@ -100,5 +100,12 @@ def describe_environment(dist: Dist) -> dict[str, Any]:
         "world_size": dist.world_size,
         "python": platform.python_version(),
         "cuda": torch.version.cuda if cuda else None,
-        "packages": {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES},
+        "packages": {name: _version(name) for name in RECORDED_PACKAGES},
     }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -45,12 +45,17 @@ def _factor(sigma: Array) -> Array:
 def inception_score(logits: Tensor) -> tuple[float, float]:
     """Mean and standard deviation of the Inception Score over 10 shuffled splits of logits (N, K), N ≥ 10.
 
-    Salimans et al. (2016), as torch-fidelity computes it, its shuffling included.
+    Salimans et al. (2016), as torch-fidelity computes it, its shuffling included, but without needing it: a
+    classifier's scores must not depend on a package that is there for Inception.
     """
-    from torch_fidelity.metric_isc import KEY_METRIC_ISC_MEAN, KEY_METRIC_ISC_STD, isc_features_to_metric
-
-    scores = isc_features_to_metric(logits, splits=ISC_SPLITS)
-    return scores[KEY_METRIC_ISC_MEAN], scores[KEY_METRIC_ISC_STD]
+    N = len(logits)
+    shuffled = logits[np.random.RandomState(2020).permutation(N)].double()
+    scores = []
+    for i in range(ISC_SPLITS):
+        log_p = shuffled[i * N // ISC_SPLITS : (i + 1) * N // ISC_SPLITS].log_softmax(1)
+        p = log_p.exp()
+        scores.append((p * (log_p - p.mean(0).log())).sum(1).mean().exp().item())
+    return float(np.mean(scores)), float(np.std(scores))
 
 
 def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float]:

@@ -47,6 +47,20 @@ def test_all_cases_are_measured(
     assert printed["draw"]["own_noise_sec"] > 0
 
 
+def test_chosen_outputs_and_fewer_runs_of_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(benchmark_latency, "copy_bytes", lambda device: 1e10)
+    monkeypatch.setattr(benchmark_latency, "matrix_product_flops", lambda device, dtype: 1e11)
+    model = ("--model", "lpd_debug", "--img_size", 32, "--generation_steps", 2, "--outputs", "codes")
+    run(monkeypatch, *model, "--batch_sizes", 1, 2, "--paths", "plain", "--warmup", 2, "--runs", 3, "--batch_runs", 1)
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert [(r["batch_size"], r["warmup"], r["runs"], r["pixels"]) for r in results] == [
+        (1, 2, 3, False),
+        (2, 1, 1, False),
+    ]
+
+
 @pytest.mark.parametrize(("img_size", "gigaflops"), [(256, 253), (512, 1017)])
 def test_flops_of_the_published_tokenizer(img_size: int, gigaflops: float) -> None:
     with torch.device("meta"):

@@ -9,14 +9,15 @@ import sys
 from pathlib import Path
 
 import pytest
-from submitit.slurm.slurm import SlurmJobEnvironment
 
-from scripts.cli.node import SIGNALS, Child, launch_variables
-from scripts.cli.run import minutes, parse
 from tests.helpers.commands import ROOT
 from tests.helpers.slurm_cluster import wait_until
 from tests.helpers.tiny_run import flags, make_cache, steps_done
 from util.errors import UserError
+
+slurm = pytest.importorskip("submitit.slurm.slurm")
+from scripts.cli.node import SIGNALS, Child, launch_variables  # noqa: E402
+from scripts.cli.run import minutes, parse  # noqa: E402
 
 # In place of main_lpd.py: rank 1 leaves at once when told to, rank 0 saves for a second first.
 TRAINER = """
@@ -140,7 +141,7 @@ def test_variables_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("JOB_ID", 70123), ("JOB_NUM_NODES", 3), ("NODEID", 2), ("JOB_NODELIST", "gpu[07-08],old1")):
         monkeypatch.setenv(f"SLURM_{name}", str(value))
     expected = {"NNODES": "3", "NODE_RANK": "2", "MASTER_ADDR": "gpu07", "MASTER_PORT": "18123"}
-    assert launch_variables(SlurmJobEnvironment()) == expected
+    assert launch_variables(slurm.SlurmJobEnvironment()) == expected
 
 
 def start_workers(folder: Path, mode: str, leave_seconds: float) -> subprocess.Popen[str]:

@@ -9,11 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torch_fidelity
 from PIL import Image
-from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3, FeatureExtractorInceptionV3
-from torch_fidelity.metric_fid import fid_featuresdict_to_statistics
-from torch_fidelity.utils import create_feature_extractor, extract_featuresdict_from_input_id_cached
 
 from engine.scoring import features, metrics
 from engine.scoring.features import INCEPTION, INCEPTION_FILE, INCEPTION_URL, SPATIAL_DIM, load_feature_extractor
@@ -23,6 +19,10 @@ from util.data.loading import image_batches
 from util.errors import UserError
 from util.files import sha256
 
+inception, metric_fid, metric_isc, fidelity_utils = (
+    pytest.importorskip(f"torch_fidelity.{name}")
+    for name in ("feature_extractor_inceptionv3", "metric_fid", "metric_isc", "utils")
+)
 NUM_IMAGES, SIZE = 11, 40  # ten splits of the Inception Score need ten images
 
 
@@ -31,9 +31,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights under which activations neither vanish nor explode."""
     path = tmp_path_factory.mktemp("inception") / INCEPTION_FILE
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
+        patch.setattr(inception.FeatureExtractorInceptionV3, "load_state_dict", lambda self, state: None)
         patch.setattr("torch_fidelity.feature_extractor_inceptionv3.load_state_dict_from_url", lambda *_, **__: {})
-        network = FeatureExtractorInceptionV3(INCEPTION, ["2048"], verbose=False)
+        network = inception.FeatureExtractorInceptionV3(INCEPTION, ["2048"], verbose=False)
     torch.manual_seed(0)
     for parameter in network.parameters():
         if parameter.ndim == 4:
@@ -79,10 +79,10 @@ def test_streamed_scores_equal_torch_fidelity_on_the_folder(trusted: Path, pictu
         "cache": False,
     }
     settings |= {"feature_extractor_weights_path": str(trusted), "save_cpu_ram": True}
-    network = create_feature_extractor(INCEPTION, ["2048", "logits_unbiased"], **settings)
-    theirs = extract_featuresdict_from_input_id_cached(1, network, **settings)
-    expected = fid_featuresdict_to_statistics(theirs, "2048")
-    expected_score = torch_fidelity.metric_isc.isc_featuresdict_to_metric(theirs, "logits_unbiased", **settings)
+    network = fidelity_utils.create_feature_extractor(INCEPTION, ["2048", "logits_unbiased"], **settings)
+    theirs = fidelity_utils.extract_featuresdict_from_input_id_cached(1, network, **settings)
+    expected = metric_fid.fid_featuresdict_to_statistics(theirs, "2048")
+    expected_score = metric_isc.isc_featuresdict_to_metric(theirs, "logits_unbiased", **settings)
     np.testing.assert_allclose(statistics.mu(), expected["mu"], rtol=1e-4, atol=1e-6)
     np.testing.assert_allclose(statistics.sigma(), expected["sigma"], atol=1e-3 * np.abs(expected["sigma"]).max())
     assert mean == pytest.approx(expected_score["inception_score_mean"], rel=1e-4)
@@ -106,7 +106,7 @@ def test_spatial_features_are_those_of_the_adm_suite(trusted: Path) -> None:
     extractor = load_feature_extractor(INCEPTION, weights_path=trusted)
     images = torch.randint(0, 256, (1, 3, 32, 32), dtype=torch.uint8)
     network = extractor.forward
-    assert isinstance(network, FeatureExtractorInceptionV3)
+    assert isinstance(network, inception.FeatureExtractorInceptionV3)
     seen: list[torch.Tensor] = []
     hook = network.Mixed_6c.register_forward_hook(lambda module, inputs, output: seen.append(output))
     spatial = extractor.with_spatial(images)[2]
@@ -142,7 +142,7 @@ def test_weights_that_would_run_code_are_refused(tmp_path: Path, monkeypatch: py
 
 def test_missing_weights_say_where_they_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Without network the message must name the file, its source and its place."""
-    assert INCEPTION_URL == URL_INCEPTION_V3, "torch-fidelity moved its weights"
+    assert INCEPTION_URL == inception.URL_INCEPTION_V3, "torch-fidelity moved its weights"
 
     def no_network(*args: object, **kwargs: object) -> None:
         raise urllib.error.URLError("no route to host")

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from torch_fidelity.metric_fid import KEY_METRIC_FID, fid_statistics_to_metric
 
 from engine.scoring.metrics import frechet_distance, inception_score, precision_recall, score
 from engine.scoring.statistics import FeatureStatistics, load_reference_statistics, save_reference_statistics
@@ -16,12 +15,13 @@ from tests.helpers.features import features_of, statistics_of
 
 
 def test_frechet_distance_equals_scipy_and_torch_fidelity() -> None:
+    fid = pytest.importorskip("torch_fidelity.metric_fid")
     mu1, sigma1 = statistics_of(features_of(2000, 64, seed=0))
     mu2, sigma2 = statistics_of(features_of(2000, 64, seed=1))
     root = scipy.linalg.sqrtm(sigma1 @ sigma2).real
     by_scipy = np.sum((mu1 - mu2) ** 2) + np.trace(sigma1 + sigma2 - 2 * root)
     pair = {"mu": mu1, "sigma": sigma1}, {"mu": mu2, "sigma": sigma2}
-    by_torch_fidelity = fid_statistics_to_metric(*pair, verbose=False)[KEY_METRIC_FID]
+    by_torch_fidelity = fid.fid_statistics_to_metric(*pair, verbose=False)[fid.KEY_METRIC_FID]
     distance = frechet_distance(mu1, sigma1, mu2, sigma2)
     assert distance == pytest.approx(by_scipy, rel=1e-6)
     assert distance == pytest.approx(by_torch_fidelity, rel=1e-6)
@@ -56,6 +56,8 @@ def test_inception_score_by_hand() -> None:
         p = shuffled[i * 53 // 10 : (i + 1) * 53 // 10]
         scores.append(np.exp(np.mean(np.sum(p * (np.log(p) - np.log(p.mean(0))), axis=1))))
     assert inception_score(logits) == pytest.approx((np.mean(scores), np.std(scores)))
+    theirs = pytest.importorskip("torch_fidelity.metric_isc").isc_features_to_metric(logits)
+    assert inception_score(logits) == pytest.approx(tuple(theirs.values()))
 
 
 def test_inception_score_of_images_sorted_by_class_is_not_capped() -> None:
