@@ -1,0 +1,247 @@
+"""Publishing what scripts/gpu_suite.py measured: copies in benchmarks/results/, tables between marks in the README.
+
+A mark is an HTML comment: `<!-- gpu:rows -->` begins the table of the published rows, `<!-- /gpu:rows -->` ends it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from engine.recipes import EVAL_RECIPES, EXPECTED
+from experiments.cifar10 import report
+from util.errors import UserError
+from util.files import atomic_write, write_json
+
+NAME = re.compile(r"[A-Za-z0-9_-]+")
+TABLES = ("latency", "orders", "train", "evaluation")  # groups of parts that have a table of their own
+Content = dict[str, Any]
+
+
+def read_group(folder: Path, summary: Content, group: str) -> Content:
+    """The finished parts of a group with their conditions and results; of the tests also those that failed."""
+    states = ("finished", "failed") if group == "tests" else ("finished",)
+
+    def result(part: Content) -> Content:
+        content = json.loads((folder / part["result"]).read_text())
+        return {key: value for key, value in content.items() if key != "output"}  # a path of the machine it ran on
+
+    parts = {
+        name: {key: part[key] for key in ("command", "quick", "date", "seconds")} | {"result": result(part)}
+        for name, part in summary["parts"].items()
+        if part["group"] == group and part["state"] in states and (folder / part["result"]).is_file()
+    }
+    return {key: value for key, value in summary.items() if key != "parts"} | {"parts": parts}
+
+
+def publish(folder: Path, name: str, root: Path) -> None:
+    """Copy the results of a suite to ``root``/benchmarks/results/*_NAME and fill the README's tables from them.
+
+    What has not been measured keeps the copy and the table that it has.
+
+    Raises:
+        UserError: if there are no results, or they are of tiny models or of a CPU.
+    """
+    path = folder / "summary.json"
+    if not path.is_file():
+        raise UserError(f"{folder} has no summary.json; run python -m scripts.gpu_suite --output_dir {folder} first.")
+    summary = json.loads(path.read_text())
+    if summary["device"] == "CPU" or any(part["tiny"] for part in summary["parts"].values()):
+        raise UserError(f"{folder} holds figures of tiny models or of a CPU, which mean nothing and are not published.")
+    results = root / "benchmarks" / "results"
+    groups = {group: read_group(folder, summary, group) for group in ("tests", *TABLES)}
+    groups = {group: content for group, content in groups.items() if content["parts"]}
+    for group, content in groups.items():
+        write_json(results / f"{group}_{name}.json", content)
+    kernels, photos = (summary["parts"].get(part, {}).get("state") == "finished" for part in ("kernels", "photos"))
+    if kernels:
+        tables = [table.read_bytes() for table in sorted((folder / "kernels").glob("*.txt"))]
+        with atomic_write(results / f"kernels_{name}.txt") as file:
+            file.write(b"\n".join(tables))
+    if photos:
+        report.publish(folder / "photos" / "report", name, root)
+    readme = root / "README.md"
+    text = readme.read_text()
+    for mark, table in blocks(groups, name):
+        text = fill(text, mark, table)
+    with atomic_write(readme) as file:
+        file.write(text.encode())
+    print(f"{', '.join(groups)}: {results}/*_{name}.json and {readme}")
+
+
+def fill(text: str, mark: str, table: str) -> str:
+    """The text with what stands between the marks replaced. UserError if it has not both marks once."""
+    begin, end = f"<!-- gpu:{mark} -->", f"<!-- /gpu:{mark} -->"
+    before, found_begin, rest = text.partition(begin)
+    _, found_end, after = rest.partition(end)
+    if not (found_begin and found_end) or begin in rest or end in after:
+        raise UserError(f"the README must have '{begin}' and then '{end}', once each.")
+    return f"{before}{begin}\n{table}\n{end}{after}"
+
+
+def blocks(groups: Content, name: str) -> Iterator[tuple[str, str]]:
+    """(mark, Markdown) of everything that can be told from the groups of a publication."""
+    yield "status", status(groups)
+    if "latency" in groups:
+        parts = groups["latency"]["parts"]
+        for mark, names, table in (
+            ("paths", ["latency_by_path"], by_path),
+            ("rows", [f"latency_{row}" for row in EVAL_RECIPES], by_row),
+        ):
+            chosen = groups["latency"] | {"parts": {part: parts[part] for part in names if part in parts}}
+            if chosen["parts"]:
+                yield mark, f"{table(chosen['parts'])}\n\n{conditions(chosen, f'latency_{name}', protocol(chosen))}"
+    for mark, tabulate in (("train", training), ("orders", orders), ("evaluation", evaluation)):
+        if mark in groups:
+            content = groups[mark]
+            result = content["parts"][mark]["result"]
+            yield mark, f"{tabulate(result)}\n\n{conditions(content, f'{mark}_{name}', [])}"
+
+
+def status(groups: Content) -> str:
+    """One sentence on what has been run."""
+    content = next(iter(groups.values()), None)
+    if content is None:
+        raise UserError("no part of the suite has finished; there is nothing to publish.")
+    text = f"**Measured on one {content['device']}**: [speed on a GPU](#speed-on-a-gpu)."
+    if "tests" in groups:
+        counts = groups["tests"]["parts"]["tests"]["result"]
+        text += f" GPU tests: {', '.join(f'{counts[key]} {key}' for key in ('passed', 'failed', 'skipped'))}."
+    return text
+
+
+def conditions(content: Content, file: str, more: list[str]) -> str:
+    """The line below a table: device, versions, date, command, protocol, and where all figures are."""
+    parts = content["parts"].values()
+    dates = sorted({part["date"] for part in parts})
+    days = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
+    driver = [] if content["driver"] is None else [f"driver {content['driver']}"]
+    quick = " --quick" if any(part["quick"] for part in parts) else ""
+    facts = [content["device"], *driver, f"torch {content['torch']}", f"triton {content['triton']}", days, *more]
+    command = f"`python -m scripts.gpu_suite --output_dir DIR{quick}`"
+    text = f"{', '.join(facts)}; {command} ([all figures](benchmarks/results/{file}.json))."
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def protocol(content: Content) -> list[str]:
+    """How many runs the medians are of, by batch size."""
+    results = [result for part in content["parts"].values() for result in part["result"]["results"]]
+    counts = sorted({(result["batch_size"], result["warmup"], result["runs"]) for result in results})
+    runs = (f"batch {size}: {runs} runs after {warmup}" for size, warmup, runs in counts)
+    return [f"random weights, medians ({'; '.join(runs)})"]
+
+
+def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    head = list(head)
+    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)).replace("| --- |", "|---|")
+
+
+def figure(value: float | None, form: str, unit: str = "") -> str:
+    """A value, or a dash where it was not measured."""
+    return "–" if value is None else f"{value:{form}}{unit}"
+
+
+def percent(share: float | None) -> str:
+    return "–" if share is None else f"{100 * share:.0f}%"
+
+
+def title(model: str) -> str:
+    """ "lpd_l" as the paper writes it."""
+    return model.upper().replace("_", "-")
+
+
+def by_path(parts: Content) -> str:
+    """Latency of one image by decode path."""
+    results = [result for part in parts.values() for result in part["result"]["results"]]
+    found = {(result["path"], result["pixels"]): result for result in results}
+    plain = found.get(("plain", True))
+    rows = []
+    for path in dict.fromkeys(result["path"] for result in results):
+        codes, pixels = (found.get((path, with_pixels), {}) for with_pixels in (False, True))
+        both = plain is not None and pixels
+        rows.append(
+            [
+                f"`{path}`",
+                figure(codes.get("median_ms"), ".1f", " ms"),
+                figure(pixels.get("median_ms"), ".1f", " ms"),
+                figure(plain["median_ms"] / pixels["median_ms"] if plain and both else None, ".1f"),
+                figure(codes.get("graph_nodes"), ","),
+                figure(pixels.get("peak_memory_gib"), ".1f", " GiB"),
+            ]
+        )
+    head = ("LPD-L, 256 px, 20 steps, guided, one image", "codes", "with pixels", "times as fast as `plain`")
+    return markdown((*head, "graph nodes (codes)", "peak memory"), rows)
+
+
+def by_row(parts: Content) -> str:
+    """The published evaluations: one image and batches of 64, with pixels, beside the paper's figures."""
+    rows = []
+    for name in (name for name in EVAL_RECIPES if f"latency_{name}" in parts):
+        recipe, paper = EVAL_RECIPES[name], EXPECTED[name]
+        results = {result["batch_size"]: result for result in parts[f"latency_{name}"]["result"]["results"]}
+        one, many = results[1], results[64]
+        rows.append(
+            [
+                f"{title(recipe['model'])}, {recipe['img_size']} px, {recipe['generation_steps']} steps",
+                f"{one['median_ms']:.1f} ms",
+                f"{1000 * paper.latency_s:.0f} ms",
+                percent(one["weight_bytes_share"]),
+                percent(one["flops_share"]),
+                f"{many['images_per_sec']:.1f}",
+                f"{paper.images_per_sec:.1f}",
+                percent(many["flops_share"]),
+                f"{many['peak_memory_gib']:.1f} GiB",
+            ]
+        )
+    head = ("with pixels, guided", "batch 1", "paper, A100", "of the bandwidth", "of the arithmetic")
+    return markdown((*head, "batch 64, images/s", "paper, A100", "of the arithmetic", "peak memory"), rows)
+
+
+def training(result: Content) -> str:
+    """Training in one process at the batch size of the recipe."""
+    rows = [
+        [
+            row["name"],
+            figure(row.get("images_per_sec"), ".0f") if "failed" not in row else row["failed"],
+            percent(row.get("peak_share")),
+            figure(1000 * row["median_sec_per_step"] if "failed" not in row else None, ".0f", " ms"),
+            f"{row['peak_memory_gib']:.1f} GiB",
+        ]
+        for row in result["rows"]
+    ]
+    what = f"training step, {title(result['model'])}, {result['img_size']} px"
+    head = f"{what}, {result['batch_size']} images, {result['dtype']}"
+    return markdown((head, "images/s", "of a large product's FLOP/s", "a step", "peak memory"), rows)
+
+
+def orders(result: Content) -> str:
+    """Orders per second by implementation and grid."""
+    drawing = result["drawing"]
+    sizes = dict.fromkeys((row["img_size"], row["steps"]) for row in drawing)
+    rates = {(row["implementation"], row["img_size"]): row["orders_per_sec"] for row in drawing}
+    rows = [
+        [name, *(figure(rates.get((name, img_size)), ",.0f", "/s") for img_size, _ in sizes)]
+        for name in dict.fromkeys(row["implementation"] for row in drawing)
+    ]
+    head = (f"{size // 16}×{size // 16} tokens, {steps} steps" for size, steps in sizes)
+    return markdown(("locality-aware orders", *head), rows)
+
+
+def evaluation(result: Content) -> str:
+    """Images per second with and without scores, and the scores' share of a whole evaluation."""
+    weights = ", random weights" if result["random_extractor_weights"] else ""
+    extractor = f"{result['extractor']}{weights}"
+    rows = [
+        ["pictures alone, images/s", f"{result['images_per_sec_without_scores']:.1f}"],
+        ["from codes to pixels, of the time of a picture", percent(result["pixels_share_of_generating"])],
+        [f"with features ({extractor}), images/s", f"{result['images_per_sec_with_features']:.1f}"],
+        ["scores, after the last image", f"{result['scores_sec']:.1f} s"],
+        ["features and scores, of an evaluation of 50,000 images (extrapolated)",
+         percent(result["scoring_share_of_50000_images"])],
+    ]  # fmt: skip
+    what = f"an evaluation, {title(result['model'])}, {result['img_size']} px, {result['generation_steps']} steps"
+    return markdown((f"{what}, batches of {result['eval_bsz']}", ""), rows)
