@@ -123,14 +123,20 @@ class Parts:
         listed = (*first, "--paths", "graph", "--outputs", "pixels", "--warmup", "2", "--runs", "2")
         pixels = ("--paths", "graph", "--outputs", "pixels", *runs)
         rows = {row: 60 if "256" in row else 90 for row in EVAL_RECIPES}
-        inception = self.config.inception_path
+        path = self.config.inception_path
+        inception = () if path is None else ("--inception_path", path.resolve())
         return [
             part("latency", "latency_by_path", 110 * slow, *first, *runs),
             part("kernels", "kernels", 40, *listed, "--profile", self.out / "kernels", module="latency"),
             *(part("latency", f"latency_{row}", sec * slow, "--rows", row, *pixels) for row, sec in rows.items()),
             part("orders", "orders", 60, *(("--num", "20000") if quick else ())),
             part("train", "train", 150, *(("--steps", "20") if quick else ())),
-            part("evaluation", "evaluation", 90, *(("--inception_path", inception) if inception is not None else ())),
+            part(
+                "evaluation",
+                "evaluation",
+                90,
+                *inception,
+            ),
         ]
 
     def _tiny(self) -> list[Part]:
