@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import importlib.metadata
+import importlib
 import json
 import os
 import shlex
@@ -210,7 +210,7 @@ def machine(device: torch.device) -> dict[str, Any]:
             driver = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
         except (OSError, subprocess.CalledProcessError, IndexError):
             driver = None
-        triton = importlib.metadata.version("triton")
+        triton = importlib.import_module("triton").__version__  # only wheels for GPUs bring it
     return {
         "device": torch.cuda.get_device_name(device) if cuda else "CPU",
         "driver": driver,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from util.files import atomic_write, write_json
 
 NAME = re.compile(r"[A-Za-z0-9_-]+")
 TABLES = ("latency", "orders", "train", "evaluation")  # groups of parts that have a table of their own
+KEPT = "\0"  # a space at which no line is broken
 Content = dict[str, Any]
 
 
@@ -66,7 +67,7 @@ def publish(folder: Path, name: str, root: Path) -> None:
         report.publish(folder / "photos" / "report", name, root)
     readme = root / "README.md"
     text = readme.read_text()
-    for mark, table in blocks(groups, name):
+    for mark, table in blocks(groups, name, kernels):
         text = fill(text, mark, table)
     with atomic_write(readme) as file:
         file.write(text.encode())
@@ -83,23 +84,29 @@ def fill(text: str, mark: str, table: str) -> str:
     return f"{before}{begin}\n{table}\n{end}{after}"
 
 
-def blocks(groups: Content, name: str) -> Iterator[tuple[str, str]]:
-    """(mark, Markdown) of everything that can be told from the groups of a publication."""
+def blocks(groups: Content, name: str, kernels: bool) -> Iterator[tuple[str, str]]:
+    """(mark, Markdown) of everything that can be told from the groups of a publication.
+
+    Args:
+        kernels: whether it has a list of kernels.
+    """
     yield "status", status(groups)
     if "latency" in groups:
         parts = groups["latency"]["parts"]
-        for mark, names, table in (
-            ("paths", ["latency_by_path"], by_path),
-            ("rows", [f"latency_{row}" for row in EVAL_RECIPES], by_row),
+        listed = {"kernels of `graph`": f"kernels_{name}.txt"} if kernels else {}
+        for mark, names, table, more in (
+            ("paths", ["latency_by_path"], by_path, listed),
+            ("rows", [f"latency_{row}" for row in EVAL_RECIPES], by_row, {}),
         ):
             chosen = groups["latency"] | {"parts": {part: parts[part] for part in names if part in parts}}
             if chosen["parts"]:
-                yield mark, f"{table(chosen['parts'])}\n\n{conditions(chosen, f'latency_{name}', protocol(chosen))}"
+                files = {"all figures": f"latency_{name}.json"} | more
+                yield mark, f"{table(chosen['parts'])}\n\n{conditions(chosen, files, protocol(chosen))}"
     for mark, tabulate in (("train", training), ("orders", orders), ("evaluation", evaluation)):
         if mark in groups:
             content = groups[mark]
             result = content["parts"][mark]["result"]
-            yield mark, f"{tabulate(result)}\n\n{conditions(content, f'{mark}_{name}', [])}"
+            yield mark, f"{tabulate(result)}\n\n{conditions(content, {'all figures': f'{mark}_{name}.json'}, [])}"
 
 
 def status(groups: Content) -> str:
@@ -114,8 +121,8 @@ def status(groups: Content) -> str:
     return text
 
 
-def conditions(content: Content, file: str, more: list[str]) -> str:
-    """The line below a table: device, versions, date, command, protocol, and where all figures are."""
+def conditions(content: Content, files: dict[str, str], more: list[str]) -> str:
+    """The line below a table: device, versions, date, protocol, command, and links to files by what they hold."""
     parts = content["parts"].values()
     dates = sorted({part["date"] for part in parts})
     days = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
@@ -123,8 +130,10 @@ def conditions(content: Content, file: str, more: list[str]) -> str:
     quick = " --quick" if any(part["quick"] for part in parts) else ""
     facts = [content["device"], *driver, f"torch {content['torch']}", f"triton {content['triton']}", days, *more]
     command = f"`python -m scripts.gpu_suite --output_dir DIR{quick}`"
-    text = f"{', '.join(facts)}; {command} ([all figures](benchmarks/results/{file}.json))."
-    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
+    links = (f"[{what}](benchmarks/results/{file})" for what, file in files.items())
+    whole = [text.replace(" ", KEPT) for text in (command, *links)]  # not broken into lines
+    text = f"{', '.join(facts)}; {whole[0]} ({', '.join(whole[1:])})."
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False).replace(KEPT, " ")
 
 
 def protocol(content: Content) -> list[str]:
@@ -135,9 +144,11 @@ def protocol(content: Content) -> list[str]:
     return [f"random weights, medians ({'; '.join(runs)})"]
 
 
-def markdown(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    head = list(head)
-    return "\n".join(f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *rows)).replace("| --- |", "|---|")
+def markdown(head: Sequence[str], rows: Iterable[Iterable[str]]) -> str:
+    """A table."""
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, *rows)]
+    lines.insert(1, "|" + "---|" * len(tuple(head)))
+    return "\n".join(lines)
 
 
 def figure(value: float | None, form: str, unit: str = "") -> str:
@@ -227,7 +238,7 @@ def orders(result: Content) -> str:
         [name, *(figure(rates.get((name, img_size)), ",.0f", "/s") for img_size, _ in sizes)]
         for name in dict.fromkeys(row["implementation"] for row in drawing)
     ]
-    head = (f"{size // 16}×{size // 16} tokens, {steps} steps" for size, steps in sizes)
+    head = [f"{size // 16}×{size // 16} tokens, {steps} steps" for size, steps in sizes]
     return markdown(("locality-aware orders", *head), rows)
 
 

@@ -245,7 +245,8 @@ def test_publishing_fills_the_readme_and_does_so_again(tmp_path: Path, repositor
     assert "| `plain` | 100.0 ms | 100.0 ms | 1.0 | – | 3.2 GiB |" in paths
     assert "| `graph` | 12.5 ms | 20.0 ms | 5.0 | 2,345 | 3.2 GiB |" in paths
     assert "a GPU, driver 570.1, torch 2.11.0, triton 3.6.0, 2026-01-02, random weights, medians (batch 1: 50" in paths
-    assert "`python -m scripts.gpu_suite --output_dir DIR --quick`" in " ".join(paths.split())
+    assert "`python -m scripts.gpu_suite --output_dir DIR --quick`" in paths
+    assert "[kernels of `graph`](benchmarks/results/kernels_test.txt)" in paths
     row = "| LPD-L, 256 px, 20 steps | 20.0 ms | 280 ms | 25% | – | 320.0 | 139.1 | – | 3.2 GiB |"
     assert row in between(text, "rows")
     train = between(text, "train")
@@ -257,7 +258,8 @@ def test_publishing_fills_the_readme_and_does_so_again(tmp_path: Path, repositor
     assert "(extrapolated) | 25% |" in evaluation
     for mark in ("paths", "rows", "train", "orders", "evaluation"):
         table = [line for line in between(text, mark).splitlines() if line.startswith("|")]
-        assert len({line.count(" | ") for line in table if "---" not in line}) == 1
+        assert len({line.count("|") for line in table}) == 1
+        assert set(table[1]) == {"|", "-"}
     results = {path.name for path in (repository / "benchmarks" / "results").iterdir()}
     groups = ("tests", "latency", "orders", "train", "evaluation")
     assert results == {*(f"{group}_test.json" for group in groups), "kernels_test.txt"}
