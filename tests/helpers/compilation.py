@@ -15,10 +15,13 @@ import models.mask
 
 
 @contextlib.contextmanager
-def captured_graphs() -> Iterator[Callable[[], int]]:
-    """What is compiled in the block is captured, split into forward and backward, and run as it stands.
+def captured_graphs(backend: str = "eager") -> Iterator[Callable[[], int]]:
+    """What is compiled in the block is captured and run as it stands; code that does not make one whole graph raises.
 
-    Code that would have to be cut into two graphs raises. What is given tells the number of graphs so far.
+    The function that is given tells the number of graphs so far.
+
+    Args:
+        backend: "aot_eager" splits graphs into forward and backward as well.
     """
     compile_ = torch.compile
     kept = models.loss._fused_loss_and_gradient, models.mask._fused_flex_attention
@@ -30,7 +33,7 @@ def captured_graphs() -> Iterator[Callable[[], int]]:
             function.cache_clear()
 
     def captured(function: Callable[..., Any], dynamic: bool | None = None) -> Callable[..., Any]:
-        return compile_(function, dynamic=dynamic, fullgraph=True, backend="aot_eager")
+        return compile_(function, dynamic=dynamic, fullgraph=True, backend=backend)
 
     forget()
     with patch.object(torch, "compile", captured):
