@@ -28,9 +28,9 @@ def _mask_mod(group_sizes: Sequence[int], num_rows: int, device: torch.device) -
     A row sees the rows of its own kind (context or query) and group, and the context of earlier groups. The class token
     is a group of its own before the first.
     """
-    # Made on the host: repeats that live on a device would have to be read back.
-    group_L = torch.arange(1, len(group_sizes) + 1, dtype=torch.int32).repeat_interleave(torch.tensor(group_sizes))
-    L = len(group_L)
+    L = sum(group_sizes)
+    groups = torch.arange(1, len(group_sizes) + 1, dtype=torch.int32)
+    group_L = groups.repeat_interleave(torch.tensor(group_sizes), output_size=L)
     group_R = torch.cat([group_L.new_zeros(1), group_L[:-1], group_L]).to(device)
     first_row = 2 * L - num_rows
 

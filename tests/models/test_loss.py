@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from models.loss import linear_cross_entropy
+from tests.helpers.fake_gpu import NoCopiesBetweenDevices, fake_gpu
 
 
 def case(dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -64,3 +65,16 @@ def test_compiled_on_a_gpu_equals_plain() -> None:
             loss = linear_cross_entropy(features, weight, targets, chunk_elements=128_000, fused=fused)
         results.append((loss.detach(), *torch.autograd.grad(loss, (features, weight))))
     torch.testing.assert_close(results[1], results[0], rtol=1e-2, atol=1e-4)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+def test_loss_and_gradients_are_float32_on_a_gpu_and_made_without_waiting(bf16: bool) -> None:
+    """On one that is not there. The gradients are kept from the forward pass on."""
+    with fake_gpu(), torch.device("cuda"):
+        features, weight, targets = case(torch.float32)
+        with NoCopiesBetweenDevices(), torch.autocast("cuda", torch.bfloat16, enabled=bf16):
+            loss = linear_cross_entropy(features, weight, targets, chunk_elements=21)
+        assert loss.grad_fn is not None
+        kept = loss, *loss.grad_fn.saved_tensors  # type: ignore[attr-defined]
+        assert [tuple(tensor.shape) for tensor in kept] == [(), (10, 6), (7, 6)]
+        assert {(tensor.device.type, tensor.dtype) for tensor in kept} == {("cuda", torch.float32)}

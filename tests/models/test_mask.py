@@ -32,22 +32,26 @@ def test_block_mask_rule_is_the_dense_mask(group_sizes: list[int], num_rows: int
     assert torch.equal(rule(rows, rows, rows, columns), training_mask(group_sizes)[-num_rows:])
 
 
-@pytest.mark.parametrize("group_sizes", published_group_sizes(256, 16)[::3])
+@pytest.mark.parametrize("group_sizes", [*published_group_sizes(256), *published_group_sizes(512)], ids=len)
 def test_blocks_that_are_skipped_or_taken_whole(group_sizes: tuple[int, ...]) -> None:
     """A wrongly skipped block would lose visible rows, a wrongly whole one would show the future."""
     dense = training_mask(group_sizes)
-    for num_rows in (512, 256):
+    for num_rows in (len(dense), len(dense) // 2):
         mask = training_block_mask(group_sizes, num_rows)
-        tiles = dense[-num_rows:].unflatten(0, (-1, 128)).unflatten(2, (-1, 128))
         assert mask.full_kv_num_blocks is not None
         assert mask.full_kv_indices is not None
-        for row in range(num_rows // 128):
-            partial = set(mask.kv_indices[0, 0, row, : mask.kv_num_blocks[0, 0, row]].tolist())
-            full = set(mask.full_kv_indices[0, 0, row, : mask.full_kv_num_blocks[0, 0, row]].tolist())
-            for column in range(4):
-                seen = tiles[row, :, column]
-                assert (column in full) == bool(seen.all())
-                assert (column in partial) == bool(seen.any() and not seen.all())
+        tiles = dense[-num_rows:].unflatten(0, (-1, 128)).unflatten(2, (-1, 128)).transpose(1, 2)
+        whole = tiles.all(dim=-1).all(dim=-1)
+        assert torch.equal(named_blocks(mask.full_kv_num_blocks, mask.full_kv_indices), whole)
+        assert torch.equal(named_blocks(mask.kv_num_blocks, mask.kv_indices), tiles.any(dim=-1).any(dim=-1) & ~whole)
+
+
+def named_blocks(counts_11N: torch.Tensor, indices_11NM: torch.Tensor) -> torch.Tensor:
+    """bool (N, M): which of its M blocks each of N rows of blocks names."""
+    blocks = torch.zeros(indices_11NM.shape[2:], dtype=torch.bool)
+    for row, count in enumerate(counts_11N[0, 0].tolist()):
+        blocks[row, indices_11NM[0, 0, row, :count].long()] = True
+    return blocks
 
 
 def features_and_gradients(

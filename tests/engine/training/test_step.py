@@ -23,6 +23,7 @@ from models import build_model, model_config
 from models.lpd import LPD
 from orders import published_group_sizes
 from tests.helpers.commands import run as run_command
+from tests.helpers.compilation import captured_graphs
 from tests.helpers.pictures import pixels_of
 from tests.helpers.processes import ALONE, in_processes
 from tests.helpers.tiny_models import tiny_tokenizer
@@ -206,35 +207,46 @@ def test_evaluation_of_the_average_is_that_of_its_weights(tmp_path: Path, capsys
     assert "average.pth holds no moving average of the weights" in capsys.readouterr().err.splitlines()[-1]
 
 
-def plain_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Graphs are captured and split into forward and backward, but no code is generated, which takes a minute."""
-    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
-    torch._dynamo.reset()
-    torch._dynamo.utils.counters.clear()
-
-
-def test_compiled_step_equals_the_plain_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_compiled_step_equals_the_plain_one() -> None:
     """One graph for all blocks but the last and every schedule; afterwards the model is as it was."""
-    plain_compile(monkeypatch)
     results = []
     for compiled in (False, True):
         model = build(dropout=0.0)
         names = list(model.state_dict())
-        step = TrainStep(model, TrainConfig(compile=compiled), ALONE)
-        losses = [step(parts(model, seed), group_sizes, 1e-2) for seed, group_sizes in enumerate(SCHEDULES)]
+        with captured_graphs("aot_eager") as graphs:
+            step = TrainStep(model, TrainConfig(compile=compiled), ALONE)
+            losses = [step(parts(model, seed), group_sizes, 1e-2) for seed, group_sizes in enumerate(SCHEDULES)]
+            assert graphs() == (3 if compiled else 0)  # blocks, last block, loss
         results.append((losses, model.state_dict()))
         assert list(model.state_dict()) == names
         assert all("forward" not in vars(block) for block in model.blocks)
     torch.testing.assert_close(results[1], results[0], rtol=1e-10, atol=1e-10)
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3  # blocks, last block, loss
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+def test_few_whole_graphs_serve_all_published_schedules(monkeypatch: pytest.MonkeyPatch, bf16: bool) -> None:
+    """With FlexAttention: blocks, last block, loss. Another schedule's mask must be data to them, not a reason."""
+    model = build_model("lpd_debug", depth=3, class_num=CLASSES, vocab_size=V)
+    counts = []
+    with captured_graphs("aot_eager") as graphs:
+        as_on_a_gpu(monkeypatch)
+        step = TrainStep(model, TrainConfig(compile=True, attention="flex", bf16=bf16), ALONE)
+        for seed, group_sizes in enumerate(published_group_sizes(256, 16)):
+            step(parts(model, seed, batch=1), group_sizes, 1e-4)
+            counts.append(graphs())
+    assert counts == [3] * len(counts)
+
+
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FlexAttention is compiled in training; on a CPU torch refuses its backward pass, which its plain code has."""
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
+    monkeypatch.setattr(engine.training.step, "why_no_flex", lambda *settings: None)
+    monkeypatch.setattr(models.mask, "flex_attention", models.mask._fused_flex_attention())
 
 
 def compiled_processes(folder: Path, dist: Dist) -> None:
-    with pytest.MonkeyPatch.context() as patch:
-        plain_compile(patch)
-        patch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
-        patch.setattr(engine.training.step, "why_no_flex", lambda *settings: None)
-        patch.setattr(models.mask, "flex_attention", models.mask._fused_flex_attention())  # as on a GPU
+    with pytest.MonkeyPatch.context() as patch, captured_graphs("aot_eager"):
+        as_on_a_gpu(patch)
         for name, fsdp, checkpointing in (("ddp", False, True), ("fsdp", True, False), ("fsdp_ckpt", True, True)):
             torch.manual_seed(0)
             shape = {"img_size": 64, "class_num": CLASSES, "vocab_size": V, "grad_checkpointing": checkpointing}
