@@ -8,12 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from util.config import check, setting
 from util.counter_rng import fold_in, random_bits
 from util.errors import UserError
 
 CFG_SCHEDULES = ("linear", "constant")
+_SCAN, _RACE = 128, 512  # codes that one program of a GPU sums up, or draws the best of
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,28 @@ def filter_logits(logits_BNV: torch.Tensor, top_k: int = 0, top_p: float = 1.0) 
     if top_p < 1.0:
         sorted_logits, codes = logits_BNV.sort(dim=-1, descending=True)
         probabilities = sorted_logits.softmax(dim=-1)
-        mass_before = probabilities.cumsum(dim=-1) - probabilities
+        mass_before = _running_sum(probabilities) - probabilities
         excluded = torch.zeros_like(logits_BNV, dtype=torch.bool).scatter(-1, codes, mass_before >= top_p)
         logits_BNV = logits_BNV.masked_fill(excluded, -torch.inf)
     return logits_BNV
+
+
+def _running_sum(x_BNV: torch.Tensor) -> torch.Tensor:
+    """`x.cumsum(-1)` in two stages, in blocks and over blocks: torch.compile fails on so long a sum on a GPU."""
+    V = x_BNV.shape[-1]
+    blocks = F.pad(x_BNV, (0, -V % _SCAN)).unflatten(-1, (-1, _SCAN))
+    sums = blocks.sum(dim=-1)
+    before = sums.cumsum(dim=-1) - sums
+    return (before[..., None] + blocks.cumsum(dim=-1)).flatten(-2)[..., :V]
+
+
+def _argmax(x_BNV: torch.Tensor) -> torch.Tensor:
+    """`x.argmax(-1)`, the first of equals, in two stages, so that a GPU's programs share the work on few rows."""
+    if x_BNV.shape[-1] % _RACE:
+        return x_BNV.argmax(dim=-1)
+    best, code = x_BNV.unflatten(-1, (-1, _RACE)).max(dim=-1)
+    chunk = best.argmax(dim=-1, keepdim=True)
+    return (chunk * _RACE + code.gather(-1, chunk)).squeeze(-1)
 
 
 def image_seeds(seed: int, numbers: torch.Tensor) -> torch.Tensor:
@@ -118,4 +138,4 @@ def sample(
         int64 (B, N) codes.
     """
     filtered = filter_logits(logits_BNV / temperature, top_k, top_p)
-    return (filtered - noise_BNV.log()).argmax(dim=-1)
+    return _argmax(filtered - noise_BNV.log())

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -92,7 +92,7 @@ class Decoder:
             model = packed_copy(model, self.path.removeprefix("packed").removeprefix("_") or "float32")
         elif self.compiled:
             model = share_weights(model, CompiledLPD)
-            self._draw = torch.compile(draw_codes)
+            self._draw = compile_draw()
             # A symbolic batch size would switch off the choice of layouts for convolutions.
             self._to_pixels = torch.compile(_to_pixels, dynamic=False)
             if bf16:
@@ -203,6 +203,17 @@ def resolve_path(path: str, device: torch.device, dtype: torch.dtype, bf16: bool
             f"decode path {path} is for float32 models on the CPU without bf16; use auto, plain or compiled."
         )
     return path
+
+
+def compile_draw() -> Callable[..., Tensor]:
+    """:func:`engine.decoding.loop.draw_codes`, compiled to two kernels where neither top-k nor top-p is on."""
+    options: dict[str, str | int | bool | Callable[..., Any]] = {
+        # A row's key, mixed by the first kernel itself: each of its programs has one row.
+        "realize_opcount_threshold": 1000,
+        # Fails where the batch size is symbolic, and looks at nothing else (torch 2.11).
+        "triton.coalesce_tiling_analysis": False,
+    }
+    return torch.compile(draw_codes, options=options)
 
 
 def _to_pixels(tokenizer: VQModel, codes: Tensor) -> Tensor:
