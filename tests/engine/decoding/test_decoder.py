@@ -13,7 +13,7 @@ from engine.decoding.decoder import Decoder
 from engine.decoding.loop import decode, draw_codes, make_cache
 from engine.generate import generate
 from models import build_model
-from models.inference import narrow_linear_weights, packed_copy, share_weights
+from models.inference import narrow_copy, packed_copy
 from models.lpd import LPD
 from models.sampling import Sampling
 from tests.helpers.tiny_models import far_from_initialisation, tiny_tokenizer
@@ -129,8 +129,7 @@ def test_weights_cast_once_are_those_autocast_casts() -> None:
     """Norms or the residual stream in bfloat16 would show here."""
     model = small_model()
     inputs = torch.randint(V, (2, 16)), torch.tensor([0, 3]), torch.arange(16).repeat(2, 1), SIZES
-    twin = share_weights(model)
-    narrow_linear_weights(twin)
+    twin = narrow_copy(model)
     assert model.head.weight.dtype == torch.float32
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(twin(*inputs), model(*inputs))
