@@ -95,9 +95,9 @@ def _between(
 
 
 def share_weights(model: LPD, kind: type[LPD] = LPD) -> LPD:
-    """A second model, of this class, in eval mode over the same parameter tensors."""
+    """A second model, of this class, in eval mode and without gradients, over the same parameter tensors."""
     with torch.device("meta"):
-        twin = kind(model.config)
+        twin = kind(model.config).requires_grad_(False)
     twin.load_state_dict(model.state_dict(), assign=True)
     return twin.eval()
 

@@ -311,7 +311,7 @@ def _to_pixels(tokenizer: VQModel, codes: Tensor) -> Tensor:
 def _narrow_decoder(tokenizer: VQModel) -> VQModel:
     """A tokenizer over the same weights whose decoding half is bfloat16, channels last."""
     with torch.device("meta"):
-        twin = VQModel(tokenizer.config)
+        twin = VQModel(tokenizer.config).requires_grad_(False)
     twin.load_state_dict(tokenizer.state_dict(), assign=True)
     twin.post_quant_conv.to(torch.bfloat16)
     twin.decoder.to(torch.bfloat16)
