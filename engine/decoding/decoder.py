@@ -89,15 +89,18 @@ class Decoder:
         if batch_size < 1:
             raise UserError(f"batch size {batch_size} must be at least 1.")
         sampling.check_top_k(model.config.vocab_size)
-        B, L = batch_size, model.config.num_tokens
+        orders = torch.arange(model.config.num_tokens).repeat(batch_size, 1)
+        seeds = torch.zeros(batch_size, dtype=torch.int64)
+        labels = torch.zeros_like(seeds) if with_class else None
+        model.check_inputs(orders, group_sizes)
+        check_batch(model, labels, orders, seeds, sampling.guided)
         # One piece of memory, filled by one copy. Orders and seeds, which compiled code reads, are aligned for it.
-        lengths = [B * L, B, B if with_class else 0]
-        self._inputs = torch.zeros(sum(lengths), dtype=torch.int64, device=self.device)
-        orders, self.seeds, labels = self._inputs.split(lengths)
-        self.orders, self.labels = orders.view(B, L), labels if with_class else None
-        self.orders.copy_(torch.arange(L).expand(B, L))
-        model.check_inputs(self.orders, group_sizes)
-        check_batch(model, self.labels, self.orders, self.seeds, sampling.guided)
+        tensors = [orders, seeds] if labels is None else [orders, seeds, labels]
+        self._inputs = torch.empty(sum(map(torch.numel, tensors)), dtype=torch.int64, device=self.device)
+        pieces = self._inputs.split([tensor.numel() for tensor in tensors])
+        self.orders, self.seeds = pieces[0].view_as(orders), pieces[1]
+        self.labels = None if labels is None else pieces[2]
+        self._copy_in(tensors)
         self._weights = [Weights(module) for module in (model, tokenizer) if module is not None]
         while not self._prepare(model, tokenizer, falls_back=path == "auto"):
             self.path = _FALLBACKS[self.path]

@@ -262,9 +262,7 @@ def test_auto_says_what_failed_and_takes_the_next_path(
         failed.append(weakref.ref(decoder.cache.key_values))
         raise torch.OutOfMemoryError("too little\nof it")
 
-    monkeypatch.setattr(
-        engine.decoding.decoder, "resolve_path", lambda path, *rest: "graph" if path == "auto" else path
-    )
+    monkeypatch.setattr(engine.decoding.decoder, "resolve_path", lambda *given: "graph")
     monkeypatch.setattr(Decoder, "_make", out_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
         Decoder(model, SIZES, Sampling(), 2, path="graph")
