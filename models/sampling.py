@@ -103,19 +103,20 @@ def image_seeds(seed: int, numbers: torch.Tensor) -> torch.Tensor:
     return fold_in(torch.tensor(seed), numbers)
 
 
-def exponential_noise(seeds_B: torch.Tensor, positions_BN: torch.Tensor, num_codes: int) -> torch.Tensor:
-    """Standard exponential noise that is a function of (seed, position, code) and nothing else.
+def noise_keys(seeds_B: torch.Tensor, positions_BN: torch.Tensor) -> torch.Tensor:
+    """Keys int64 (B, N) of the noise at raster indices `positions_BN` of images with these seeds, int64 too."""
+    return fold_in(seeds_B[:, None], positions_BN)
+
+
+def exponential_noise(keys_BN: torch.Tensor, num_codes: int) -> torch.Tensor:
+    """Standard exponential noise, float32 (B, N, V), > 0: a function of (seed, position, code) and nothing else.
 
     Neither the batch an image is in, nor the step a position is decoded at, nor the device changes the bits it gets.
 
     Args:
-        seeds_B: int64 (B,), one seed per image.
-        positions_BN: int64 (B, N) raster indices.
-
-    Returns:
-        float32 (B, N, V), > 0.
+        keys_BN: of :func:`noise_keys`.
     """
-    bits = random_bits(fold_in(seeds_B[:, None], positions_BN), num_codes)
+    bits = random_bits(keys_BN, num_codes)
     # Floats hold small bits exactly; small uniforms become the small exponentials that win the race.
     uniform = (bits.float() + 0.5) * 2.0**-31
     return -torch.log1p(-uniform.clamp(max=1.0 - 2.0**-24))

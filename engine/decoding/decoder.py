@@ -21,7 +21,7 @@ from engine.decoding.turns import GraphTurns, Turns
 from engine.decoding.weights import Weights
 from models.inference import CompiledLPD, can_pack, narrow_copy, packed_copy, share_weights
 from models.lpd import LPD
-from models.sampling import Sampling
+from models.sampling import Sampling, noise_keys
 from tokenizers import VQModel
 from util.errors import UserError
 from util.pictures import to_uint8
@@ -131,6 +131,7 @@ class Decoder:
 
     def _make(self, model: LPD, tokenizer: VQModel | None) -> None:
         self._draw: Callable[..., Tensor] = draw_codes
+        self._keys: Callable[[Tensor, Tensor], Tensor] = noise_keys
         self._to_pixels: Callable[[VQModel, Tensor], Tensor] = _to_pixels
         self.compiled = self.path in ("compiled", "graph")
         if self.path.startswith("packed"):
@@ -140,7 +141,7 @@ class Decoder:
         elif self.compiled:
             model = share_weights(model, CompiledLPD)
         if self.compiled:
-            self._draw = compile_draw()
+            self._draw, self._keys = compile_draw(self.device), torch.compile(noise_keys)
             # A symbolic batch size would switch off the choice of layouts for convolutions.
             self._to_pixels = torch.compile(_to_pixels, dynamic=False)
             if self.bf16 and tokenizer is not None:
@@ -247,7 +248,15 @@ class Decoder:
 
     def _run(self) -> Decoded:
         codes = decode(
-            self.model, self.labels, self.orders, self.seeds, self.group_sizes, self.sampling, self.cache, self._draw
+            self.model,
+            self.labels,
+            self.orders,
+            self.seeds,
+            self.group_sizes,
+            self.sampling,
+            self.cache,
+            self._draw,
+            self._keys,
         )
         if self.tokenizer is None:
             return Decoded(codes, None)
@@ -296,15 +305,13 @@ def _staged(tensors: list[Tensor]) -> Tensor:
     return torch.cat([tensor.reshape(-1) for tensor in tensors], out=staged)
 
 
-def compile_draw() -> Callable[..., Tensor]:
-    """:func:`engine.decoding.loop.draw_codes`, compiled to two kernels where neither top-k nor top-p is on."""
+def compile_draw(device: torch.device) -> Callable[..., Tensor]:
+    """:func:`engine.decoding.loop.draw_codes` compiled; on a GPU two kernels where neither top-k nor top-p is on."""
     options: dict[str, str | int | bool | Callable[..., Any]] = {
-        # A row's key, mixed by the first kernel itself: each of its programs has one row.
-        "realize_opcount_threshold": 1000,
-        # Fails where the batch size is symbolic, and looks at nothing else (torch 2.11).
-        "triton.coalesce_tiling_analysis": False,
+        "realize_opcount_threshold": 60,  # by default (30) the noise's bits would be written out by a third
+        "triton.coalesce_tiling_analysis": False,  # fails for a symbolic batch size, and ignores it (torch 2.11)
     }
-    return torch.compile(draw_codes, options=options)
+    return torch.compile(draw_codes, options=options if device.type == "cuda" else None)
 
 
 def _to_pixels(tokenizer: VQModel, codes: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from engine.decoding.decoder import compile_draw
 from engine.decoding.loop import draw_codes
-from models.sampling import Sampling, filter_logits, sample
+from models.sampling import Sampling, filter_logits, noise_keys, sample
 
 
 class LongestScan(TorchDispatchMode):
@@ -47,9 +47,10 @@ def test_the_best_code_is_the_first_of_equals(num_codes: int) -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("top_p", [1.0, 0.9])
 def test_gpu_compiles_the_draw_for_any_number_of_rows(top_p: float) -> None:
-    sampling, num_codes, compiled = Sampling(cfg=3.0, top_p=top_p), 16384, compile_draw()
+    sampling, num_codes, compiled = Sampling(cfg=3.0, top_p=top_p), 16384, compile_draw(torch.device("cuda"))
     for B, N in [(1, 1), (1, 3), (1, 20), (8, 20), (3, 5)]:
         logits = torch.randn(2 * B, N, num_codes, device="cuda")
         weights, seeds = torch.ones(N, device="cuda"), torch.arange(B, device="cuda")
-        arguments = logits, weights, seeds, torch.arange(N, device="cuda").repeat(B, 1), sampling
+        keys = noise_keys(seeds, torch.arange(N, device="cuda").repeat(B, 1))
+        arguments = logits, weights, keys, sampling
         assert torch.equal(compiled(*arguments), draw_codes(*arguments))

@@ -349,9 +349,9 @@ def recorded_logits(decoder: Decoder, inputs: tuple[torch.Tensor, ...]) -> torch
     """Logits (G, L, V) of all steps. What is drawn is fixed, so that paths can be compared to the end."""
     logits = []
 
-    def record(logits_GNV: torch.Tensor, weights: torch.Tensor, seeds: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def record(logits_GNV: torch.Tensor, weights: torch.Tensor, keys_BN: torch.Tensor, *rest: Any) -> torch.Tensor:
         logits.append(logits_GNV)
-        return (rest[0] + seeds[:, None]) % V
+        return keys_BN % V
 
     decoder._draw = record
     decoder(*inputs)
