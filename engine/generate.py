@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from engine.decoding.loop import check_batch, decode, make_cache
+from models.inference import narrow_copy
 from models.lpd import LPD
 from models.sampling import Sampling
 from tokenizers import VQModel
@@ -70,6 +71,8 @@ def _generate(
     check_batch(model, labels, orders, seeds, sampling.guided)
     labels = None if labels is None else labels.to(device, torch.int64)
     orders, seeds = orders.to(device, torch.int64), seeds.to(device, torch.int64)
+    if torch.is_autocast_enabled(device.type):
+        model = narrow_copy(model, torch.get_autocast_dtype(device.type), type(model))
     cache = make_cache(model, len(orders) * (2 if sampling.guided else 1))
     return decode(model, labels, orders, seeds, group_sizes, sampling, cache)
 

@@ -95,9 +95,9 @@ def _between(
 
 
 def share_weights(model: LPD, kind: type[LPD] = LPD) -> LPD:
-    """A second model, of this class, in eval mode over the same parameter tensors."""
+    """A second model, of this class, in eval mode and without gradients, over the same parameter tensors."""
     with torch.device("meta"):
-        twin = kind(model.config)
+        twin = kind(model.config).requires_grad_(False)
     twin.load_state_dict(model.state_dict(), assign=True)
     return twin.eval()
 
@@ -129,11 +129,14 @@ def can_pack(weights: str) -> bool:
     return "fbgemm" in torch.backends.quantized.supported_engines
 
 
-def narrow_linear_weights(model: LPD) -> None:
-    """Make the linear weights of a twin bfloat16, in place, to be run under autocast, which would cast them every time.
+def narrow_copy(model: LPD, dtype: torch.dtype = torch.bfloat16, kind: type[LPD] = LPD) -> LPD:
+    """A twin whose linear weights are cast once to `dtype`, to be run under autocast to it, with the same results.
 
-    Norms, embeddings and the residual stream stay float32, as autocast has them.
+    Autocast would cast them at every step: it keeps casts of weights that need gradients only, and in inference mode
+    none do. Norms, embeddings and the residual stream stay float32, as autocast has them.
     """
-    for module in model.modules():
-        if isinstance(module, nn.Linear):
-            module.to(torch.bfloat16)
+    twin = share_weights(model, kind)
+    for module in twin.modules():
+        if isinstance(module, nn.Linear) and module.weight.dtype != torch.float64:  # which autocast leaves alone
+            module.to(dtype)
+    return twin

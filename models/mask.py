@@ -28,10 +28,10 @@ def _mask_mod(group_sizes: Sequence[int], num_rows: int, device: torch.device) -
     A row sees the rows of its own kind (context or query) and group, and the context of earlier groups. The class token
     is a group of its own before the first.
     """
-    L = sum(group_sizes)
-    groups = torch.arange(1, len(group_sizes) + 1, dtype=torch.int32)
-    group_L = groups.repeat_interleave(torch.tensor(group_sizes), output_size=L)
-    group_R = torch.cat([group_L.new_zeros(1), group_L[:-1], group_L]).to(device)
+    L, repeats = sum(group_sizes), torch.tensor(group_sizes, device=device)
+    groups = torch.arange(1, len(group_sizes) + 1, dtype=torch.int32, device=device)
+    group_L = groups.repeat_interleave(repeats, output_size=L)  # without the size it would read the repeats back
+    group_R = torch.cat([group_L.new_zeros(1), group_L[:-1], group_L])
     first_row = 2 * L - num_rows
 
     def visible(batch: torch.Tensor, head: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> torch.Tensor:
@@ -84,6 +84,8 @@ def _fused_flex_attention() -> Any:
 
 
 def _attend_sdpa(mask_MR: torch.Tensor, dropout: float, query: torch.Tensor, key_value: torch.Tensor) -> torch.Tensor:
+    # On a GPU cuDNN may serve this: whatever the schedule there are two shapes, hence two plans. Decoding, where every
+    # step has a shape of its own, leaves cuDNN out.
     query_BHMK, (key, value) = query[:, :, -len(mask_MR) :], key_value.unbind()
     return F.scaled_dot_product_attention(query_BHMK, key, value, attn_mask=mask_MR, dropout_p=dropout)
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 
 from util.config import check, setting
 from util.counter_rng import fold_in, random_bits
 from util.errors import UserError
 
 CFG_SCHEDULES = ("linear", "constant")
+_SCAN, _RACE = 128, 512  # codes that one program of a GPU sums up, or draws the best of
 
 
 @dataclass(frozen=True)
@@ -72,10 +74,28 @@ def filter_logits(logits_BNV: torch.Tensor, top_k: int = 0, top_p: float = 1.0) 
     if top_p < 1.0:
         sorted_logits, codes = logits_BNV.sort(dim=-1, descending=True)
         probabilities = sorted_logits.softmax(dim=-1)
-        mass_before = probabilities.cumsum(dim=-1) - probabilities
+        mass_before = _running_sum(probabilities) - probabilities
         excluded = torch.zeros_like(logits_BNV, dtype=torch.bool).scatter(-1, codes, mass_before >= top_p)
         logits_BNV = logits_BNV.masked_fill(excluded, -torch.inf)
     return logits_BNV
+
+
+def _running_sum(x_BNV: torch.Tensor) -> torch.Tensor:
+    """`x.cumsum(-1)` in two stages, in blocks and over blocks: torch.compile fails on so long a sum on a GPU."""
+    V = x_BNV.shape[-1]
+    blocks = F.pad(x_BNV, (0, -V % _SCAN)).unflatten(-1, (-1, _SCAN))
+    sums = blocks.sum(dim=-1)
+    before = sums.cumsum(dim=-1) - sums
+    return (before[..., None] + blocks.cumsum(dim=-1)).flatten(-2)[..., :V]
+
+
+def _argmax(x_BNV: torch.Tensor) -> torch.Tensor:
+    """`x.argmax(-1)`, the first of equals, in two stages, so that a GPU's programs share the work on few rows."""
+    if x_BNV.shape[-1] % _RACE:
+        return x_BNV.argmax(dim=-1)
+    best, code = x_BNV.unflatten(-1, (-1, _RACE)).max(dim=-1)
+    chunk = best.argmax(dim=-1, keepdim=True)
+    return (chunk * _RACE + code.gather(-1, chunk)).squeeze(-1)
 
 
 def image_seeds(seed: int, numbers: torch.Tensor) -> torch.Tensor:
@@ -83,19 +103,20 @@ def image_seeds(seed: int, numbers: torch.Tensor) -> torch.Tensor:
     return fold_in(torch.tensor(seed), numbers)
 
 
-def exponential_noise(seeds_B: torch.Tensor, positions_BN: torch.Tensor, num_codes: int) -> torch.Tensor:
-    """Standard exponential noise that is a function of (seed, position, code) and nothing else.
+def noise_keys(seeds_B: torch.Tensor, positions_BN: torch.Tensor) -> torch.Tensor:
+    """Keys int64 (B, N) of the noise at raster indices `positions_BN` of images with these seeds, int64 too."""
+    return fold_in(seeds_B[:, None], positions_BN)
+
+
+def exponential_noise(keys_BN: torch.Tensor, num_codes: int) -> torch.Tensor:
+    """Standard exponential noise, float32 (B, N, V), > 0: a function of (seed, position, code) and nothing else.
 
     Neither the batch an image is in, nor the step a position is decoded at, nor the device changes the bits it gets.
 
     Args:
-        seeds_B: int64 (B,), one seed per image.
-        positions_BN: int64 (B, N) raster indices.
-
-    Returns:
-        float32 (B, N, V), > 0.
+        keys_BN: of :func:`noise_keys`.
     """
-    bits = random_bits(fold_in(seeds_B[:, None], positions_BN), num_codes)
+    bits = random_bits(keys_BN, num_codes)
     # Floats hold small bits exactly; small uniforms become the small exponentials that win the race.
     uniform = (bits.float() + 0.5) * 2.0**-31
     return -torch.log1p(-uniform.clamp(max=1.0 - 2.0**-24))
@@ -118,4 +139,4 @@ def sample(
         int64 (B, N) codes.
     """
     filtered = filter_logits(logits_BNV / temperature, top_k, top_p)
-    return (filtered - noise_BNV.log()).argmax(dim=-1)
+    return _argmax(filtered - noise_BNV.log())

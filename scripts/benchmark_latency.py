@@ -31,7 +31,7 @@ from engine.recipes import EVAL_RECIPES
 from models import MODEL_SIZES, model_config
 from models.flops import decoding_flops
 from models.lpd import LPD, LPDConfig
-from models.sampling import Sampling, guide, sample
+from models.sampling import Sampling, guide, noise_keys, sample
 from orders import group_sizes
 from scripts.benchmarking import (
     BenchmarkConfig,
@@ -111,7 +111,7 @@ def measure_draw(device: torch.device, vocab_size: int) -> dict[str, float]:
     logits, weights = torch.randn(2 * batch, 20, vocab_size, device=device), torch.ones(20, device=device)
 
     def own_noise() -> torch.Tensor:
-        return draw_codes(logits, weights, seeds, positions, Sampling(cfg=2.0))
+        return draw_codes(logits, weights, noise_keys(seeds, positions), Sampling(cfg=2.0))
 
     def torch_noise() -> torch.Tensor:
         conditional, unconditional = logits.chunk(2)

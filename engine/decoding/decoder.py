@@ -6,22 +6,29 @@ Shape legend: `B` images, `L` tokens of an image, `H` `W` pixels.
 from __future__ import annotations
 
 import contextlib
+import gc
+import itertools
+import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.decoding.loop import check_batch, decode, draw_codes, make_cache
-from models.inference import CompiledLPD, can_pack, narrow_linear_weights, packed_copy, share_weights
+from engine.decoding.turns import GraphTurns, Turns
+from engine.decoding.weights import Weights
+from models.inference import CompiledLPD, can_pack, narrow_copy, packed_copy, share_weights
 from models.lpd import LPD
-from models.sampling import Sampling
+from models.sampling import Sampling, noise_keys
 from tokenizers import VQModel
 from util.errors import UserError
 from util.pictures import to_uint8
 
+logger = logging.getLogger(__name__)
 DECODE_PATHS = ("auto", "plain", "packed", "packed_float16", "packed_int8", "compiled", "graph")
+_FALLBACKS = {"graph": "compiled", "compiled": "plain", "packed": "plain"}  # of auto, where preparing a path fails
 _PIXELS_AT_ONCE = 64 * 256 * 256  # decoded in one piece: enough to fill a GPU, and bounds the memory
 
 
@@ -37,14 +44,17 @@ class Decoder:
 
     The paths give the same images for the same seeds, up to the rounding of their precision:
 
-    - ``plain``: the model as it is, step by step.
+    - ``plain``: the model step by step, its linear weights cast once where `bf16` is on.
     - ``packed``: weights packed for the CPU's matrix kernels; ``packed_float16``, ``packed_int8``: stored so as well.
     - ``compiled``: what lies around the attention compiled, weights and VQ decoder cast once where `bf16` is on.
     - ``graph``: that, and all of it, from labels to pixels, captured in one CUDA graph with static buffers, and
       replayed. Nothing is read back from the device on the way.
-    - ``auto``: ``graph`` on a GPU, ``packed`` on a CPU where that is possible, else ``plain``.
+    - ``auto``: ``graph`` on a GPU, ``packed`` on a CPU where that is possible, else ``plain``. Where a path cannot be
+      prepared, a warning says why, and the next simpler one is taken.
 
-    The copies follow no later change of the model's weights.
+    A decoder serves the weights it was made with: once they have changed, a call is an error
+    (:class:`engine.decoding.weights.Weights` says which changes are seen). It may be called from several threads and
+    streams; calls then run one after the other, and so do those of all ``graph`` decoders of a GPU.
     """
 
     def __init__(
@@ -69,6 +79,7 @@ class Decoder:
 
         Raises:
             UserError: for settings that do not fit the model or the device.
+            Exception: of any kind, where a path other than ``auto`` cannot be prepared.
         """
         self.device = model.pos_embed.device
         self.path = resolve_path(path, self.device, model.pos_embed.dtype, bf16)
@@ -78,32 +89,74 @@ class Decoder:
         if batch_size < 1:
             raise UserError(f"batch size {batch_size} must be at least 1.")
         sampling.check_top_k(model.config.vocab_size)
-        L = model.config.num_tokens
-        self.orders = torch.arange(L, device=self.device).repeat(batch_size, 1)
-        self.seeds = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
-        self.labels = torch.zeros_like(self.seeds) if with_class else None
-        model.check_inputs(self.orders, group_sizes)
-        check_batch(model, self.labels, self.orders, self.seeds, sampling.guided)
+        orders = torch.arange(model.config.num_tokens).repeat(batch_size, 1)
+        seeds = torch.zeros(batch_size, dtype=torch.int64)
+        labels = torch.zeros_like(seeds) if with_class else None
+        model.check_inputs(orders, group_sizes)
+        check_batch(model, labels, orders, seeds, sampling.guided)
+        # One piece of memory, filled by one copy. Orders and seeds, which compiled code reads, are aligned for it.
+        tensors = [orders, seeds] if labels is None else [orders, seeds, labels]
+        self._inputs = torch.empty(sum(map(torch.numel, tensors)), dtype=torch.int64, device=self.device)
+        pieces = self._inputs.split([tensor.numel() for tensor in tensors])
+        self.orders, self.seeds = pieces[0].view_as(orders), pieces[1]
+        self.labels = None if labels is None else pieces[2]
+        self._copy_in(tensors)
+        self._weights = [Weights(module) for module in (model, tokenizer) if module is not None]
+        while not self._prepare(model, tokenizer, falls_back=path == "auto"):
+            self.path = _FALLBACKS[self.path]
 
+    def _prepare(self, model: LPD, tokenizer: VQModel | None, falls_back: bool) -> bool:
+        """Whether this path works; a failure is an error where there is nothing to fall back on."""
+        try:
+            self._make(model, tokenizer)
+            return True
+        except UserError:
+            raise
+        except Exception as error:
+            if not falls_back or self.path not in _FALLBACKS:
+                raise
+            reason = next(iter(str(error).strip().splitlines()), "")
+            logger.warning(
+                "decode path %s cannot be prepared (%s: %s); taking %s, which is slower; --decode_path %s shows all of "
+                "the error",
+                *(self.path, type(error).__name__, reason, _FALLBACKS[self.path], self.path),
+            )
+        # Here the error is gone, and with it the frames that held on to memory.
+        for name in ("model", "tokenizer", "cache", "graph", "_captured"):
+            self.__dict__.pop(name, None)
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return False
+
+    def _make(self, model: LPD, tokenizer: VQModel | None) -> None:
         self._draw: Callable[..., Tensor] = draw_codes
+        self._keys: Callable[[Tensor, Tensor], Tensor] = noise_keys
         self._to_pixels: Callable[[VQModel, Tensor], Tensor] = _to_pixels
         self.compiled = self.path in ("compiled", "graph")
         if self.path.startswith("packed"):
             model = packed_copy(model, self.path.removeprefix("packed").removeprefix("_") or "float32")
+        elif self.bf16:
+            model = narrow_copy(model, kind=CompiledLPD if self.compiled else type(model))
         elif self.compiled:
             model = share_weights(model, CompiledLPD)
-            self._draw = torch.compile(draw_codes)
+        if self.compiled:
+            self._draw, self._keys = compile_draw(self.device), torch.compile(noise_keys)
             # A symbolic batch size would switch off the choice of layouts for convolutions.
             self._to_pixels = torch.compile(_to_pixels, dynamic=False)
-            if bf16:
-                narrow_linear_weights(model)
-                tokenizer = None if tokenizer is None else _narrow_decoder(tokenizer)
+            if self.bf16 and tokenizer is not None:
+                tokenizer = _narrow_decoder(tokenizer)
         self.model, self.tokenizer = model, tokenizer
-        with self._mode():
-            self.cache = make_cache(model, batch_size * (2 if sampling.guided else 1))
         self.graph: torch.cuda.CUDAGraph | None = None
-        if self.path == "graph":
-            self._capture()
+        self._turns = GraphTurns.of(self.device) if self.path == "graph" else Turns(self.device)
+        with self._mode():
+            self.cache = make_cache(model, self.batch_size * (2 if self.sampling.guided else 1))
+            if self.compiled:  # compiles, or fails, here and not at the first call
+                self._run()
+        with self._turns.take() as stream:  # a first call on another stream waits for all this too
+            self._streams = {stream}
+            if isinstance(self._turns, GraphTurns):
+                self._capture(self._turns.capture_stream)
 
     def __call__(self, labels: Tensor | None, orders: Tensor, seeds: Tensor) -> Decoded:
         """Generate one batch.
@@ -132,25 +185,58 @@ class Decoder:
                 )
         if all(tensor.device.type == "cpu" for _, tensor, _ in given):
             check_batch(self.model, labels, orders, seeds, self.sampling.guided)
-        with self._mode():
-            for buffer, tensor, _ in given:
-                if self.device.type == "cuda" and tensor.device.type == "cpu":
-                    tensor = tensor.pin_memory()  # from other memory the copy would wait for what runs before it
-                buffer.copy_(tensor, non_blocking=True)
-            if self.graph is None:
+        tensors = [tensor for _, tensor, _ in given]
+        with self._turns.take() as stream:
+            if stream not in self._streams:
+                self._use_on(stream)
+            if self.graph is not None:
+                return self._replay(self.graph, tensors)
+            self._check_weights()
+            with self._mode():
+                self._copy_in(tensors)
                 return self._run()
-            self.graph.replay()
+
+    def _replay(self, graph: torch.cuda.CUDAGraph, tensors: list[Tensor]) -> Decoded:
+        with torch.inference_mode():
+            self._copy_in(tensors)
+            graph.replay()
             codes, images = self._captured
-            return Decoded(codes.clone(), None if images is None else images.clone())
+            decoded = Decoded(codes.clone(), None if images is None else images.clone())
+        self._check_weights()  # last, when the GPU is at work
+        return decoded
+
+    def _copy_in(self, tensors: list[Tensor]) -> None:
+        """Fill the static buffers from orders, seeds and, with classes, labels."""
+        if self.device.type == "cuda" and all(tensor.device.type == "cpu" for tensor in tensors):
+            self._inputs.copy_(_staged(tensors), non_blocking=True)
+            return
+        for buffer, tensor in zip((self.orders, self.seeds, self.labels), tensors, strict=False):
+            assert buffer is not None
+            if self.device.type == "cuda" and tensor.device.type == "cpu":
+                tensor = _staged([tensor]).view_as(buffer)
+            buffer.copy_(tensor, non_blocking=True)
+
+    def _check_weights(self) -> None:
+        if any(weights.changed() for weights in self._weights):
+            raise UserError("the model's weights have changed since this decoder was made; make a new one.")
+
+    def _use_on(self, stream: torch.cuda.Stream | None) -> None:
+        """Keep what calls on this stream use, if it is dropped meanwhile, until they are done."""
+        self._streams.add(stream)
+        modules = [module for module in (self.model, self.tokenizer) if module is not None]
+        held = itertools.chain(*(itertools.chain(module.parameters(), module.buffers()) for module in modules))
+        for tensor in (self._inputs, self.cache.key_values, *held):
+            tensor.record_stream(stream)  # type: ignore[arg-type]
 
     @contextlib.contextmanager
     def _mode(self) -> Iterator[None]:
         """Inference mode, autocast and choice of kernels while the decoder runs; restored whatever happens."""
         with contextlib.ExitStack() as stack:
+            if self.device.type == "cuda":
+                stack.enter_context(torch.cuda.device(self.device))
             stack.enter_context(torch.inference_mode())
-            # Only eager code gains by keeping casts, and a graph must not hold on to tensors that live outside of it.
-            keep = self.path == "plain"
-            stack.enter_context(torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16, cache_enabled=keep))
+            # In inference mode autocast keeps no casts anyway.
+            stack.enter_context(torch.autocast(self.device.type, torch.bfloat16, self.bf16, cache_enabled=False))
             # cuDNN would build a plan for each of a schedule's shapes.
             backends = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
             stack.enter_context(sdpa_kernel(backends))
@@ -162,7 +248,15 @@ class Decoder:
 
     def _run(self) -> Decoded:
         codes = decode(
-            self.model, self.labels, self.orders, self.seeds, self.group_sizes, self.sampling, self.cache, self._draw
+            self.model,
+            self.labels,
+            self.orders,
+            self.seeds,
+            self.group_sizes,
+            self.sampling,
+            self.cache,
+            self._draw,
+            self._keys,
         )
         if self.tokenizer is None:
             return Decoded(codes, None)
@@ -170,21 +264,18 @@ class Decoder:
         pieces = codes.split(max(1, _PIXELS_AT_ONCE // side**2))
         return Decoded(codes, torch.cat([self._to_pixels(self.tokenizer, piece) for piece in pieces]))
 
-    def _capture(self) -> None:
-        with torch.cuda.device(self.device), self._mode():
-            # Compiling and the choice of kernels must lie behind before the capture; library workspaces belong to a
-            # stream, so it is the same one.
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
+    def _capture(self, stream: torch.cuda.Stream) -> None:
+        with self._mode():
+            outer = torch.cuda.current_stream()
+            stream.wait_stream(outer)
             with torch.cuda.stream(stream):
-                for _ in range(2):
-                    self._run()
+                self._run()  # library workspaces belong to a stream, and must be there before the capture
                 stream.synchronize()
                 graph = torch.cuda.CUDAGraph()
                 # Other threads, such as one that pins batches, may work meanwhile.
                 with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                     self._captured = self._run()
-            torch.cuda.current_stream().wait_stream(stream)
+            outer.wait_stream(stream)
             self.graph = graph
 
 
@@ -205,6 +296,24 @@ def resolve_path(path: str, device: torch.device, dtype: torch.dtype, bf16: bool
     return path
 
 
+def _staged(tensors: list[Tensor]) -> Tensor:
+    """Copies int64, one behind the other, in pinned memory, from which a copy to a GPU does not wait.
+
+    Torch hands out such memory again only when that copy is done; the caller may write to the originals at once.
+    """
+    staged = torch.empty(sum(tensor.numel() for tensor in tensors), dtype=torch.int64, pin_memory=True)
+    return torch.cat([tensor.reshape(-1) for tensor in tensors], out=staged)
+
+
+def compile_draw(device: torch.device) -> Callable[..., Tensor]:
+    """:func:`engine.decoding.loop.draw_codes` compiled; on a GPU two kernels where neither top-k nor top-p is on."""
+    options: dict[str, str | int | bool | Callable[..., Any]] = {
+        "realize_opcount_threshold": 60,  # by default (30) the noise's bits would be written out by a third
+        "triton.coalesce_tiling_analysis": False,  # fails for a symbolic batch size, and ignores it (torch 2.11)
+    }
+    return torch.compile(draw_codes, options=options if device.type == "cuda" else None)
+
+
 def _to_pixels(tokenizer: VQModel, codes: Tensor) -> Tensor:
     return to_uint8(tokenizer.decode(codes))
 
@@ -212,7 +321,7 @@ def _to_pixels(tokenizer: VQModel, codes: Tensor) -> Tensor:
 def _narrow_decoder(tokenizer: VQModel) -> VQModel:
     """A tokenizer over the same weights whose decoding half is bfloat16, channels last."""
     with torch.device("meta"):
-        twin = VQModel(tokenizer.config)
+        twin = VQModel(tokenizer.config).requires_grad_(False)
     twin.load_state_dict(tokenizer.state_dict(), assign=True)
     twin.post_quant_conv.to(torch.bfloat16)
     twin.decoder.to(torch.bfloat16)

@@ -11,7 +11,7 @@ import torch
 
 from models.kv_cache import KVCache
 from models.lpd import LPD
-from models.sampling import Sampling, exponential_noise, guidance_weights, guide, sample
+from models.sampling import Sampling, exponential_noise, guidance_weights, guide, noise_keys, sample
 from util.errors import UserError
 
 
@@ -43,8 +43,7 @@ def check_batch(
 def draw_codes(
     logits_GNV: torch.Tensor,
     weights_N: torch.Tensor,
-    seeds_B: torch.Tensor,
-    positions_BN: torch.Tensor,
+    keys_BN: torch.Tensor,
     sampling: Sampling,
 ) -> torch.Tensor:
     """Codes (B, N) int64 of one step: guidance, then the draw, in float32 (float64 logits stay so)."""
@@ -52,7 +51,7 @@ def draw_codes(
     if sampling.guided:
         conditional, unconditional = logits.chunk(2)
         logits = guide(conditional, unconditional, weights_N)
-    noise = exponential_noise(seeds_B, positions_BN, logits.shape[-1])
+    noise = exponential_noise(keys_BN, logits.shape[-1])
     return sample(logits, noise, sampling.temperature, sampling.top_k, sampling.top_p)
 
 
@@ -80,6 +79,7 @@ def decode(
     sampling: Sampling,
     cache: KVCache,
     draw: Callable[..., torch.Tensor] = draw_codes,
+    keys: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = noise_keys,
 ) -> torch.Tensor:
     """The decoding loop: codes (B, L) int64 in raster order.
 
@@ -95,14 +95,15 @@ def decode(
     cache.length = 0
     groups: list[torch.Tensor] = []
     known_GN: torch.Tensor | None = None
-    positions = orders_GL.split(list(group_sizes), dim=1)
-    for targets_GQ, weights_Q in zip(positions, weights_L.split(list(group_sizes)), strict=True):
+    sizes = list(group_sizes)
+    groups_of = orders_GL.split(sizes, dim=1), weights_L.split(sizes), keys(seeds_B, orders_BL).split(sizes, dim=1)
+    for targets_GQ, weights_Q, keys_BQ in zip(*groups_of, strict=True):
         if known_GN is None:
             rows_GND, num_context = torch.cat([class_G1D, model.embed_queries(targets_GQ)], dim=1), 1
         else:
             codes_GN = groups[-1].repeat(2, 1) if sampling.guided else groups[-1]
             rows_GND, num_context = model.embed_step(codes_GN, known_GN, targets_GQ), known_GN.shape[1]
         logits_GQV = model.decode_step(rows_GND, num_context, cache)
-        groups.append(draw(logits_GQV, weights_Q, seeds_B, targets_GQ[:B], sampling))
+        groups.append(draw(logits_GQV, weights_Q, keys_BQ, sampling))
         known_GN = targets_GQ
     return torch.empty_like(orders_BL).scatter_(1, orders_BL, torch.cat(groups, dim=1))

@@ -13,7 +13,7 @@ import engine.decoding.loop
 from engine.generate import generate
 from models import build_model
 from models.lpd import LPD
-from models.sampling import exponential_noise, filter_logits, guidance_weights, guide, sample
+from models.sampling import exponential_noise, filter_logits, guidance_weights, guide, noise_keys, sample
 from tests.helpers.tiny_models import far_from_initialisation
 from util.errors import UserError
 
@@ -116,7 +116,7 @@ def test_float32_and_bf16_autocast_give_nearly_the_codes_of_float64() -> None:
 
 def test_noise_is_standard_exponential_and_independent() -> None:
     """Mean, variance and tails of Exp(1), no correlation between neighbouring codes, positions or seeds."""
-    noise = exponential_noise(torch.arange(20), torch.arange(25).repeat(20, 1), 1000).double()
+    noise = exponential_noise(noise_keys(torch.arange(20), torch.arange(25).repeat(20, 1)), 1000).double()
     n = noise.numel()
     assert noise.min() > 0
     assert noise.mean().item() == pytest.approx(1.0, abs=5 / n**0.5)
@@ -132,15 +132,15 @@ def test_noise_is_standard_exponential_and_independent() -> None:
 
 def test_noise_does_not_depend_on_step_or_neighbours() -> None:
     seeds, positions = torch.tensor([5, 2**62, -3]), torch.arange(12).repeat(3, 1)
-    whole = exponential_noise(seeds, positions, 50)
-    assert torch.equal(whole[1:2, 4:7], exponential_noise(seeds[1:2], positions[1:2, 4:7], 50))
+    whole = exponential_noise(noise_keys(seeds, positions), 50)
+    assert torch.equal(whole[1:2, 4:7], exponential_noise(noise_keys(seeds[1:2], positions[1:2, 4:7]), 50))
 
 
 def test_sample_draws_from_the_distribution() -> None:
     """Empirical frequencies equal the softmax at a temperature, within sampling error."""
     logits = torch.tensor([2.0, 0.0, -1.0, 1.0, -8.0])
     n = 40000
-    noise = exponential_noise(torch.arange(n), torch.zeros(n, 1, dtype=torch.int64), 5)
+    noise = exponential_noise(noise_keys(torch.arange(n), torch.zeros(n, 1, dtype=torch.int64)), 5)
     for temperature in (1.0, 2.0):
         frequencies = sample(logits.expand(n, 1, 5), noise, temperature).flatten().bincount(minlength=5) / n
         torch.testing.assert_close(frequencies, (logits / temperature).softmax(0), atol=5 * 0.5 / n**0.5, rtol=0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import flex_attention
 
 from models import build_model
@@ -16,6 +17,12 @@ from tests.helpers.visibility import brute_force_visibility
 @pytest.mark.parametrize("group_sizes", [[1], [4], [1, 3], [1, 1, 1, 1], [1, 2, 3, 4, 6], [3, 1, 2]])
 def test_training_mask_is_the_visibility_table(group_sizes: list[int]) -> None:
     assert torch.equal(training_mask(group_sizes), brute_force_visibility(group_sizes))
+
+
+def test_making_a_mask_reads_nothing_back() -> None:
+    """Fake tensors have no values: a size that follows from some would fail, as it would wait on a GPU."""
+    with FakeTensorMode():
+        assert training_mask([1, 3, 5, 7]).shape == (32, 32)
 
 
 def test_codes_of_the_last_group_are_seen_by_themselves_only() -> None:

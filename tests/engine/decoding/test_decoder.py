@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import gc
+import logging
+import weakref
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine.decoding.decoder
 from engine.decoding.decoder import Decoder
 from engine.decoding.loop import draw_codes
 from engine.generate import generate
 from models import build_model
-from models.inference import narrow_linear_weights, packed_copy, share_weights
+from models.inference import narrow_copy, packed_copy
 from models.lpd import LPD
 from models.sampling import Sampling
 from tests.helpers.tiny_models import far_from_initialisation, tiny_tokenizer
@@ -116,8 +123,7 @@ def test_weights_cast_once_are_those_autocast_casts() -> None:
     """Norms or the residual stream in bfloat16 would show here."""
     model = small_model()
     inputs = torch.randint(V, (2, 16)), torch.tensor([0, 3]), torch.arange(16).repeat(2, 1), SIZES
-    twin = share_weights(model)
-    narrow_linear_weights(twin)
+    twin = narrow_copy(model)
     assert model.head.weight.dtype == torch.float32
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(twin(*inputs), model(*inputs))
@@ -143,6 +149,123 @@ def test_a_failure_in_the_middle_leaves_nothing_switched_on(monkeypatch: pytest.
     assert torch.backends.cuda.cudnn_sdp_enabled()
     monkeypatch.undo()
     assert torch.equal(decoder(*inputs).codes, expected)
+
+
+class Casts(TorchDispatchMode):
+    """Counts conversions of float32 tensors with these shapes."""
+
+    def __init__(self, shapes: set[torch.Size]) -> None:
+        super().__init__()
+        self.shapes, self.count = shapes, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        given = args[0] if args else None
+        if isinstance(given, torch.Tensor) and given.dtype == torch.float32 and given.shape in self.shapes:
+            self.count += isinstance(result, torch.Tensor) and result.dtype != given.dtype
+        return result
+
+
+@pytest.mark.parametrize("prepared", [True, False])
+def test_autocast_does_not_cast_weights_at_every_step(prepared: bool) -> None:
+    """In inference mode it keeps none of its casts."""
+    model, (labels, orders, seeds) = small_model(), batch(3)
+    linear = [module.weight for module in model.modules() if isinstance(module, torch.nn.Linear)]
+    decoder = Decoder(model, SIZES, GUIDED, 3, path="plain", bf16=True)
+    with Casts({weight.shape for weight in linear}) as casts:
+        if prepared:
+            decoder(labels, orders, seeds)
+        else:
+            with torch.autocast("cpu", torch.bfloat16):
+                codes = generate(model, labels, orders, SIZES, cfg=3.0, seeds=seeds)
+    assert casts.count == (0 if prepared else len(linear))
+    if not prepared:
+        assert torch.equal(codes, decoder(labels, orders, seeds).codes)
+
+
+def _descend(model: LPD, fused: bool) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), fused=fused)
+    model(torch.zeros(1, 16, dtype=torch.int64), None, torch.arange(16)[None], SIZES).sum().backward()
+    optimizer.step()
+
+
+def _replace_head(model: LPD) -> None:
+    model.head.weight = torch.nn.Parameter(model.head.weight.detach().clone())
+
+
+@pytest.mark.parametrize("path", ["plain", "packed"])
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: _descend(model, fused=False),
+        lambda model: _descend(model, fused=True),  # which torch does not count as a change
+        lambda model: model.load_state_dict(small_model().state_dict()),
+        _replace_head,
+    ],
+)
+def test_changed_weights_are_refused(change: Callable[[LPD], Any], path: str) -> None:
+    """Copies of old weights would be mixed with new norms and embeddings."""
+    model, inputs = small_model(), batch(2)
+    decoder = Decoder(model, SIZES, Sampling(), 2, path=path)
+    decoder(*inputs)
+    change(model)
+    with pytest.raises(UserError, match="the model's weights have changed"):
+        decoder(*inputs)
+    Decoder(model, SIZES, Sampling(), 2, path=path)(*inputs)
+
+
+def test_weights_that_are_not_counted_or_gone_are_no_obstacle() -> None:
+    with torch.inference_mode():
+        model = small_model()
+    inputs = batch(2)
+    expected = plain_codes(model, inputs, SIZES, Sampling())
+    decoder, seen = Decoder(model, SIZES, Sampling(), 2, path="packed"), weakref.ref(model.head.weight)
+    assert torch.equal(decoder(*inputs).codes, expected)
+    del model
+    assert seen() is None  # what was copied is not kept alive
+    assert torch.equal(decoder(*inputs).codes, expected)
+
+
+def test_threads_share_a_decoder() -> None:
+    model = small_model()
+    decoder, inputs = Decoder(model, SIZES, Sampling(), 2, path="plain"), [batch(2, seed) for seed in range(8)]
+    expected = [plain_codes(model, x, SIZES, Sampling()) for x in inputs] * 5
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda x: decoder(*x).codes, inputs * 5))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_auto_says_what_failed_and_takes_the_next_path(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A GPU that cannot capture, and a compiler that fails: there are pictures all the same, and nothing is kept."""
+    model, inputs, failed = small_model(), batch(2), []
+
+    make = Decoder._make
+
+    def out_of_memory(decoder: Decoder, model: LPD, tokenizer: VQModel | None) -> None:
+        if decoder.path == "plain":
+            return make(decoder, model, tokenizer)
+        decoder.cache = make_cache(model, 2)
+        failed.append(weakref.ref(decoder.cache.key_values))
+        raise torch.OutOfMemoryError("too little\nof it")
+
+    monkeypatch.setattr(engine.decoding.decoder, "resolve_path", lambda *given: "graph")
+    monkeypatch.setattr(Decoder, "_make", out_of_memory)
+    with pytest.raises(torch.OutOfMemoryError):
+        Decoder(model, SIZES, Sampling(), 2, path="graph")
+    failed.clear()
+    with caplog.at_level(logging.WARNING):
+        decoder = Decoder(model, SIZES, Sampling(), 2)
+    monkeypatch.undo()
+    assert decoder.path == "plain"
+    assert [record.getMessage() for record in caplog.records] == [
+        f"decode path {path} cannot be prepared (OutOfMemoryError: too little); taking {other}, which is slower; "
+        f"--decode_path {path} shows all of the error"
+        for path, other in (("graph", "compiled"), ("compiled", "plain"))
+    ]
+    assert [reference() for reference in failed] == [None, None]
+    assert torch.equal(decoder(*inputs).codes, plain_codes(model, inputs, SIZES, Sampling()))
 
 
 @pytest.mark.parametrize(
@@ -214,9 +337,9 @@ def recorded_logits(decoder: Decoder, inputs: tuple[torch.Tensor, ...]) -> torch
     """Logits (G, L, V) of all steps. What is drawn is fixed, so that paths can be compared to the end."""
     logits = []
 
-    def record(logits_GNV: torch.Tensor, weights: torch.Tensor, seeds: torch.Tensor, *rest: Any) -> torch.Tensor:
+    def record(logits_GNV: torch.Tensor, weights: torch.Tensor, keys_BN: torch.Tensor, *rest: Any) -> torch.Tensor:
         logits.append(logits_GNV)
-        return (rest[0] + seeds[:, None]) % V
+        return keys_BN % V
 
     decoder._draw = record
     decoder(*inputs)
@@ -256,3 +379,66 @@ def test_gpu_failure_during_the_capture_leaves_nothing_switched_on(monkeypatch: 
     inputs = batch(3)
     decoder = Decoder(model, SIZES, Sampling(cfg=3.0), 3, path="graph")
     assert torch.equal(decoder(*inputs).codes, plain_codes(model, inputs, SIZES, Sampling(cfg=3.0)).cuda())
+
+
+@pytest.mark.gpu
+def test_gpu_capture_that_fails_leaves_pictures_and_no_memory(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, sampling, inputs = small_model().cuda(), Sampling(cfg=3.0), batch(3)
+    Decoder(model, SIZES, sampling, 3, path="graph")(*inputs)  # what stays for the process is there now
+
+    def memory_of(path: str) -> tuple[int, Decoder]:
+        gc.collect()
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_allocated()
+        decoder = Decoder(model, SIZES, sampling, 3, path=path)
+        return torch.cuda.memory_allocated() - before, decoder
+
+    expected, _ = memory_of("compiled")
+    make = Decoder._make
+
+    def fail_in_the_end(decoder: Decoder, *arguments: Any) -> None:
+        make(decoder, *arguments)
+        if decoder.path == "graph":
+            raise RuntimeError("not on this GPU")
+
+    monkeypatch.setattr(Decoder, "_make", fail_in_the_end)
+    found, decoder = memory_of("auto")
+    assert decoder.path == "compiled"
+    assert "not on this GPU" in caplog.text
+    assert found == expected
+    assert torch.equal(decoder(*inputs).codes.cpu(), plain_codes(model, inputs, SIZES, sampling).cpu())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("path", ["plain", "compiled", "graph"])
+def test_gpu_streams_share_a_decoder_and_inputs_are_the_callers_again(path: str) -> None:
+    """Behind work that delays the first stream, the second call must not overtake; pinned inputs are overwritten."""
+    model, sampling = small_model().double().cuda(), Sampling(cfg=3.0)
+    decoder, streams = Decoder(model, SIZES, sampling, 3, path=path), [torch.cuda.Stream() for _ in range(2)]
+    expected = [plain_codes(model, batch(3, seed), SIZES, sampling) for seed in range(4)]
+    torch.cuda.synchronize()
+    found = []
+    for seed in range(4):
+        inputs = [tensor.pin_memory() for tensor in batch(3, seed)]
+        with torch.cuda.stream(streams[seed % 2]):
+            if seed % 2 == 0:
+                torch.cuda._sleep(20_000_000)
+            found.append(decoder(*inputs).codes)
+        for tensor in inputs:
+            tensor.zero_()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.gpu
+def test_gpu_dropped_decoders_leave_no_memory() -> None:
+    """Each capture on a stream of its own would leave a workspace of the matrix library."""
+    model, left = small_model().cuda(), []
+    for _ in range(4):
+        Decoder(model, SIZES, Sampling(cfg=3.0), 3, path="graph")
+        gc.collect()
+        torch.cuda.empty_cache()
+        left.append(torch.cuda.memory_allocated())
+    assert left[1] == left[-1]
