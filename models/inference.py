@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import pairwise
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -39,6 +39,11 @@ def _pack_float32(weight: torch.Tensor, bias: torch.Tensor | None) -> Apply:
     return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
+def _pack_bfloat16(weight: torch.Tensor, bias: torch.Tensor | None) -> Apply:
+    apply = _pack_float32(weight.to(torch.bfloat16), None if bias is None else bias.to(torch.bfloat16))
+    return lambda x: apply(x.to(torch.bfloat16))
+
+
 def _pack_float16(weight: torch.Tensor, bias: torch.Tensor | None) -> Apply:
     packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
     return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
@@ -49,12 +54,50 @@ def _pack_int8(weight: torch.Tensor, bias: torch.Tensor | None) -> Apply:
     zeros = torch.zeros(len(weight), dtype=torch.int64)
     quantized = torch.quantize_per_channel(weight, scales, zeros, axis=0, dtype=torch.qint8)
     packed = torch.ops.quantized.linear_prepack(quantized, bias)
-    # reduce_range: without it AVX2 sums of two products overflow 16 bits.
-    return lambda x: torch.ops.quantized.linear_dynamic(x, packed, reduce_range=True)
+    # Without VNNI sums of two products overflow 16 bits, unless activations have 7 bits only.
+    reduce_range = not _cpu_has("avx512_vnni")
+    return lambda x: torch.ops.quantized.linear_dynamic(x, packed, reduce_range=reduce_range)
 
 
-# Weight storage → packing; arithmetic is float32 but for int8, which quantises activations per call as well.
-CPU_PACKINGS = {"float32": _pack_float32, "float16": _pack_float16, "int8": _pack_int8}
+def _has_onednn() -> bool:
+    return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def _has_fbgemm() -> bool:
+    return "fbgemm" in torch.backends.quantized.supported_engines
+
+
+def _cpu_has(instructions: str) -> bool:
+    return bool(torch.cpu.get_capabilities().get(instructions, False))
+
+
+class Packing(NamedTuple):
+    """How linear weights are stored and multiplied on a CPU."""
+
+    pack: Callable[[torch.Tensor, torch.Tensor | None], Apply]
+    available: Callable[[], bool]
+    needs: str
+
+
+# By weight storage. Arithmetic is float32 with float16 too; int8 quantises activations as well, at every call.
+CPU_PACKINGS = {
+    "float32": Packing(_pack_float32, _has_onednn, "torch with oneDNN"),
+    "bfloat16": Packing(
+        _pack_bfloat16,
+        # oneDNN emulates it elsewhere, slower than float32. Processors with AMX have these instructions too.
+        lambda: _has_onednn() and _cpu_has("avx512_bf16"),
+        "a processor with bfloat16 instructions (AVX-512 BF16 or AMX)",
+    ),
+    "float16": Packing(_pack_float16, _has_fbgemm, "torch with FBGEMM"),
+    "int8": Packing(_pack_int8, _has_fbgemm, "torch with FBGEMM"),
+}
+
+
+class PackedLPD(LPD):
+    """A model whose linear layers are packed, its head always so that logits are float32."""
+
+    def predict(self, queries_BND: torch.Tensor) -> torch.Tensor:
+        return self.head(self.norm(queries_BND))
 
 
 class CompiledLPD(LPD):
@@ -103,30 +146,31 @@ def share_weights(model: LPD, kind: type[LPD] = LPD) -> LPD:
 
 
 def packed_copy(model: LPD, weights: str) -> LPD:
-    """A twin of a float32 model on the CPU whose linear layers are packed.
+    """A twin of a float32 model on the CPU whose linear layers are packed; :func:`check_can_pack` first.
 
     Args:
-        weights: "float32" (same numbers up to rounding), "float16" (weights rounded to it, float32 arithmetic) or
-            "int8" (one scale per output, activations too: visibly less exact).
-
-    Raises:
-        UserError: where this build of torch has no such kernels.
+        weights: "float32" (same numbers up to rounding), "bfloat16" (to be run under autocast, which it follows but for
+            the head, which stays float32), "float16" (weights rounded to it, float32 arithmetic) or "int8" (one scale
+            per output, activations too: visibly less exact).
     """
-    if not can_pack(weights):
-        raise UserError(f"this build of torch has no kernels for packed {weights} weights on this CPU.")
-    twin = share_weights(model)
+    twin = share_weights(model, PackedLPD)
     for name, linear in list(twin.named_modules()):
         if isinstance(linear, nn.Linear):
+            storage = "float32" if weights == "bfloat16" and linear is twin.head else weights
             bias = None if linear.bias is None else linear.bias.detach()
-            twin.set_submodule(name, PackedLinear(CPU_PACKINGS[weights](linear.weight.detach(), bias)))
+            twin.set_submodule(name, PackedLinear(CPU_PACKINGS[storage].pack(linear.weight.detach(), bias)))
     return twin
 
 
+def check_can_pack(weights: str) -> None:
+    """Raise UserError where torch or the processor lacks what :func:`packed_copy` needs for `weights`."""
+    if not can_pack(weights):
+        raise UserError(f"{weights} weights cannot be packed here: that needs {CPU_PACKINGS[weights].needs}.")
+
+
 def can_pack(weights: str) -> bool:
-    """Whether this build of torch has the kernels of :func:`packed_copy` for `weights`."""
-    if weights == "float32":
-        return torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    return "fbgemm" in torch.backends.quantized.supported_engines
+    """Whether torch and the processor have the kernels of :func:`packed_copy` for `weights`."""
+    return CPU_PACKINGS[weights].available()
 
 
 def narrow_copy(model: LPD, dtype: torch.dtype = torch.bfloat16, kind: type[LPD] = LPD) -> LPD:

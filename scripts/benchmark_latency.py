@@ -6,6 +6,11 @@
 
 Rows are named like the published evaluations. The model's weights are random: time does not depend on them. Prints a
 row of each measurement and, as the last line, everything as JSON; the output file is written after every measurement.
+
+Two shares of what the device can do are given: the rate at which weights are read, once a step, of that of a copy, and
+the time that the FLOPs would take at the rate of a large product in the same arithmetic, of the measured time. A share
+above 1 says that the limit was measured on a busy device; it is null then, and `not_measured` says so. `speed_up` is
+the plain path's median, of the same row, batch and output in the same run, over this one; null without that path.
 """
 
 from __future__ import annotations
@@ -41,13 +46,17 @@ from scripts.benchmarking import (
     matrix_product_flops,
     peak_memory_gib,
     read_config,
+    share,
+    speed_up,
     time_runs,
 )
 from tokenizers import VQConfig, VQModel, load_tokenizer
 from util.cli import exit_on_user_error
 from util.config import record, setting
 
-WEIGHT_BYTES = {"packed_float16": 2, "packed_int8": 1}  # per weight, where the path decides it
+# Where the path decides it: bytes per weight of blocks and head, and what the model's products are calculated in.
+WEIGHT_BYTES = {"packed_float16": (2, 2), "packed_bfloat16": (2, 4), "packed_int8": (1, 1)}
+ARITHMETIC = {"packed_bfloat16": torch.bfloat16, "packed_int8": torch.int8}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +69,7 @@ class LatencyBenchmark(BenchmarkConfig):
     generation_steps: int = setting(20, "without --rows: decoding steps")
     cfg: float = setting(4.0, "without --rows: guidance scale; 1 decodes without the second half")
     vqgan_path: Path | None = setting(None, "tokenizer (default: random weights of the published architecture)")
-    batch_sizes: tuple[int, ...] = setting((1, 64), "images per call", at_least=1)
+    batch_sizes: tuple[int, ...] = setting(None, "images per call (default: 1 64 on a GPU, else 1 8)", at_least=1)
     paths: tuple[str, ...] = setting(
         None, "decode paths (default: plain compiled graph on a GPU, else plain auto)", choices=DECODE_PATHS
     )
@@ -147,22 +156,28 @@ class Benchmark:
     """Measures decoders on one device."""
 
     def __init__(self, config: LatencyBenchmark, device: torch.device) -> None:
+        # Refuses what the device does not have.
+        resolved = [resolve_path(path, device, torch.float32, config.bf16) for path in config.paths]
         self.config, self.device = config, device
         self.report = Report(config, device)
-        dtype = torch.bfloat16 if config.bf16 else torch.float32
-        self.limits = {"bytes_per_sec": copy_bytes(device), "flops_per_sec": matrix_product_flops(device, dtype)}
-        self.report.content["limits"] = self.limits
+        self.dtype = torch.bfloat16 if config.bf16 else torch.float32
+        kinds = dict.fromkeys([self.dtype, *(ARITHMETIC.get(path, self.dtype) for path in resolved)])
+        self.copy_bytes = copy_bytes(device)
+        self.product_flops = {kind: matrix_product_flops(device, kind) for kind in kinds}
+        flops = {str(kind).removeprefix("torch."): rate for kind, rate in self.product_flops.items()}
+        self.report.content["limits"] = {"bytes_per_sec": self.copy_bytes, "flops_per_sec": flops}
+        self.paths = sorted(config.paths, key="plain".__ne__)  # plain first: the others are compared with it
+        self.plain_sec: dict[tuple[str, int, bool], float] = {}  # by row, batch size and whether there are pixels
         tokenizer = random_tokenizer() if config.vqgan_path is None else load_tokenizer(config.vqgan_path)
         self.tokenizer = tokenizer.to(device).eval()
 
     def measure_row(self, row: Row) -> None:
         config, model = self.config, row.random_model(self.device)
-        for batch_size, path, output in itertools.product(config.batch_sizes, config.paths, config.outputs):
-            runs = config.batch_runs if batch_size > 1 and config.batch_runs is not None else config.runs
-            self.measure(row, model, output == "pixels", batch_size, path, runs)
+        for batch_size, path, pixels in itertools.product(config.batch_sizes, self.paths, (False, True)):
+            self.measure(row, model, pixels, batch_size, path, config.runs)
         if config.one_by_one:
             single = row._replace(name=f"{row.name}, one by one", steps=row.config.num_tokens)
-            for path in config.paths:
+            for path in self.paths:
                 self.measure(single, model, False, 1, path, max(1, config.runs // 50))
 
     def measure(self, row: Row, model: LPD, pixels: bool, batch_size: int, path: str, runs: int) -> None:
@@ -170,33 +185,42 @@ class Benchmark:
         decoder, first_call_sec = self.first_call(row, model, pixels, batch_size, path)
         warmup = min(self.config.warmup, runs)
         latency = measure_latency(decoder, warmup, runs, progress=f"{row.name}, {path}, batch {batch_size}")
-        # Weights are read once per step; both rates are compared with what the device can do.
-        weights = sum(p.numel() for p in (*model.blocks.parameters(), *model.head.parameters()))
-        weight_bytes = weights * row.steps * WEIGHT_BYTES.get(decoder.path, 2 if self.config.bf16 else 4)
-        flops = decoding_flops(row.config, row.group_sizes, row.cfg != 1.0)
-        flops += vq_decode_flops(self.tokenizer, row.config) if pixels else 0
-        bytes_per_sec, flops_per_sec = weight_bytes / latency.median_s, batch_size * flops / latency.median_s
+        path, seconds = decoder.path, latency.median_s
+        if path == "plain":
+            self.plain_sec[row.name, batch_size, pixels] = seconds
+        for_blocks, for_head = WEIGHT_BYTES.get(path, (2, 2) if decoder.bf16 else (4, 4))
+        weight_bytes = for_blocks * num_weights(model.blocks) + for_head * num_weights(model.head)
+        bytes_per_sec = weight_bytes * row.steps / seconds
+        flops = batch_size * decoding_flops(row.config, row.group_sizes, row.cfg != 1.0)
+        pixel_flops = batch_size * vq_decode_flops(self.tokenizer, row.config) if pixels else 0
+        pixel_dtype = torch.bfloat16 if decoder.bf16 else torch.float32
+        shortest = flops / self.product_flops[ARITHMETIC.get(path, self.dtype)]
+        shortest += pixel_flops / self.product_flops[pixel_dtype]
+        bytes_share, flops_share = share(bytes_per_sec, self.copy_bytes), share(shortest, seconds)
+        busy = None in (bytes_share, flops_share)
         result = {
             "row": row.name,
             "steps": row.steps,
             "batch_size": batch_size,
-            "path": decoder.path,
+            "path": path,
             "pixels": pixels,
             "warmup": warmup,
             "runs": latency.runs,
-            "median_ms": 1000 * latency.median_s,
+            "median_ms": 1000 * seconds,
             "p10_ms": 1000 * latency.p10_s,
             "p90_ms": 1000 * latency.p90_s,
             "images_per_sec": latency.images_per_sec,
+            "speed_up": speed_up(seconds, self.plain_sec.get((row.name, batch_size, pixels))),
             "first_call_sec": first_call_sec,
             "weight_bytes_per_sec": bytes_per_sec,
-            "weight_bytes_share": bytes_per_sec / self.limits["bytes_per_sec"],
-            "flops_per_sec": flops_per_sec,
-            "flops_share": flops_per_sec / self.limits["flops_per_sec"],
+            "weight_bytes_share": bytes_share,
+            "flops_per_sec": (flops + pixel_flops) / seconds,
+            "flops_share": flops_share,
+            "not_measured": "a share above 1: its limit was measured on a busy device" if busy else None,
             "peak_memory_gib": peak_memory_gib(self.device),
         }
         if self.config.profile is not None:
-            name = f"{row.name}_{decoder.path}_batch{batch_size}{'' if pixels else '_tokens'}.txt"
+            name = f"{row.name}_{path}_batch{batch_size}{'' if pixels else '_tokens'}.txt"
             write_profile(decoder, self.config.profile / name.replace(", ", "_").replace(" ", "_"))
         self.report.add("results", result)
 
@@ -209,6 +233,10 @@ class Benchmark:
         decoder = Decoder(model, row.group_sizes, sampling, batch_size, tokenizer=tokenizer, path=path, bf16=bf16)
         measure_latency(decoder, 0, 1)
         return decoder, time.perf_counter() - start
+
+
+def num_weights(module: torch.nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def write_profile(decoder: Decoder, path: Path) -> None:
@@ -235,13 +263,12 @@ def main() -> None:
     config, device = read_config(LatencyBenchmark, __doc__)
     cuda = device.type == "cuda"
     config = config.with_defaults(
+        batch_sizes=(1, 64) if cuda else (1, 8),
         paths=("plain", "compiled", "graph") if cuda else ("plain", "auto"),
         warmup=PUBLISHED_WARMUP if cuda else 1,
         runs=PUBLISHED_RUNS if cuda else 5,
         bf16=cuda,
     )
-    for path in config.paths:  # refuses what the device does not have
-        resolve_path(path, device, torch.float32, config.bf16)
     torch.manual_seed(0)
     benchmark = Benchmark(config, device)
     for row in config.chosen_rows():

@@ -5,8 +5,9 @@
 
 Codes are random; group sizes and orders are drawn as in training. Share of peak: FLOPs to train on an image, 3 ×
 forward, with attention counted by the pairs of rows that see each other (models/flops.py), times images/s, divided by
-the FLOP/s of a large matrix product in the same dtype and run. Prints a row of each measurement, and all of it as JSON
-in the last line.
+the FLOP/s of a large matrix product in the same dtype and run; null above 1, as on a device that was busy when that was
+measured. `speed_up` is the plain loop's median step over this one's, in the same run; null where the plain loop fails.
+Prints a row of each measurement, and all of it as JSON in the last line.
 """
 
 from __future__ import annotations
@@ -38,6 +39,8 @@ from scripts.benchmarking import (
     matrix_product_flops,
     peak_memory_gib,
     read_config,
+    share,
+    speed_up,
     time_runs,
     write_code_cache,
 )
@@ -104,6 +107,7 @@ class Benchmark:
         self.schedules = published_group_sizes(self.lpd.img_size, self.lpd.stride)
         self.flops_per_image = training_flops(self.lpd)
         self.report = Report(config, device)
+        self.plain_sec: float | None = None  # median step of the plain loop
         self.peak = matrix_product_flops(device, torch.bfloat16 if config.bf16 else torch.float32)
         self.report.content |= {
             "benchmark": "train",
@@ -134,6 +138,10 @@ class Benchmark:
             figures = self._train(build(LPD(self.lpd).to(self.device)), batches)
         except torch.cuda.OutOfMemoryError:
             figures = {"failed": "out of memory"}
+        if name == "plain":
+            self.plain_sec = figures.get("median_sec_per_step")
+        if "failed" not in figures:
+            figures["speed_up"] = speed_up(figures["median_sec_per_step"], self.plain_sec)
         self.report.add("rows", {"name": name, **figures, "peak_memory_gib": peak_memory_gib(self.device)})
 
     def _train(self, step: Step, batches: Iterator[list[torch.Tensor]]) -> dict[str, Any]:
@@ -156,7 +164,7 @@ class Benchmark:
         images_per_sec = self.config.batch_size * len(measured) / sum(measured)
         return {
             "images_per_sec": images_per_sec,
-            "peak_share": images_per_sec * self.flops_per_image / self.peak,
+            "peak_share": share(images_per_sec * self.flops_per_image, self.peak),
             "median_sec_per_step": statistics.median(measured),
             "min_sec_per_step": min(measured),
             "max_sec_per_step": max(measured),

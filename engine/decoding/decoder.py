@@ -17,18 +17,14 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.decoding.loop import check_batch, decode, draw_codes, make_cache
-from engine.decoding.turns import GraphTurns, Turns
-from engine.decoding.weights import Weights
-from models.inference import CompiledLPD, can_pack, narrow_copy, packed_copy, share_weights
+from models.inference import CompiledLPD, can_pack, check_can_pack, narrow_linear_weights, packed_copy, share_weights
 from models.lpd import LPD
 from models.sampling import Sampling, noise_keys
 from tokenizers import VQModel
 from util.errors import UserError
 from util.pictures import to_uint8
 
-logger = logging.getLogger(__name__)
-DECODE_PATHS = ("auto", "plain", "packed", "packed_float16", "packed_int8", "compiled", "graph")
-_FALLBACKS = {"graph": "compiled", "compiled": "plain", "packed": "plain"}  # of auto, where preparing a path fails
+DECODE_PATHS = ("auto", "plain", "packed", "packed_bfloat16", "packed_float16", "packed_int8", "compiled", "graph")
 _PIXELS_AT_ONCE = 64 * 256 * 256  # decoded in one piece: enough to fill a GPU, and bounds the memory
 
 
@@ -46,11 +42,11 @@ class Decoder:
 
     - ``plain``: the model step by step, its linear weights cast once where `bf16` is on.
     - ``packed``: weights packed for the CPU's matrix kernels; ``packed_float16``, ``packed_int8``: stored so as well.
+    - ``packed_bfloat16``: that for `bf16`, which it implies; needs a CPU that has bfloat16 instructions.
     - ``compiled``: what lies around the attention compiled, weights and VQ decoder cast once where `bf16` is on.
     - ``graph``: that, and all of it, from labels to pixels, captured in one CUDA graph with static buffers, and
       replayed. Nothing is read back from the device on the way.
-    - ``auto``: ``graph`` on a GPU, ``packed`` on a CPU where that is possible, else ``plain``. Where a path cannot be
-      prepared, a warning says why, and the next simpler one is taken.
+    - ``auto``: ``graph`` on a GPU; on a CPU that can, ``packed``, or ``packed_bfloat16`` with `bf16`; else ``plain``.
 
     A decoder serves the weights it was made with: once they have changed, a call is an error
     (:class:`engine.decoding.weights.Weights` says which changes are seen). It may be called from several threads and
@@ -83,6 +79,7 @@ class Decoder:
         """
         self.device = model.pos_embed.device
         self.path = resolve_path(path, self.device, model.pos_embed.dtype, bf16)
+        bf16 = bf16 or self.path == "packed_bfloat16"
         self.batch_size, self.group_sizes, self.sampling, self.bf16 = batch_size, tuple(group_sizes), sampling, bf16
         if model.training:
             raise UserError("the model is in training mode; call model.eval() before generating.")
@@ -135,9 +132,8 @@ class Decoder:
         self._to_pixels: Callable[[VQModel, Tensor], Tensor] = _to_pixels
         self.compiled = self.path in ("compiled", "graph")
         if self.path.startswith("packed"):
-            model = packed_copy(model, self.path.removeprefix("packed").removeprefix("_") or "float32")
-        elif self.bf16:
-            model = narrow_copy(model, kind=CompiledLPD if self.compiled else type(model))
+            model = packed_copy(model, _packed_weights(self.path))
+            tokenizer = _narrow_decoder(tokenizer) if bf16 and tokenizer is not None else tokenizer
         elif self.compiled:
             model = share_weights(model, CompiledLPD)
         if self.compiled:
@@ -286,32 +282,22 @@ def resolve_path(path: str, device: torch.device, dtype: torch.dtype, bf16: bool
     if path == "auto":
         if device.type == "cuda":
             return "graph"
-        return "packed" if can_pack("float32") and dtype == torch.float32 and not bf16 else "plain"
+        packed = "packed_bfloat16" if bf16 else "packed"
+        return packed if dtype == torch.float32 and can_pack(_packed_weights(packed)) else "plain"
     if path == "graph" and device.type != "cuda":
         raise UserError(f"decode path graph needs a CUDA GPU, the model is on {device}; use compiled, packed or plain.")
-    if path.startswith("packed") and (bf16 or device.type != "cpu" or dtype != torch.float32):
-        raise UserError(
-            f"decode path {path} is for float32 models on the CPU without bf16; use auto, plain or compiled."
-        )
+    if path.startswith("packed"):
+        if device.type != "cpu" or dtype != torch.float32:
+            raise UserError(f"decode path {path} is for float32 models on the CPU; use auto, plain or compiled.")
+        if bf16 and path != "packed_bfloat16":
+            raise UserError(f"decode path {path} does not go with bf16; use auto, plain, packed_bfloat16 or compiled.")
+        check_can_pack(_packed_weights(path))
     return path
 
 
-def _staged(tensors: list[Tensor]) -> Tensor:
-    """Copies int64, one behind the other, in pinned memory, from which a copy to a GPU does not wait.
-
-    Torch hands out such memory again only when that copy is done; the caller may write to the originals at once.
-    """
-    staged = torch.empty(sum(tensor.numel() for tensor in tensors), dtype=torch.int64, pin_memory=True)
-    return torch.cat([tensor.reshape(-1) for tensor in tensors], out=staged)
-
-
-def compile_draw(device: torch.device) -> Callable[..., Tensor]:
-    """:func:`engine.decoding.loop.draw_codes` compiled; on a GPU two kernels where neither top-k nor top-p is on."""
-    options: dict[str, str | int | bool | Callable[..., Any]] = {
-        "realize_opcount_threshold": 60,  # by default (30) the noise's bits would be written out by a third
-        "triton.coalesce_tiling_analysis": False,  # fails for a symbolic batch size, and ignores it (torch 2.11)
-    }
-    return torch.compile(draw_codes, options=options if device.type == "cuda" else None)
+def _packed_weights(path: str) -> str:
+    """How a packed path stores weights."""
+    return path.removeprefix("packed").removeprefix("_") or "float32"
 
 
 def _to_pixels(tokenizer: VQModel, codes: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ def test_all_cases_are_measured(
     tokenizer, output = tmp_path / "tokenizer.pt", tmp_path / "latency.json"
     save_tokenizer(tiny_tokenizer(16, 16384), tokenizer)
     model = ("--model", "lpd_debug", "--img_size", 64, "--generation_steps", 5, "--vqgan_path", tokenizer)
-    runs = ("--runs", 2, "--batch_sizes", 1, 3, "--one_by_one")
+    runs = ("--runs", 2, "--batch_sizes", 1, 3, "--one_by_one", "--paths", "auto", "plain")
     run(monkeypatch, *model, *runs, "--profile", tmp_path, "--output", output)
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert printed == json.loads(output.read_text())
@@ -39,7 +39,11 @@ def test_all_cases_are_measured(
     kinds = [(5, 1, True), (5, 1, False), (5, 3, True), (5, 3, False), (16, 1, False)]
     assert found == {(steps, B, path, pixels) for steps, B, pixels in kinds for path in ("plain", "packed")}
     assert len(results) == len(found)
+    plain = {(r["steps"], r["batch_size"], r["pixels"]): r["median_ms"] for r in results if r["path"] == "plain"}
     for r in results:
+        assert r["speed_up"] == pytest.approx(plain[r["steps"], r["batch_size"], r["pixels"]] / r["median_ms"])
+        assert 0 < r["flops_share"] < 1
+        assert r["not_measured"] is None
         assert 0 < r["p10_ms"] <= r["median_ms"] <= r["p90_ms"]
         assert r["images_per_sec"] == pytest.approx(1000 * r["batch_size"] / r["median_ms"])
         assert "published_a100" not in r
@@ -47,18 +51,23 @@ def test_all_cases_are_measured(
     assert printed["draw"]["own_noise_sec"] > 0
 
 
-def test_chosen_outputs_and_fewer_runs_of_batches(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_share_above_1_is_not_measured_and_a_batch_of_8_is_a_cpu_s_default(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(benchmark_latency, "copy_bytes", lambda device: 1e10)
-    monkeypatch.setattr(benchmark_latency, "matrix_product_flops", lambda device, dtype: 1e11)
-    model = ("--model", "lpd_debug", "--img_size", 32, "--generation_steps", 2, "--outputs", "codes")
-    run(monkeypatch, *model, "--batch_sizes", 1, 2, "--paths", "plain", "--warmup", 2, "--runs", 3, "--batch_runs", 1)
-    results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
-    assert [(r["batch_size"], r["warmup"], r["runs"], r["pixels"]) for r in results] == [
-        (1, 2, 3, False),
-        (2, 1, 1, False),
-    ]
+    """As where the limits were measured on a busy machine; without the plain path nothing is compared with it."""
+    monkeypatch.setattr(benchmark_latency, "copy_bytes", lambda device: 1e12)
+    monkeypatch.setattr(benchmark_latency, "matrix_product_flops", lambda device, dtype: 1e3)
+    model = ("--model", "lpd_debug", "--img_size", 32, "--generation_steps", 2)
+    monkeypatch.setattr(benchmark_latency, "random_tokenizer", lambda: tiny_tokenizer(16, 16384))
+    run(monkeypatch, *model, "--runs", 1, "--warmup", 0, "--paths", "packed_int8")
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert printed["limits"]["flops_per_sec"] == {"float32": 1e3, "int8": 1e3}
+    assert [r["batch_size"] for r in printed["results"]] == [1, 1, 8, 8]
+    for r in printed["results"]:
+        assert r["flops_per_sec"] > 1e3
+        assert (r["flops_share"], r["speed_up"]) == (None, None)
+        assert r["not_measured"].startswith("a share above 1")
+        assert 0 < r["weight_bytes_share"] < 1
 
 
 @pytest.mark.parametrize(("img_size", "gigaflops"), [(256, 253), (512, 1017)])

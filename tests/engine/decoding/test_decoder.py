@@ -15,11 +15,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine.decoding.decoder
+import models.inference
 from engine.decoding.decoder import Decoder
 from engine.decoding.loop import draw_codes
 from engine.generate import generate
 from models import build_model
-from models.inference import narrow_copy, packed_copy
+from models.inference import CPU_PACKINGS, can_pack, narrow_linear_weights, packed_copy, share_weights
 from models.lpd import LPD
 from models.sampling import Sampling
 from tests.helpers.tiny_models import far_from_initialisation, tiny_tokenizer
@@ -117,6 +118,44 @@ def test_packed_weights_change_outputs_by_their_rounding(weights: str, tolerance
         logits = packed_copy(model, weights)(*inputs)
         assert torch.equal(model(*inputs), expected)
     assert (logits - expected).abs().max() < tolerance * expected.std()
+
+
+def test_packed_bfloat16_is_autocast_to_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the head, whose float32 factors bring it closer to float32. Norms and residual stream are float32."""
+    monkeypatch.setattr(models.inference, "_cpu_has", lambda instructions: True)  # others emulate them
+    torch.manual_seed(0)
+    model, inputs = small_model(), batch(3)
+    torch.nn.init.normal_(model.head.weight)
+    decoders = [
+        Decoder(model, SIZES, Sampling(cfg=3.0), 3, path=path, bf16=bf16)
+        for path, bf16 in (("plain", False), ("plain", True), ("packed_bfloat16", True), ("packed_bfloat16", False))
+    ]
+    normed = []
+    for norm in (module for module in decoders[2].model.modules() if isinstance(module, torch.nn.LayerNorm)):
+        norm.register_forward_hook(lambda module, inputs, output: normed.extend([inputs[0].dtype, output.dtype]))
+    exact, autocast, packed, implied = (recorded_logits(decoder, inputs) for decoder in decoders)
+    assert set(normed) == {torch.float32}
+    assert packed.dtype == torch.float32
+    assert torch.equal(packed, implied)
+    assert 0 < (packed - autocast).std() < 0.005 * exact.std()
+    assert 0 < (packed - exact).std() < (autocast - exact).std()
+
+
+def test_bf16_of_a_cpu_is_packed_where_the_processor_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    for has, path in ((True, "packed_bfloat16"), (False, "plain")):
+        monkeypatch.setattr(models.inference, "_cpu_has", lambda instructions, has=has: has)
+        assert Decoder(small_model(), SIZES, Sampling(), 2, bf16=True).path == path
+    with pytest.raises(UserError, match=r"bfloat16 weights cannot be packed here.*AVX-512 BF16 or AMX"):
+        Decoder(small_model(), SIZES, Sampling(), 2, path="packed_bfloat16")
+
+
+def test_packed_int8_sums_do_not_overflow() -> None:
+    """Two products of the largest numbers overflow 16 bits on processors whose instructions add pairs."""
+    if not can_pack("int8"):
+        pytest.skip("no FBGEMM")
+    weight, x = torch.ones(64, 256), torch.cat([torch.full((4, 255), 1.0), torch.full((4, 1), -1.0)], dim=1)
+    found = CPU_PACKINGS["int8"].pack(weight, None)(x)
+    torch.testing.assert_close(found, torch.full((4, 64), 254.0), rtol=0.02, atol=0)
 
 
 def test_weights_cast_once_are_those_autocast_casts() -> None:
@@ -273,7 +312,8 @@ def test_auto_says_what_failed_and_takes_the_next_path(
     [
         ({"path": "quick"}, "decode path 'quick' does not exist"),
         ({"path": "graph"}, "graph needs a CUDA GPU"),
-        ({"path": "packed", "bf16": True}, "packed is for float32 models"),
+        ({"path": "packed", "bf16": True}, "packed does not go with bf16"),
+        ({"path": "packed", "model": small_model().double()}, "packed is for float32 models"),
         ({"batch_size": 0}, "batch size 0"),
         ({"group_sizes": [1, 14]}, "sum to 15"),
         ({"sampling": Sampling(cfg=2.0), "with_class": False}, "no labels"),
