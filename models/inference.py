@@ -111,23 +111,30 @@ class CompiledLPD(LPD):
         super().__init__(config)
         self._first = torch.compile(Block.before_attention)
         self._between = torch.compile(_between)
-        self._last = torch.compile(Block.after_attention)
+        self._last = torch.compile(_last)
         self._embed_step = torch.compile(LPD.embed_step)
 
-    def embed_step(self, codes_BN: torch.Tensor, known_BN: torch.Tensor, targets_BQ: torch.Tensor) -> torch.Tensor:
-        rows_BND: torch.Tensor = self._embed_step(self, codes_BN, known_BN, targets_BQ)
-        return rows_BND
+    def embed_step(
+        self, codes_BN: torch.Tensor, known_BN: torch.Tensor, targets_BQ: torch.Tensor, guided: bool
+    ) -> torch.Tensor:
+        rows_GND: torch.Tensor = self._embed_step(self, codes_BN, known_BN, targets_BQ, guided)
+        return rows_GND
 
     def decode_step(self, rows_BND: torch.Tensor, num_context: int, cache: KVCache) -> torch.Tensor:
         blocks = [cast(Block, block) for block in self.blocks]
         query, key_value = self._first(blocks[0], rows_BND)
         for layer, (block, following) in enumerate(pairwise(blocks)):
-            attended = cache.attend(layer, num_context, query, key_value)
+            attended = self.attend(cache, layer, num_context, query, key_value)
             rows_BND, query, key_value = self._between(block, following, rows_BND, attended)
-        attended = cache.attend(len(blocks) - 1, num_context, query, key_value)
-        rows_BND = self._last(blocks[-1], rows_BND, attended)
+        attended = self.attend(cache, len(blocks) - 1, num_context, query, key_value)
+        features_BQD = self._last(blocks[-1], self.norm, rows_BND, attended)
         cache.commit(num_context)
-        return self.predict(rows_BND)
+        return self.logits(features_BQD)
+
+    def attend(
+        self, cache: KVCache, layer: int, num_context: int, query: torch.Tensor, key_value: torch.Tensor
+    ) -> torch.Tensor:
+        return cache.attend(layer, num_context, query, key_value)
 
 
 def _between(
@@ -135,6 +142,12 @@ def _between(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     rows_BND = block.after_attention(rows_BND, attended_BHNK)
     return rows_BND, *following.before_attention(rows_BND)
+
+
+def _last(block: Block, norm: nn.LayerNorm, rows_BND: torch.Tensor, attended_BHQK: torch.Tensor) -> torch.Tensor:
+    features_BQD = norm(block.after_attention(rows_BND, attended_BHQK))
+    device = features_BQD.device.type
+    return features_BQD.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else features_BQD
 
 
 def share_weights(model: LPD, kind: type[LPD] = LPD) -> LPD:

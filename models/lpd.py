@@ -114,9 +114,36 @@ class LPD(nn.Module):
         """Position queries (B, N, D) for raster indices `positions_BN`."""
         return self.z_proj_ln(self.mask_token + F.embedding(positions_BN + 1, self.pos_embed[0]))
 
-    def embed_step(self, codes_BN: torch.Tensor, known_BN: torch.Tensor, targets_BQ: torch.Tensor) -> torch.Tensor:
-        """Rows (B, N + Q, D) of a decoding step: the codes at positions `known_BN`, then queries for `targets_BQ`."""
-        return torch.cat([self.embed_codes(codes_BN, known_BN), self.embed_queries(targets_BQ)], dim=1)
+    def first_step(
+        self, labels_B: torch.Tensor | None, targets_BQ: torch.Tensor, guided: bool, cache: KVCache
+    ) -> torch.Tensor:
+        """Logits (G, Q, V) of the first decoding step: class token and queries; G = 2B with `guided`, whose second half
+        has no class, else B."""
+        B = len(targets_BQ)
+        class_G1D, queries_GQD = self.embed_class(labels_B, B), self.embed_queries(targets_BQ)
+        if guided:
+            class_G1D = torch.cat([class_G1D, self.embed_class(None, B)])
+            queries_GQD = queries_GQD.repeat(2, 1, 1)
+        return self.decode_step(torch.cat([class_G1D, queries_GQD], dim=1), 1, cache)
+
+    def next_step(
+        self,
+        codes_BN: torch.Tensor,
+        known_BN: torch.Tensor,
+        targets_BQ: torch.Tensor,
+        guided: bool,
+        cache: KVCache,
+    ) -> torch.Tensor:
+        """Logits (G, Q, V) of a later step: the codes at the positions of the step before, and queries for its own."""
+        rows_GND = self.embed_step(codes_BN, known_BN, targets_BQ, guided)
+        return self.decode_step(rows_GND, known_BN.shape[1], cache)
+
+    def embed_step(
+        self, codes_BN: torch.Tensor, known_BN: torch.Tensor, targets_BQ: torch.Tensor, guided: bool
+    ) -> torch.Tensor:
+        """Rows (G, N + Q, D) of a decoding step: the codes at positions `known_BN`, then queries for `targets_BQ`."""
+        rows_BND = torch.cat([self.embed_codes(codes_BN, known_BN), self.embed_queries(targets_BQ)], dim=1)
+        return rows_BND.repeat(2, 1, 1) if guided else rows_BND
 
     def transform(self, rows_BND: torch.Tensor, attend: Attend, attend_last: Attend) -> torch.Tensor:
         """All blocks of the training pass, without the final norm: the rows that the last block attends."""
@@ -140,7 +167,11 @@ class LPD(nn.Module):
 
     def predict(self, queries_BND: torch.Tensor) -> torch.Tensor:
         """Logits (B, N, V) of transformed query rows; float32 under autocast too, since guidance magnifies rounding."""
-        features_BND, device = self.norm(queries_BND), queries_BND.device.type
+        return self.logits(self.norm(queries_BND))
+
+    def logits(self, features_BND: torch.Tensor) -> torch.Tensor:
+        """:meth:`predict` without its first step, the norm."""
+        device = features_BND.device.type
         if not torch.is_autocast_enabled(device):
             return self.head(features_BND)
         dtype = torch.get_autocast_dtype(device)

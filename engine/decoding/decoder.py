@@ -6,10 +6,12 @@ Shape legend: `B` images, `L` tokens of an image, `H` `W` pixels.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import itertools
 import logging
 from collections.abc import Callable, Iterator, Sequence
+from importlib.util import find_spec
 from typing import Any, NamedTuple
 
 import torch
@@ -17,14 +19,25 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from engine.decoding.loop import check_batch, decode, draw_codes, make_cache
-from models.inference import CompiledLPD, can_pack, check_can_pack, narrow_linear_weights, packed_copy, share_weights
+from engine.decoding.turns import GraphTurns, Turns
+from engine.decoding.weights import Weights
+from models.inference import CompiledLPD, can_pack, check_can_pack, narrow_copy, packed_copy, share_weights
 from models.lpd import LPD
 from models.sampling import Sampling, noise_keys
 from tokenizers import VQModel
 from util.errors import UserError
 from util.pictures import to_uint8
 
-DECODE_PATHS = ("auto", "plain", "packed", "packed_bfloat16", "packed_float16", "packed_int8", "compiled", "graph")
+logger = logging.getLogger(__name__)
+DECODE_PATHS = (
+    *("auto", "plain", "packed", "packed_bfloat16", "packed_float16", "packed_int8"),
+    *("compiled", "graph_library", "graph", "graph_float8"),
+)
+# Of auto, where preparing a path fails.
+_FALLBACKS = {
+    **{"graph": "graph_library", "graph_library": "compiled", "compiled": "plain"},
+    **{"packed": "plain", "packed_bfloat16": "plain"},
+}
 _PIXELS_AT_ONCE = 64 * 256 * 256  # decoded in one piece: enough to fill a GPU, and bounds the memory
 
 
@@ -44,9 +57,13 @@ class Decoder:
     - ``packed``: weights packed for the CPU's matrix kernels; ``packed_float16``, ``packed_int8``: stored so as well.
     - ``packed_bfloat16``: that for `bf16`, which it implies; needs a CPU that has bfloat16 instructions.
     - ``compiled``: what lies around the attention compiled, weights and VQ decoder cast once where `bf16` is on.
-    - ``graph``: that, and all of it, from labels to pixels, captured in one CUDA graph with static buffers, and
+    - ``graph_library``: that, and all of it, from labels to pixels, captured in one CUDA graph with static buffers, and
       replayed. Nothing is read back from the device on the way.
+    - ``graph``: that with own kernels for the attention and for steps of few rows (:mod:`models.fused`), where `bf16`
+      is on and the sizes of a float32 model allow it; else it is ``graph_library``.
+    - ``graph_float8``: that with weights stored in 8 bits, one scale per output (visibly less exact).
     - ``auto``: ``graph`` on a GPU; on a CPU that can, ``packed``, or ``packed_bfloat16`` with `bf16`; else ``plain``.
+      Where a path cannot be prepared, a warning says why, and the next simpler one is taken.
 
     A decoder serves the weights it was made with: once they have changed, a call is an error
     (:class:`engine.decoding.weights.Weights` says which changes are seen). It may be called from several threads and
@@ -79,6 +96,13 @@ class Decoder:
         """
         self.device = model.pos_embed.device
         self.path = resolve_path(path, self.device, model.pos_embed.dtype, bf16)
+        if self.path == "graph" and not has_own_kernels(model, bf16):
+            self.path = "graph_library"
+        if self.path == "graph_float8" and not has_own_kernels(model, bf16, float8=True):
+            raise UserError(
+                "decode path graph_float8 needs bf16, a GPU of compute capability 8.9, and a float32 model whose "
+                "width, hidden units and codes are multiples of 64; use graph."
+            )
         bf16 = bf16 or self.path == "packed_bfloat16"
         self.batch_size, self.group_sizes, self.sampling, self.bf16 = batch_size, tuple(group_sizes), sampling, bf16
         if model.training:
@@ -112,7 +136,8 @@ class Decoder:
         except Exception as error:
             if not falls_back or self.path not in _FALLBACKS:
                 raise
-            reason = next(iter(str(error).strip().splitlines()), "")
+            lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [""]
+            reason = " … ".join(dict.fromkeys((lines[0], lines[-1])))  # Triton says where first, and why last
             logger.warning(
                 "decode path %s cannot be prepared (%s: %s); taking %s, which is slower; --decode_path %s shows all of "
                 "the error",
@@ -130,23 +155,30 @@ class Decoder:
         self._draw: Callable[..., Tensor] = draw_codes
         self._keys: Callable[[Tensor, Tensor], Tensor] = noise_keys
         self._to_pixels: Callable[[VQModel, Tensor], Tensor] = _to_pixels
-        self.compiled = self.path in ("compiled", "graph")
+        self.compiled = self.path == "compiled" or self.path.startswith("graph")
+        sequences = self.batch_size * (2 if self.sampling.guided else 1)
         if self.path.startswith("packed"):
             model = packed_copy(model, _packed_weights(self.path))
-            tokenizer = _narrow_decoder(tokenizer) if bf16 and tokenizer is not None else tokenizer
+        elif self.path in ("graph", "graph_float8"):
+            from models.fused import fused_copy  # needs Triton, which not every build of torch has
+
+            rows = max(map(sum, itertools.pairwise((1, *self.group_sizes))))
+            model = fused_copy(model, sequences, rows, float8=self.path == "graph_float8")
+        elif self.bf16:
+            model = narrow_copy(model, kind=CompiledLPD if self.compiled else type(model))
         elif self.compiled:
             model = share_weights(model, CompiledLPD)
         if self.compiled:
             self._draw, self._keys = compile_draw(self.device), torch.compile(noise_keys)
             # A symbolic batch size would switch off the choice of layouts for convolutions.
             self._to_pixels = torch.compile(_to_pixels, dynamic=False)
-            if self.bf16 and tokenizer is not None:
-                tokenizer = _narrow_decoder(tokenizer)
+        if self.bf16 and tokenizer is not None and self.path != "plain":
+            tokenizer = _narrow_decoder(tokenizer)
         self.model, self.tokenizer = model, tokenizer
         self.graph: torch.cuda.CUDAGraph | None = None
-        self._turns = GraphTurns.of(self.device) if self.path == "graph" else Turns(self.device)
+        self._turns = GraphTurns.of(self.device) if self.path.startswith("graph") else Turns(self.device)
         with self._mode():
-            self.cache = make_cache(model, self.batch_size * (2 if self.sampling.guided else 1))
+            self.cache = make_cache(model, sequences)
             if self.compiled:  # compiles, or fails, here and not at the first call
                 self._run()
         with self._turns.take() as stream:  # a first call on another stream waits for all this too
@@ -167,7 +199,8 @@ class Decoder:
 
         Raises:
             UserError: for a batch that does not fit. Values are checked where the tensors are on the host; a look at
-                values on the device would have to wait for it.
+                values on the device would have to wait for it. There, labels and indices must be right: own kernels
+                read whatever memory a wrong one names.
         """
         if (labels is None) != (self.labels is None):
             raise UserError("labels are given to a decoder made without class, or missing for one made with classes.")
@@ -264,15 +297,30 @@ class Decoder:
         with self._mode():
             outer = torch.cuda.current_stream()
             stream.wait_stream(outer)
-            with torch.cuda.stream(stream):
-                self._run()  # library workspaces belong to a stream, and must be there before the capture
-                stream.synchronize()
-                graph = torch.cuda.CUDAGraph()
-                # Other threads, such as one that pins batches, may work meanwhile.
-                with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                    self._captured = self._run()
-            outer.wait_stream(stream)
+            try:
+                with torch.cuda.stream(stream):
+                    self._run()  # library workspaces belong to a stream, and must be there before the capture
+                    stream.synchronize()
+                    graph = torch.cuda.CUDAGraph(keep_graph=True)  # for its nodes to be counted
+                    # Other threads, such as one that pins batches, may work meanwhile.
+                    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                        self._captured = self._run()
+                    graph.instantiate()
+            finally:
+                outer.wait_stream(stream)  # also where it fails: what ran there may still use memory that is freed now
             self.graph = graph
+
+    def graph_nodes(self) -> int | None:
+        """Nodes of the captured CUDA graph: kernels, copies and fills. None where there is no graph."""
+        if self.graph is None:
+            return None
+        nodes = ctypes.c_size_t()
+        runtime = ctypes.CDLL(None)  # the process, into which torch has loaded the CUDA runtime for all to see
+        graph = ctypes.c_void_p(self.graph.raw_cuda_graph())
+        status = runtime.cudaGraphGetNodes(graph, None, ctypes.byref(nodes))
+        if status != 0:
+            raise RuntimeError(f"cudaGraphGetNodes fails with status {status}.")
+        return nodes.value
 
 
 def resolve_path(path: str, device: torch.device, dtype: torch.dtype, bf16: bool) -> str:
@@ -284,8 +332,8 @@ def resolve_path(path: str, device: torch.device, dtype: torch.dtype, bf16: bool
             return "graph"
         packed = "packed_bfloat16" if bf16 else "packed"
         return packed if dtype == torch.float32 and can_pack(_packed_weights(packed)) else "plain"
-    if path == "graph" and device.type != "cuda":
-        raise UserError(f"decode path graph needs a CUDA GPU, the model is on {device}; use compiled, packed or plain.")
+    if path.startswith("graph") and device.type != "cuda":
+        raise UserError(f"decode path {path} needs a CUDA GPU, this is {device}; use compiled, packed or plain.")
     if path.startswith("packed"):
         if device.type != "cpu" or dtype != torch.float32:
             raise UserError(f"decode path {path} is for float32 models on the CPU; use auto, plain or compiled.")
@@ -298,6 +346,36 @@ def resolve_path(path: str, device: torch.device, dtype: torch.dtype, bf16: bool
 def _packed_weights(path: str) -> str:
     """How a packed path stores weights."""
     return path.removeprefix("packed").removeprefix("_") or "float32"
+
+
+def has_own_kernels(model: LPD, bf16: bool, float8: bool = False) -> bool:
+    """Whether :mod:`models.fused` can decode this model on its device."""
+    device = model.pos_embed.device
+    if device.type != "cuda" or not bf16 or model.pos_embed.dtype != torch.float32:
+        return False
+    if torch.cuda.get_device_capability(device) < ((8, 9) if float8 else (8, 0)) or find_spec("triton") is None:
+        return False
+    from models.fused import has_kernels
+
+    return has_kernels(model.config)
+
+
+def _staged(tensors: list[Tensor]) -> Tensor:
+    """Copies int64, one behind the other, in pinned memory, from which a copy to a GPU does not wait.
+
+    Torch hands out such memory again only when that copy is done; the caller may write to the originals at once.
+    """
+    staged = torch.empty(sum(tensor.numel() for tensor in tensors), dtype=torch.int64, pin_memory=True)
+    return torch.cat([tensor.reshape(-1) for tensor in tensors], out=staged)
+
+
+def compile_draw(device: torch.device) -> Callable[..., Tensor]:
+    """:func:`engine.decoding.loop.draw_codes` compiled; on a GPU two kernels where neither top-k nor top-p is on."""
+    options: dict[str, str | int | bool | Callable[..., Any]] = {
+        "realize_opcount_threshold": 60,  # by default (30) the noise's bits would be written out by a third
+        "triton.coalesce_tiling_analysis": False,  # fails for a symbolic batch size, and ignores it (torch 2.11)
+    }
+    return torch.compile(draw_codes, options=options if device.type == "cuda" else None)
 
 
 def _to_pixels(tokenizer: VQModel, codes: Tensor) -> Tensor:

@@ -17,13 +17,18 @@ PUBLISHED_WARMUP, PUBLISHED_RUNS, PUBLISHED_BATCH_SIZE = 100, 500, 64
 
 @dataclass(frozen=True)
 class Latency:
-    """Seconds of a batch of `batch_size` images, from labels on the host to results on the device."""
+    """Seconds of a batch of `batch_size` images, from labels on the host to results on the device.
+
+    Attributes:
+        host_s: median until the call returned, while a GPU goes on with it; None on a CPU, where the call is the work.
+    """
 
     batch_size: int
     runs: int
     median_s: float
     p10_s: float
     p90_s: float
+    host_s: float | None
 
     @property
     def images_per_sec(self) -> float:
@@ -44,7 +49,7 @@ def measure_latency(decoder: Decoder, warmup: int, runs: int, progress: str | No
     """
     device, B, config = decoder.device, decoder.batch_size, decoder.model.config
     generator = torch.Generator().manual_seed(0)
-    seconds = []
+    seconds, host_seconds = [], []
     for run in tqdm(range(warmup + runs), desc=progress, unit="run", disable=progress is None):
         orders = torch.rand(B, config.num_tokens, generator=generator).argsort(dim=1)
         seeds = torch.randint(2**62, (B,), generator=generator)
@@ -54,8 +59,11 @@ def measure_latency(decoder: Decoder, warmup: int, runs: int, progress: str | No
         synchronize(device)
         start = time.perf_counter()
         decoder(labels, orders, seeds)
+        returned = time.perf_counter()
         synchronize(device)
         if run >= warmup:
             seconds.append(time.perf_counter() - start)
+            host_seconds.append(returned - start)
     p10, median, p90 = np.percentile(seconds, [10, 50, 90]).tolist()
-    return Latency(B, runs, median, p10, p90)
+    host = float(np.median(host_seconds)) if device.type == "cuda" else None
+    return Latency(B, runs, median, p10, p90, host)

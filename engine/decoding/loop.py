@@ -86,24 +86,17 @@ def decode(
     All tensors are int64 and on the model's device, and right (:func:`check_batch`). Every shape follows from the group
     sizes, and nothing is read back from the device.
     """
-    B, L = orders_BL.shape
-    weights_L = guidance_weights(sampling.cfg, sampling.cfg_schedule, L, orders_BL.device)
-    orders_GL = orders_BL.repeat(2, 1) if sampling.guided else orders_BL
-    class_G1D = model.embed_class(labels_B, B)
-    if sampling.guided:
-        class_G1D = torch.cat([class_G1D, model.embed_class(None, B)])
+    weights_L = guidance_weights(sampling.cfg, sampling.cfg_schedule, orders_BL.shape[1], orders_BL.device)
     cache.length = 0
     groups: list[torch.Tensor] = []
-    known_GN: torch.Tensor | None = None
+    known_BN: torch.Tensor | None = None
     sizes = list(group_sizes)
-    groups_of = orders_GL.split(sizes, dim=1), weights_L.split(sizes), keys(seeds_B, orders_BL).split(sizes, dim=1)
-    for targets_GQ, weights_Q, keys_BQ in zip(*groups_of, strict=True):
-        if known_GN is None:
-            rows_GND, num_context = torch.cat([class_G1D, model.embed_queries(targets_GQ)], dim=1), 1
+    groups_of = orders_BL.split(sizes, dim=1), weights_L.split(sizes), keys(seeds_B, orders_BL).split(sizes, dim=1)
+    for targets_BQ, weights_Q, keys_BQ in zip(*groups_of, strict=True):
+        if known_BN is None:
+            logits_GQV = model.first_step(labels_B, targets_BQ, sampling.guided, cache)
         else:
-            codes_GN = groups[-1].repeat(2, 1) if sampling.guided else groups[-1]
-            rows_GND, num_context = model.embed_step(codes_GN, known_GN, targets_GQ), known_GN.shape[1]
-        logits_GQV = model.decode_step(rows_GND, num_context, cache)
+            logits_GQV = model.next_step(groups[-1], known_BN, targets_BQ, sampling.guided, cache)
         groups.append(draw(logits_GQV, weights_Q, keys_BQ, sampling))
-        known_GN = targets_GQ
+        known_BN = targets_BQ
     return torch.empty_like(orders_BL).scatter_(1, orders_BL, torch.cat(groups, dim=1))

@@ -18,7 +18,7 @@ import models.mask
 def captured_graphs(backend: str = "eager") -> Iterator[Callable[[], int]]:
     """What is compiled in the block is captured and run as it stands; code that does not make one whole graph raises.
 
-    The function that is given tells the number of graphs so far.
+    Options, which are the code generator's, are left out. The function that is given tells the number of graphs so far.
 
     Args:
         backend: "aot_eager" splits graphs into forward and backward as well.
@@ -32,7 +32,7 @@ def captured_graphs(backend: str = "eager") -> Iterator[Callable[[], int]]:
         for function in kept:
             function.cache_clear()
 
-    def captured(function: Callable[..., Any], dynamic: bool | None = None) -> Callable[..., Any]:
+    def captured(function: Callable[..., Any], dynamic: bool | None = None, **ignored: Any) -> Callable[..., Any]:
         return compile_(function, dynamic=dynamic, fullgraph=True, backend=backend)
 
     forget()

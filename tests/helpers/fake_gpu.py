@@ -15,7 +15,8 @@ from torch.utils._pytree import tree_leaves
 
 @contextlib.contextmanager
 def fake_gpu() -> Iterator[None]:
-    """Everything made in the block is fake; the device "cuda" can be named, and autocast believes in it.
+    """Everything made in the block is fake; the device "cuda" can be named, and autocast believes in it;
+    streams and events do nothing.
 
     A value that is read raises `DataDependentOutputException`, devices that are mixed a RuntimeError. The backward pass
     is not to be had: autograd's engine wants a real device.
@@ -23,6 +24,9 @@ def fake_gpu() -> Iterator[None]:
     with (
         patch.object(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         patch.object(torch.cuda, "is_bf16_supported", lambda *arguments, **options: True),
+        patch.object(torch.cuda, "device", contextlib.nullcontext),
+        patch.object(torch.cuda, "Event"),
+        patch.object(torch.cuda, "current_stream"),
         patch.object(torch.nn.Module, "_apply", _apply),
         FakeTensorMode(),
     ):

@@ -13,8 +13,9 @@ from tests.helpers.compilation import captured_graphs
 from tests.helpers.tiny_models import tiny_tokenizer
 
 # First block, between two blocks, last block, embeddings of a step, draw: once for the first step, whose sizes count as
-# constants, and once for all others; embeddings a third time where a group of one follows another. Pixels: once.
-GRAPHS = 2 * 5 + 1 + 1
+# constants, and once for all others; embeddings a third time where a group of one follows another. Keys of the noise
+# and pixels: once.
+GRAPHS = 2 * 5 + 1 + 1 + 1
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import weakref
 from collections.abc import Callable
@@ -11,16 +12,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import engine.decoding.decoder
 import models.inference
 from engine.decoding.decoder import Decoder
-from engine.decoding.loop import draw_codes
+from engine.decoding.loop import draw_codes, make_cache
 from engine.generate import generate
 from models import build_model
-from models.inference import CPU_PACKINGS, can_pack, narrow_linear_weights, packed_copy, share_weights
+from models.inference import CPU_PACKINGS, can_pack, narrow_copy, packed_copy
 from models.lpd import LPD
 from models.sampling import Sampling
 from tests.helpers.tiny_models import far_from_initialisation, tiny_tokenizer
@@ -35,6 +35,14 @@ def small_model() -> LPD:
     torch.manual_seed(0)
     model = build_model("lpd_debug", img_size=16, stride=4, class_num=CLASSES, vocab_size=V).eval()
     return far_from_initialisation(model, std=0.4)
+
+
+def small_model_for_kernels() -> LPD:
+    """Of sizes that own kernels can decode."""
+    torch.manual_seed(0)
+    sizes = {"embed_dim": 64, "num_heads": 2, "vocab_size": 64}
+    model = build_model("lpd_debug", img_size=16, stride=4, class_num=CLASSES, **sizes).eval()
+    return far_from_initialisation(model, std=0.2)
 
 
 def small_tokenizer() -> VQModel:
@@ -287,9 +295,10 @@ def test_auto_says_what_failed_and_takes_the_next_path(
             return make(decoder, model, tokenizer)
         decoder.cache = make_cache(model, 2)
         failed.append(weakref.ref(decoder.cache.key_values))
-        raise torch.OutOfMemoryError("too little\nof it")
+        raise torch.OutOfMemoryError("at 3:20:\n\ntoo little\n")
 
     monkeypatch.setattr(engine.decoding.decoder, "resolve_path", lambda *given: "graph")
+    monkeypatch.setattr(engine.decoding.decoder, "has_own_kernels", lambda *given: True)
     monkeypatch.setattr(Decoder, "_make", out_of_memory)
     with pytest.raises(torch.OutOfMemoryError):
         Decoder(model, SIZES, Sampling(), 2, path="graph")
@@ -299,11 +308,11 @@ def test_auto_says_what_failed_and_takes_the_next_path(
     monkeypatch.undo()
     assert decoder.path == "plain"
     assert [record.getMessage() for record in caplog.records] == [
-        f"decode path {path} cannot be prepared (OutOfMemoryError: too little); taking {other}, which is slower; "
-        f"--decode_path {path} shows all of the error"
-        for path, other in (("graph", "compiled"), ("compiled", "plain"))
+        f"decode path {path} cannot be prepared (OutOfMemoryError: at 3:20: … too little); taking {other}, which is "
+        f"slower; --decode_path {path} shows all of the error"
+        for path, other in itertools.pairwise(("graph", "graph_library", "compiled", "plain"))
     ]
-    assert [reference() for reference in failed] == [None, None]
+    assert [reference() for reference in failed] == [None] * 3
     assert torch.equal(decoder(*inputs).codes, plain_codes(model, inputs, SIZES, Sampling()))
 
 
@@ -312,6 +321,7 @@ def test_auto_says_what_failed_and_takes_the_next_path(
     [
         ({"path": "quick"}, "decode path 'quick' does not exist"),
         ({"path": "graph"}, "graph needs a CUDA GPU"),
+        ({"path": "graph_float8"}, "graph_float8 needs a CUDA GPU"),
         ({"path": "packed", "bf16": True}, "packed does not go with bf16"),
         ({"path": "packed", "model": small_model().double()}, "packed is for float32 models"),
         ({"batch_size": 0}, "batch size 0"),
@@ -342,7 +352,7 @@ def test_another_batch_is_refused() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("path", ["plain", "compiled", "graph"])
+@pytest.mark.parametrize("path", ["plain", "compiled", "graph_library"])
 def test_gpu_paths_give_the_codes_of_the_cpu(path: str) -> None:
     """In float64 rounding changes nothing; two decoders side by side, each replayed on several batches."""
     model, tokenizer, sampling = small_model().double(), small_tokenizer().double(), Sampling(cfg=3.0)
@@ -350,6 +360,8 @@ def test_gpu_paths_give_the_codes_of_the_cpu(path: str) -> None:
     expected = [[plain_codes(model, x, sizes, sampling) for x in inputs] for sizes in (SIZES, [4, 12])]
     model, tokenizer = model.cuda(), tokenizer.cuda()
     decoders = [Decoder(model, sizes, sampling, 3, tokenizer=tokenizer, path=path) for sizes in (SIZES, [4, 12])]
+    nodes = [decoder.graph_nodes() or 0 for decoder in decoders]  # of many steps and of few
+    assert nodes[0] > nodes[1] > 0 if path == "graph_library" else nodes == [0, 0]
     for i, x in enumerate(inputs):
         for decoder, codes in zip(decoders, expected, strict=True):
             found, images = decoder(*x)
@@ -360,10 +372,11 @@ def test_gpu_paths_give_the_codes_of_the_cpu(path: str) -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("path", ["plain", "compiled", "graph"])
+@pytest.mark.parametrize("path", ["plain", "compiled", "graph_library", "graph"])
 def test_gpu_never_waits_from_labels_to_pixels(path: str) -> None:
-    model, tokenizer = small_model().cuda(), small_tokenizer().cuda()
+    model, tokenizer = small_model_for_kernels().cuda(), tiny_tokenizer(4, 64).cuda()
     decoder = Decoder(model, SIZES, Sampling(cfg=3.0), 3, tokenizer=tokenizer, path=path, bf16=True)
+    assert decoder.path == path
     inputs = [tensor.cuda() for tensor in batch(3)]
     decoder(*inputs)
     torch.cuda.set_sync_debug_mode("error")
@@ -381,7 +394,7 @@ def recorded_logits(decoder: Decoder, inputs: tuple[torch.Tensor, ...]) -> torch
         logits.append(logits_GNV)
         return keys_BN % V
 
-    decoder._draw = record
+    decoder._draw, decoder.graph = record, None  # what was captured runs launch by launch
     decoder(*inputs)
     return torch.cat(logits, dim=1)
 
@@ -399,6 +412,21 @@ def test_gpu_logits_of_the_compiled_pieces_are_those_of_the_plain_loop(bf16: boo
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize(("path", "allowed"), [("graph", 1.25), ("graph_float8", 15.0)])
+@pytest.mark.parametrize("size", [1, 20])  # with 20 images the library takes the longer steps
+def test_gpu_logits_of_own_kernels_are_as_exact_as_those_of_autocast(path: str, allowed: float, size: int) -> None:
+    """By relative error to float32, as a multiple of the plain loop's in bfloat16; and the same again."""
+    model, inputs, sampling = small_model_for_kernels().cuda(), batch(size), Sampling(cfg=3.0)
+    exact = recorded_logits(Decoder(model, SIZES, sampling, size, path="plain"), inputs)
+    plain = recorded_logits(Decoder(model, SIZES, sampling, size, path="plain", bf16=True), inputs)
+    decoder = Decoder(model, SIZES, sampling, size, path=path, bf16=True)
+    own = recorded_logits(decoder, inputs)
+    assert decoder.path == path
+    assert (own - exact).norm() < allowed * (plain - exact).norm()
+    assert torch.equal(recorded_logits(decoder, inputs), own)
+
+
+@pytest.mark.gpu
 def test_gpu_failure_during_the_capture_leaves_nothing_switched_on(monkeypatch: pytest.MonkeyPatch) -> None:
     model, stream = small_model().cuda(), torch.cuda.current_stream()
 
@@ -411,13 +439,13 @@ def test_gpu_failure_during_the_capture_leaves_nothing_switched_on(monkeypatch: 
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(engine.decoding.decoder, "draw_codes", reads_back)
     with pytest.raises(RuntimeError):
-        Decoder(model, SIZES, Sampling(cfg=3.0), 3, path="graph")
+        Decoder(model, SIZES, Sampling(cfg=3.0), 3, path="graph_library")
     monkeypatch.undo()
     assert torch.cuda.current_stream() == stream
     assert not torch.cuda.is_current_stream_capturing()
     assert not torch.is_inference_mode_enabled()
     inputs = batch(3)
-    decoder = Decoder(model, SIZES, Sampling(cfg=3.0), 3, path="graph")
+    decoder = Decoder(model, SIZES, Sampling(cfg=3.0), 3, path="graph_library")
     assert torch.equal(decoder(*inputs).codes, plain_codes(model, inputs, SIZES, Sampling(cfg=3.0)).cuda())
 
 
@@ -426,7 +454,7 @@ def test_gpu_capture_that_fails_leaves_pictures_and_no_memory(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     model, sampling, inputs = small_model().cuda(), Sampling(cfg=3.0), batch(3)
-    Decoder(model, SIZES, sampling, 3, path="graph")(*inputs)  # what stays for the process is there now
+    Decoder(model, SIZES, sampling, 3, path="graph_library")(*inputs)  # what stays for the process is there now
 
     def memory_of(path: str) -> tuple[int, Decoder]:
         gc.collect()
@@ -440,7 +468,7 @@ def test_gpu_capture_that_fails_leaves_pictures_and_no_memory(
 
     def fail_in_the_end(decoder: Decoder, *arguments: Any) -> None:
         make(decoder, *arguments)
-        if decoder.path == "graph":
+        if decoder.path == "graph_library":
             raise RuntimeError("not on this GPU")
 
     monkeypatch.setattr(Decoder, "_make", fail_in_the_end)
@@ -452,7 +480,7 @@ def test_gpu_capture_that_fails_leaves_pictures_and_no_memory(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("path", ["plain", "compiled", "graph"])
+@pytest.mark.parametrize("path", ["plain", "compiled", "graph_library"])
 def test_gpu_streams_share_a_decoder_and_inputs_are_the_callers_again(path: str) -> None:
     """Behind work that delays the first stream, the second call must not overtake; pinned inputs are overwritten."""
     model, sampling = small_model().double().cuda(), Sampling(cfg=3.0)
@@ -477,7 +505,7 @@ def test_gpu_dropped_decoders_leave_no_memory() -> None:
     """Each capture on a stream of its own would leave a workspace of the matrix library."""
     model, left = small_model().cuda(), []
     for _ in range(4):
-        Decoder(model, SIZES, Sampling(cfg=3.0), 3, path="graph")
+        Decoder(model, SIZES, Sampling(cfg=3.0), 3, path="graph_library")
         gc.collect()
         torch.cuda.empty_cache()
         left.append(torch.cuda.memory_allocated())
