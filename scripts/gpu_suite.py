@@ -1,12 +1,13 @@
 """Everything that is measured on a GPU, by one command, in order of worth: tests, then every benchmark of the README.
 
-    python -m scripts.gpu_suite --output_dir runs/gpu --time_limit 540     # again, until it ends with status 0
-    python -m scripts.gpu_suite --output_dir runs/gpu --publish h200       # into benchmarks/results/ and the README
+    python -m scripts.gpu_suite --output_dir runs/gpu --quick --time_limit 540    # again, until it ends with status 0
+    python -m scripts.gpu_suite --output_dir runs/gpu --publish h200              # into benchmarks/results/, the README
 
-Each part is an ordinary command; its result is in --output_dir as soon as it ends, its output in logs/. What is
-finished is not done again; a part that fails is named in summary.json, the others go on, and the next call tries it
-last. Exit status: 0 all done; 1 a part failed; 75 the time limit came, run the same command again. Without a GPU tiny
-models run for two minutes, and what needs a GPU is left out.
+The paper's protocol, without --quick, has parts of twenty minutes: it needs a larger --time_limit, or none. Each part
+is an ordinary command; its result is in --output_dir as soon as it ends, its output in logs/. What is finished is not
+done again unless its result is deleted; a part that fails is named in summary.json, the others go on, and the next call
+tries it last. Exit status: 0 all done; 1 a part failed; 75 the time limit came, run the same command again. Without a
+GPU tiny models run for two minutes, and what needs a GPU is left out.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from util.files import check_output_dir, write_json
 from util.signals import REQUEUE_STATUS
 
 ROOT = Path(__file__).resolve().parents[1]
-GROUPS = ("tests", "latency", "kernels", "orders", "train", "evaluation", "photos")
+GROUPS = ("tests", "latency", "kernels", "tiles", "orders", "train", "evaluation", "photos")
 FIRST_ROW = "lpd_l_res256_steps20"
 QUICK = ("--warmup", "20", "--runs", "50", "--batch_runs", "10")
 OVERRUN_S = 20.0  # that a part may go on after the time limit
@@ -107,7 +108,8 @@ class Parts:
 
     def _benchmark(self, group: str, name: str, seconds: float, *flags: str | Path, module: str = "") -> Part:
         result = self.out / f"{name}.json"
-        words = ("-m", f"scripts.benchmark_{module or group}", *map(str, flags), *self.device, "--output", str(result))
+        module = module or f"benchmark_{group}"
+        words = ("-m", f"scripts.{module}", *map(str, flags), *self.device, "--output", str(result))
         return Part(group, name, words, seconds, result)
 
     def _tests(self) -> list[Part]:
@@ -126,17 +128,13 @@ class Parts:
         path = self.config.inception_path
         inception = () if path is None else ("--inception_path", path.resolve())
         return [
-            part("latency", "latency_by_path", 110 * slow, *first, *runs),
-            part("kernels", "kernels", 40, *listed, "--profile", self.out / "kernels", module="latency"),
+            part("latency", "latency_by_path", 140 * slow, *first, *runs),
+            part("kernels", "kernels", 40, *listed, "--profile", self.out / "kernels", module="benchmark_latency"),
+            part("tiles", "tiles", 150, module="tune_kernels"),
             *(part("latency", f"latency_{row}", sec * slow, "--rows", row, *pixels) for row, sec in rows.items()),
             part("orders", "orders", 60, *(("--num", "20000") if quick else ())),
             part("train", "train", 150, *(("--steps", "20") if quick else ())),
-            part(
-                "evaluation",
-                "evaluation",
-                90,
-                *inception,
-            ),
+            part("evaluation", "evaluation", 90, *inception),
         ]
 
     def _tiny(self) -> list[Part]:
@@ -146,7 +144,8 @@ class Parts:
         few = ("--num_images", "8", "--eval_bsz", "4", "--arch", "test_resnet")
         return [
             part("latency", "latency_by_path", 15, *steps, "--batch_sizes", "1", "2", *runs),
-            part("kernels", "kernels", 15, *listed, module="latency"),
+            part("kernels", "kernels", 15, *listed, module="benchmark_latency"),
+            *([part("tiles", "tiles", 30, "--model", "lpd_tiny", module="tune_kernels")] if self.cuda else []),
             part("orders", "orders", 15, "--num", "100"),
             part("train", "train", 15, *model, "--batch_size", "2", "--steps", "2", "--cache_images", "20"),
             part("evaluation", "evaluation", 20, *steps, *few),
@@ -220,6 +219,19 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
+def revision(root: Path) -> str | None:
+    """The commit of a working tree, with "-dirty" if there are changes besides; None without git."""
+    git = ("git", "-C", str(root))
+    try:
+        head, changes = (
+            subprocess.run((*git, *words), capture_output=True, text=True, check=True).stdout.strip()
+            for words in (("rev-parse", "HEAD"), ("status", "--porcelain"))
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return f"{head}-dirty" if changes else head
+
+
 class Suite:
     """The parts of one output folder and what became of them (``summary.json``)."""
 
@@ -242,6 +254,7 @@ class Suite:
 
     def run(self) -> int:
         """Run what is not finished; gives the exit status."""
+        self._name_revisions()
         left_over, begun = [], False
         for part in sorted(self.parts, key=lambda part: self._state(part) == "failed"):
             left = self.stages.left()
@@ -249,10 +262,12 @@ class Suite:
                 print(f"== {part.name}: takes about {part.seconds:.0f} s, {left:.0f} s are left", flush=True)
                 left_over.append(part)
                 continue
+            # One that failed may do so again at every call.
+            begun = begun or self._state(part) not in ("finished", "failed")
             try:
-                begun = True
                 self._note(part, "not finished")
-                self.stages.run(part.name, partial(self._run, part), part.command(self.out))
+                deleted = not self._result(part).exists()
+                self.stages.run(part.name, partial(self._run, part), part.command(self.out), always=deleted)
                 self._note(part, "finished")
             except PartFailed as error:
                 print(f"== {part.name}: failed\n{error}", flush=True)
@@ -260,14 +275,33 @@ class Suite:
             except OutOfTime as reason:
                 print(f"== {part.name}: {reason}", flush=True)
                 left_over.append(part)
+                begun = True
         if left_over and not begun:
             shortest = min(part.seconds for part in left_over)
             raise UserError(f"no part fits into --time_limit; the shortest that is left takes about {shortest:.0f} s.")
         return REQUEUE_STATUS if left_over else int(any(self._state(part) == "failed" for part in self.parts))
 
+    def _name_revisions(self) -> None:
+        """Say which finished parts are of another state of the code."""
+        now = revision(ROOT)
+        for part in self.parts:
+            measured = self.summary["parts"][part.name]["revision"] if self._state(part) == "finished" else now
+            if measured != now:
+                made = self.out / self._result(part).relative_to(self.out).parts[0]
+                print(
+                    f"== {part.name}: was measured at {measured or 'an unknown revision'}, this is {now or 'unknown'}; "
+                    f"delete {made} or give another --output_dir to measure it again",
+                    flush=True,
+                )
+
+    def _result(self, part: Part) -> Path:
+        return part.result.with_suffix(".json")
+
     def _state(self, part: Part) -> str | None:
         entry = self.summary["parts"].get(part.name, {})
-        return entry.get("state") if entry.get("command") == part.command(self.out) else None
+        if entry.get("command") != part.command(self.out):
+            return None
+        return "not finished" if entry["state"] == "finished" and not self._result(part).exists() else entry["state"]
 
     def _note(self, part: Part, state: str, error: str | None = None) -> None:
         """Save what became of a part. One that finished before keeps its entry."""
@@ -282,7 +316,8 @@ class Suite:
             "state": state,
             "seconds": stage.get("seconds") if stage.get("command") == command else None,
             "date": datetime.date.today().isoformat(),
-            "result": str(part.result.with_suffix(".json").relative_to(self.out)),
+            "revision": revision(ROOT),
+            "result": str(self._result(part).relative_to(self.out)),
             "error": error,
         }
         write_json(self.path, self.summary)
@@ -310,7 +345,7 @@ class Suite:
                 raise
         if part.group == "tests" and part.result.exists():
             counts = junit_counts(part.result)
-            write_json(part.result.with_suffix(".json"), counts)
+            write_json(self._result(part), counts)
             print(", ".join(f"{counts[name]} {name}" for name in ("passed", "failed", "skipped")), flush=True)
         if part.resumable and status == REQUEUE_STATUS:
             raise OutOfTime("work is left")

@@ -18,7 +18,14 @@ from util.errors import UserError
 from util.files import atomic_write, write_json
 
 NAME = re.compile(r"[A-Za-z0-9_-]+")
-TABLES = ("latency", "orders", "train", "evaluation")  # groups of parts that have a table of their own
+# Groups of parts that have a table of their own, as the README calls them.
+TABLES = {
+    "latency": "latency",
+    "tiles": "products of a step",
+    "orders": "orders",
+    "train": "training",
+    "evaluation": "evaluation",
+}
 KEPT = "\0"  # a space at which no line is broken
 Content = dict[str, Any]
 
@@ -32,7 +39,7 @@ def read_group(folder: Path, summary: Content, group: str) -> Content:
         return {key: value for key, value in content.items() if key != "output"}  # a path of the machine it ran on
 
     parts = {
-        name: {key: part[key] for key in ("command", "quick", "date", "seconds")} | {"result": result(part)}
+        name: {key: part[key] for key in ("command", "quick", "date", "revision", "seconds")} | {"result": result(part)}
         for name, part in summary["parts"].items()
         if part["group"] == group and part["state"] in states and (folder / part["result"]).is_file()
     }
@@ -56,8 +63,12 @@ def publish(folder: Path, name: str, root: Path) -> None:
     results = root / "benchmarks" / "results"
     groups = {group: read_group(folder, summary, group) for group in ("tests", *TABLES)}
     groups = {group: content for group, content in groups.items() if content["parts"]}
+    if not groups:
+        raise UserError("no part of the suite has finished; there is nothing to publish.")
     for group, content in groups.items():
         write_json(results / f"{group}_{name}.json", content)
+    paths = {group: results / f"{group}_{name}.json" for group in ("tests", *TABLES)}
+    published = {group: json.loads(path.read_text()) for group, path in paths.items() if path.is_file()}
     kernels, photos = (summary["parts"].get(part, {}).get("state") == "finished" for part in ("kernels", "photos"))
     if kernels:
         tables = [table.read_bytes() for table in sorted((folder / "kernels").glob("*.txt"))]
@@ -67,7 +78,7 @@ def publish(folder: Path, name: str, root: Path) -> None:
         report.publish(folder / "photos" / "report", name, root)
     readme = root / "README.md"
     text = readme.read_text()
-    for mark, table in blocks(groups, name, kernels):
+    for mark, table in (("status", status(published, summary["device"])), *blocks(groups, name, kernels)):
         text = fill(text, mark, table)
     with atomic_write(readme) as file:
         file.write(text.encode())
@@ -85,12 +96,11 @@ def fill(text: str, mark: str, table: str) -> str:
 
 
 def blocks(groups: Content, name: str, kernels: bool) -> Iterator[tuple[str, str]]:
-    """(mark, Markdown) of everything that can be told from the groups of a publication.
+    """(mark, Markdown) of every table that can be made from the groups of a publication.
 
     Args:
         kernels: whether it has a list of kernels.
     """
-    yield "status", status(groups)
     if "latency" in groups:
         parts = groups["latency"]["parts"]
         listed = {"kernels of `graph`": f"kernels_{name}.txt"} if kernels else {}
@@ -102,19 +112,23 @@ def blocks(groups: Content, name: str, kernels: bool) -> Iterator[tuple[str, str
             if chosen["parts"]:
                 files = {"all figures": f"latency_{name}.json"} | more
                 yield mark, f"{table(chosen['parts'])}\n\n{conditions(chosen, files, protocol(chosen))}"
-    for mark, tabulate in (("train", training), ("orders", orders), ("evaluation", evaluation)):
+    tables = (("tiles", products), ("train", training), ("orders", orders), ("evaluation", evaluation))
+    for mark, tabulate in tables:
         if mark in groups:
             content = groups[mark]
             result = content["parts"][mark]["result"]
             yield mark, f"{tabulate(result)}\n\n{conditions(content, {'all figures': f'{mark}_{name}.json'}, [])}"
 
 
-def status(groups: Content) -> str:
-    """One sentence on what has been run."""
-    content = next(iter(groups.values()), None)
-    if content is None:
-        raise UserError("no part of the suite has finished; there is nothing to publish.")
-    text = f"**Measured on one {content['device']}**: [speed on a GPU](#speed-on-a-gpu)."
+def status(groups: Content, device: str) -> str:
+    """A sentence or two on what has been run, in this publication and earlier ones of its name."""
+    measured = ", ".join(what for group, what in TABLES.items() if group in groups)
+    if "latency" in groups:
+        text = f"**Measured on one {device}**: {measured} ([speed on a GPU](#speed-on-a-gpu))."
+    elif measured:
+        text = f"**Latency has not been measured on a GPU yet**; on one {device}: {measured}."
+    else:
+        text = f"**Nothing has been measured on a GPU yet**; tests have been run on one {device}."
     if "tests" in groups:
         counts = groups["tests"]["parts"]["tests"]["result"]
         text += f" GPU tests: {', '.join(f'{counts[key]} {key}' for key in ('passed', 'failed', 'skipped'))}."
@@ -122,13 +136,15 @@ def status(groups: Content) -> str:
 
 
 def conditions(content: Content, files: dict[str, str], more: list[str]) -> str:
-    """The line below a table: device, versions, date, protocol, command, and links to files by what they hold."""
+    """The line below a table: device, versions, code, date, protocol, command, and links to files by what they hold."""
     parts = content["parts"].values()
     dates = sorted({part["date"] for part in parts})
     days = dates[0] if len(dates) == 1 else f"{dates[0]} to {dates[-1]}"
     driver = [] if content["driver"] is None else [f"driver {content['driver']}"]
     quick = " --quick" if any(part["quick"] for part in parts) else ""
-    facts = [content["device"], *driver, f"torch {content['torch']}", f"triton {content['triton']}", days, *more]
+    revisions = sorted({part["revision"] or "unknown" for part in parts})
+    code = f"code of revision {' and '.join(name[:10] + name[40:] for name in revisions)}"  # a hash has 40 digits
+    facts = [content["device"], *driver, f"torch {content['torch']}", f"triton {content['triton']}", code, days, *more]
     command = f"`python -m scripts.gpu_suite --output_dir DIR{quick}`"
     links = (f"[{what}](benchmarks/results/{file})" for what, file in files.items())
     whole = [text.replace(" ", KEPT) for text in (command, *links)]  # not broken into lines
@@ -169,17 +185,15 @@ def by_path(parts: Content) -> str:
     """Latency of one image by decode path."""
     results = [result for part in parts.values() for result in part["result"]["results"]]
     found = {(result["path"], result["pixels"]): result for result in results}
-    plain = found.get(("plain", True))
     rows = []
     for path in dict.fromkeys(result["path"] for result in results):
         codes, pixels = (found.get((path, with_pixels), {}) for with_pixels in (False, True))
-        both = plain is not None and pixels
         rows.append(
             [
                 f"`{path}`",
                 figure(codes.get("median_ms"), ".1f", " ms"),
                 figure(pixels.get("median_ms"), ".1f", " ms"),
-                figure(plain["median_ms"] / pixels["median_ms"] if plain and both else None, ".1f"),
+                figure(pixels.get("speed_up"), ".1f"),
                 figure(codes.get("graph_nodes"), ","),
                 figure(pixels.get("peak_memory_gib"), ".1f", " GiB"),
             ]
@@ -210,6 +224,38 @@ def by_row(parts: Content) -> str:
         )
     head = ("with pixels, guided", "batch 1", "paper, A100", "of the bandwidth", "of the arithmetic")
     return markdown((*head, "batch 64, images/s", "paper, A100", "of the arithmetic", "peak memory"), rows)
+
+
+def products(result: Content) -> str:
+    """Microseconds of each product of a step: the library's, and our own, with the tile that decoding takes first."""
+
+    def microseconds(of: list[Content]) -> str:
+        return figure(of[0]["us"] if of else None, ".1f")
+
+    rows = []
+    for product, number in dict.fromkeys((row["product"], row["rows"]) for row in result["products"]):
+        found = [row for row in result["products"] if (row["product"], row["rows"]) == (product, number)]
+        own = [row for row in found if (row["by"], row["weights"]) == ("own", "bfloat16")]
+        taken = [row for row in own if row["chosen"]]  # with dependent launch, if the GPU has it, then without
+        fastest = sorted(own, key=lambda row: row["us"])[:1]
+        tiles = [f" ({row['columns']}×{row['block']}, {row['split']}, {row['stages']})" for row in fastest]
+        rows.append(
+            [
+                f"{product}, {number} rows",
+                microseconds([row for row in found if row["by"] == "library"]),
+                microseconds(taken),
+                microseconds(fastest) + "".join(tiles),
+                microseconds(taken[1:]),
+                microseconds([row for row in found if row["weights"] == "float8"]),
+            ]
+        )
+    head = (
+        f"products of a step, {title(result['model'])}, µs",
+        "library",
+        "own",
+        "fastest (columns×block, split, stages)",
+    )
+    return markdown((*head, "own without dependent launch", "own, float8 weights"), rows)
 
 
 def training(result: Content) -> str:

@@ -30,7 +30,7 @@ def test_gpu_tests_are_collected() -> None:
     """Guards against a test module that cannot be imported, which stops all GPU tests."""
     arguments = ["--collect-only", "-q", "-m", "gpu", "-p", "no:cacheprovider"]
     printed = python_without_them(f"import pytest; sys.exit(pytest.main({arguments}))")
-    assert "test_gpu_paths_give_the_codes_of_the_cpu[graph]" in printed
+    assert "test_gpu_paths_give_the_codes_of_the_cpu[graph_library]" in printed
 
 
 @pytest.mark.slow

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
+from engine.decoding import latency
 from models import model_config
 from scripts import benchmark_latency
 from tests.helpers.tiny_models import tiny_tokenizer
@@ -44,11 +48,44 @@ def test_all_cases_are_measured(
         assert r["speed_up"] == pytest.approx(plain[r["steps"], r["batch_size"], r["pixels"]] / r["median_ms"])
         assert 0 < r["flops_share"] < 1
         assert r["not_measured"] is None
+        assert (r["graph_nodes"], r["within_node_budget"]) == (None, None)
         assert 0 < r["p10_ms"] <= r["median_ms"] <= r["p90_ms"]
         assert r["images_per_sec"] == pytest.approx(1000 * r["batch_size"] / r["median_ms"])
         assert "published_a100" not in r
     assert len(list(tmp_path.glob("*.txt"))) == len(results)
     assert printed["draw"]["own_noise_sec"] > 0
+
+
+def test_chosen_outputs_and_fewer_runs_of_batches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(benchmark_latency, "copy_bytes", lambda device: 1e10)
+    monkeypatch.setattr(benchmark_latency, "matrix_product_flops", lambda device, dtype: 1e11)
+    model = ("--model", "lpd_debug", "--img_size", 32, "--generation_steps", 2, "--outputs", "codes")
+    run(monkeypatch, *model, "--batch_sizes", 1, 2, "--paths", "plain", "--warmup", 2, "--runs", 3, "--batch_runs", 1)
+    results = json.loads(capsys.readouterr().out.splitlines()[-1])["results"]
+    assert [(r["batch_size"], r["warmup"], r["runs"], r["pixels"]) for r in results] == [
+        (1, 2, 3, False),
+        (2, 1, 1, False),
+    ]
+    assert [r["host_us"] for r in results] == [None, None]
+
+
+def test_time_of_the_host_ends_where_the_call_returns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a made-up GPU that takes 50 ms longer than the call."""
+
+    class Call(SimpleNamespace):
+        def __call__(self, labels: object, orders: object, seeds: object) -> None:
+            time.sleep(0.01)
+
+    config = model_config("lpd_debug")
+    decoder: Any = Call(device=torch.device("cuda"), batch_size=1, model=SimpleNamespace(config=config), labels=None)
+    monkeypatch.setattr(latency, "synchronize", lambda device: time.sleep(0.05))
+    measured = latency.measure_latency(decoder, 1, 3)
+    assert measured.host_s is not None
+    assert 0.01 <= measured.host_s <= measured.median_s - 0.05
+    decoder.device = torch.device("cpu")
+    assert latency.measure_latency(decoder, 0, 1).host_s is None
 
 
 def test_a_share_above_1_is_not_measured_and_a_batch_of_8_is_a_cpu_s_default(
@@ -68,6 +105,14 @@ def test_a_share_above_1_is_not_measured_and_a_batch_of_8_is_a_cpu_s_default(
         assert (r["flops_share"], r["speed_up"]) == (None, None)
         assert r["not_measured"].startswith("a share above 1")
         assert 0 < r["weight_bytes_share"] < 1
+
+
+def test_the_graph_of_one_case_has_a_budget() -> None:
+    rows = benchmark_latency.LatencyBenchmark(rows=("lpd_l_res256_steps20", "lpd_l_res256_steps32")).chosen_rows()
+    case = (1, "graph", False)
+    assert [row.node_budget(*case) for row in rows] == [2600, None]
+    others = [(64, "graph", False), (1, "graph_library", False), (1, "graph", True)]
+    assert [rows[0].node_budget(*other) for other in others] == [None, None, None]
 
 
 @pytest.mark.parametrize(("img_size", "gigaflops"), [(256, 253), (512, 1017)])

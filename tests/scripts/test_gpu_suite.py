@@ -22,6 +22,7 @@ from scripts.benchmark_latency import LatencyBenchmark
 from scripts.benchmark_orders import OrdersBenchmark
 from scripts.benchmark_train import TrainBenchmark
 from scripts.gpu_suite import Part, Parts, Suite, SuiteConfig
+from scripts.tune_kernels import TuneConfig
 from tests.helpers.commands import ROOT, run
 from tests.helpers.slurm_cluster import wait_until
 from util.cli import Parser, from_args
@@ -29,11 +30,13 @@ from util.errors import UserError
 from util.files import write_json
 
 GPU = {"device": "a GPU", "driver": "570.1", "cuda": "12.8", "torch": "2.11.0", "triton": "3.6.0"}
+REVISION = "0123456789" * 4
 BENCHMARKS = {
     "scripts.benchmark_latency": LatencyBenchmark,
     "scripts.benchmark_orders": OrdersBenchmark,
     "scripts.benchmark_train": TrainBenchmark,
     "scripts.benchmark_evaluation": EvaluationBenchmark,
+    "scripts.tune_kernels": TuneConfig,
 }
 
 
@@ -64,7 +67,7 @@ def test_flags_of_every_part_are_those_of_its_command(settings: dict[str, Any]) 
             config: Any = from_args(cls, parser.parse_args(part.words[2:]))
             assert config.output == part.result
             checked += 1
-    assert checked == (5 if "tiny" in settings else 12)
+    assert checked == (6 if "tiny" in settings else 13)
 
 
 def made_up(out: Path, name: str, code: str, seconds: float = 0, resumable: bool = False) -> Part:
@@ -113,6 +116,58 @@ def test_a_part_that_does_not_fit_is_not_begun(tmp_path: Path) -> None:
         suite_of(tmp_path, parts[:1], 60).run()
     assert suite_of(tmp_path, parts).run() == 0
     assert suite_of(tmp_path, parts, 1).run() == 0  # nothing is left that would have to fit
+
+
+def test_what_can_never_fit_is_named_whatever_else_is_finished_or_fails(tmp_path: Path) -> None:
+    """Guards against calls that end with 75, "again", for ever."""
+    parts = [
+        made_up(tmp_path, "long", "pass", seconds=1000),
+        made_up(tmp_path, "short", "pass"),
+        made_up(tmp_path, "fails", "raise OSError"),
+    ]
+    assert suite_of(tmp_path, parts, 60).run() == 75
+    for rest in (parts, parts[:2]):
+        with pytest.raises(UserError, match="no part fits into --time_limit"):
+            suite_of(tmp_path, rest, 60).run()
+    assert states(tmp_path) == {"short": "finished", "fails": "failed"}
+
+
+def test_the_revision_of_a_working_tree(tmp_path: Path) -> None:
+    assert gpu_suite.revision(tmp_path) is None
+    git = ("git", "-C", str(tmp_path), "-c", "user.name=a", "-c", "user.email=a@b")
+    subprocess.run((*git, "init", "-q"), check=True)
+    assert gpu_suite.revision(tmp_path) is None  # no commit
+    subprocess.run((*git, "commit", "-q", "--allow-empty", "-m", "first"), check=True)
+    clean = gpu_suite.revision(tmp_path)
+    assert clean is not None
+    assert re.fullmatch("[0-9a-f]{40}", clean)
+    (tmp_path / "new.py").touch()
+    assert gpu_suite.revision(tmp_path) == f"{clean}-dirty"
+
+
+def test_parts_of_another_revision_are_named_and_measured_again_once_deleted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against figures of two states of the code that are mixed silently."""
+    parts = [made_up(tmp_path, name, "pass") for name in ("first", "second")]
+    for now, named, revisions in (
+        (None, [], [None, None]),
+        ("b", ["first", "second"], [None, None]),
+        ("b", ["second"], ["b", None]),
+        ("a", ["first", "second"], ["b", None]),
+    ):
+        monkeypatch.setattr(gpu_suite, "revision", lambda root, now=now: now)
+        assert suite_of(tmp_path, parts).run() == 0
+        entries = json.loads((tmp_path / "summary.json").read_text())["parts"]
+        assert [entries[part.name]["revision"] for part in parts] == revisions
+        printed = capsys.readouterr().out
+        for part in parts:
+            assert (f"== {part.name}: was measured at" in printed) == (part.name in named)
+        if now == "b" and len(named) == 2:
+            assert f"at an unknown revision, this is b; delete {parts[0].result} or give another" in printed
+            parts[0].result.unlink()
+            assert suite_of(tmp_path, parts).run() == 0
+            assert "== first: was measured" not in capsys.readouterr().out
 
 
 @pytest.mark.slow
@@ -177,8 +232,18 @@ def write_suite(out: Path, **more: Any) -> None:
         for path, median_ms in (("plain", 100.0), ("graph", 12.5))
         for pixels in (False, True)
     ]
-    by_path[3] |= {"median_ms": 20.0}
+    by_path[1] |= {"speed_up": 1.0}
+    by_path[3] |= {"median_ms": 20.0, "speed_up": 5.0}
     by_path[2] |= {"graph_nodes": 2345}
+    products = [
+        {"product": "fc1", "rows": 12, "by": by, "weights": weights, "pdl": pdl, "us": us, "chosen": chosen,
+         "columns": columns, "block": 128, "split": 1, "stages": 5}
+        for by, weights, pdl, us, chosen, columns in (
+            ("library", "bfloat16", False, 5.04, False, None), ("own", "bfloat16", True, 4.06, True, 32),
+            ("own", "bfloat16", True, 3.52, False, 64), ("own", "bfloat16", False, 4.51, True, 32),
+            ("own", "float8", True, 2.5, True, 32),
+        )
+    ]  # fmt: skip
     row = [latency_result("graph", 1, True, 20.0), latency_result("graph", 64, True, 200.0)]
     train = {
         "model": "lpd_l", "img_size": 256, "batch_size": 64, "dtype": "bfloat16 autocast",
@@ -204,6 +269,7 @@ def write_suite(out: Path, **more: Any) -> None:
         "latency_by_path": ("latency", {"results": by_path}),
         "latency_lpd_l_res256_steps20": ("latency", {"results": row}),
         "kernels": ("kernels", {}),
+        "tiles": ("tiles", {"model": "lpd_l", "products": [*products, products[0] | {"rows": 78}]}),
         "train": ("train", train),
         "orders": ("orders", {"drawing": drawing}),
         "evaluation": ("evaluation", evaluation),
@@ -214,6 +280,7 @@ def write_suite(out: Path, **more: Any) -> None:
         parts[name] = {
             "group": group, "command": f"python of {name}", "tiny": False, "quick": True, "date": "2026-01-02",
             "state": "failed" if name == "tests" else "finished", "seconds": 1.0, "result": f"{name}.json",
+            "revision": REVISION,
             "error": None,
         }  # fmt: skip
     (out / "kernels").mkdir()
@@ -240,15 +307,21 @@ def test_publishing_fills_the_readme_and_does_so_again(tmp_path: Path, repositor
     gpu_tables.publish(tmp_path, "test", repository)
     text = (repository / "README.md").read_text()
     assert "run on a GPU yet" not in text
-    assert between(text, "status").endswith("GPU tests: 16 passed, 1 failed, 0 skipped.")
-    paths = between(text, "paths")
+    measured = "latency, products of a step, orders, training, evaluation ([speed on a GPU](#speed-on-a-gpu))."
+    tested = "GPU tests: 16 passed, 1 failed, 0 skipped."
+    assert between(text, "status") == f"**Measured on one a GPU**: {measured} {tested}"
+    paths = between(text, "paths").replace("\n", " ")
     assert "| `plain` | 100.0 ms | 100.0 ms | 1.0 | – | 3.2 GiB |" in paths
     assert "| `graph` | 12.5 ms | 20.0 ms | 5.0 | 2,345 | 3.2 GiB |" in paths
-    assert "a GPU, driver 570.1, torch 2.11.0, triton 3.6.0, 2026-01-02, random weights, medians (batch 1: 50" in paths
+    assert "a GPU, driver 570.1, torch 2.11.0, triton 3.6.0, code of revision 0123456789, 2026-01-02, random" in paths
+    assert "random weights, medians (batch 1: 50 runs after 20)" in paths
     assert "`python -m scripts.gpu_suite --output_dir DIR --quick`" in paths
     assert "[kernels of `graph`](benchmarks/results/kernels_test.txt)" in paths
     row = "| LPD-L, 256 px, 20 steps | 20.0 ms | 280 ms | 25% | – | 320.0 | 139.1 | – | 3.2 GiB |"
     assert row in between(text, "rows")
+    tiles = between(text, "tiles")
+    assert "| fc1, 12 rows | 5.0 | 4.1 | 3.5 (64×128, 1, 5) | 4.5 | 2.5 |" in tiles
+    assert "| fc1, 78 rows | 5.0 | – | – | – | – |" in tiles
     train = between(text, "train")
     assert "| plain | out of memory | – | – | 70.0 GiB |" in train
     assert "| fast | 512 | 40% | 125 ms | 20.0 GiB |" in train
@@ -256,12 +329,12 @@ def test_publishing_fills_the_readme_and_does_so_again(tmp_path: Path, repositor
     evaluation = between(text, "evaluation")
     assert "| with features (classifier-net, random weights), images/s | 300.0 |" in evaluation
     assert "(extrapolated) | 25% |" in evaluation
-    for mark in ("paths", "rows", "train", "orders", "evaluation"):
+    for mark in ("paths", "rows", "tiles", "train", "orders", "evaluation"):
         table = [line for line in between(text, mark).splitlines() if line.startswith("|")]
         assert len({line.count("|") for line in table}) == 1
         assert set(table[1]) == {"|", "-"}
     results = {path.name for path in (repository / "benchmarks" / "results").iterdir()}
-    groups = ("tests", "latency", "orders", "train", "evaluation")
+    groups = ("tests", "latency", "tiles", "orders", "train", "evaluation")
     assert results == {*(f"{group}_test.json" for group in groups), "kernels_test.txt"}
     latency = (repository / "benchmarks" / "results" / "latency_test.json").read_text()
     assert str(tmp_path) not in latency
@@ -270,13 +343,49 @@ def test_publishing_fills_the_readme_and_does_so_again(tmp_path: Path, repositor
     gpu_tables.publish(tmp_path, "test", repository)
     assert (repository / "README.md").read_text() == text
     summary = json.loads((tmp_path / "summary.json").read_text())
-    summary["parts"]["orders"]["state"] = "failed"
+    for part in ("latency_by_path", "latency_lpd_l_res256_steps20", "orders"):
+        summary["parts"][part]["state"] = "failed"
     summary["parts"]["train"]["date"] = "2026-02-03"
     write_json(tmp_path / "summary.json", summary)
     gpu_tables.publish(tmp_path, "test", repository)
     again = (repository / "README.md").read_text()
-    assert between(again, "orders") == between(text, "orders")
+    for mark in ("status", "paths", "rows", "orders"):
+        assert between(again, mark) == between(text, mark)
     assert "2026-02-03" in between(again, "train")
+
+
+@pytest.mark.parametrize(
+    ("kept", "first"),
+    [
+        ({"tests"}, "**Nothing has been measured on a GPU yet**; tests have been run on one a GPU. GPU tests: 16"),
+        ({"tests", "orders"}, "**Latency has not been measured on a GPU yet**; on one a GPU: orders. GPU tests: 16"),
+        ({"orders", "train"}, "**Latency has not been measured on a GPU yet**; on one a GPU: orders, training."),
+    ],
+)
+def test_without_latency_the_readme_does_not_say_measured(
+    tmp_path: Path, repository: Path, kept: set[str], first: str
+) -> None:
+    write_suite(tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    summary["parts"] = {name: part for name, part in summary["parts"].items() if name in kept}
+    write_json(tmp_path / "summary.json", summary)
+    gpu_tables.publish(tmp_path, "test", repository)
+    assert between((repository / "README.md").read_text(), "status").startswith(first)
+
+
+def test_figures_of_two_revisions_are_published_as_such(tmp_path: Path, repository: Path) -> None:
+    write_suite(tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    summary["parts"]["latency_by_path"]["revision"] = None
+    summary["parts"]["latency_lpd_l_res256_steps20"]["revision"] = f"{REVISION}-dirty"
+    summary["parts"]["latency_lpd_l_res256_steps32"] = summary["parts"]["latency_lpd_l_res256_steps20"] | {
+        "revision": REVISION
+    }
+    write_json(tmp_path / "summary.json", summary)
+    gpu_tables.publish(tmp_path, "test", repository)
+    text = (repository / "README.md").read_text().replace("\n", " ")
+    assert "code of revision unknown, 2026-01-02" in text
+    assert "code of revision 0123456789 and 0123456789-dirty, 2026-01-02" in text
 
 
 def test_what_means_nothing_is_not_published(tmp_path: Path, repository: Path) -> None:
@@ -300,9 +409,9 @@ def test_what_means_nothing_is_not_published(tmp_path: Path, repository: Path) -
 def test_the_readme_says_what_was_measured() -> None:
     """All marks are there once; a table without a published result says that there is none."""
     text = (ROOT / "README.md").read_text()
-    for mark in ("status", "paths", "rows", "train", "orders", "evaluation"):
+    for mark in ("status", "paths", "rows", "tiles", "train", "orders", "evaluation"):
         assert gpu_tables.fill(text, mark, between(text, mark)) == text
-        assert re.search(r"on a GPU yet\.\*\*|Measured on|\|---\|", between(text, mark))
+        assert re.search(r"yet\*\*|yet\.\*\*|has been tried|Measured on|\|---\|", between(text, mark))
     for broken in (text.replace("<!-- gpu:rows -->", ""), text + "<!-- gpu:rows -->", text + "<!-- /gpu:rows -->"):
         with pytest.raises(UserError, match="gpu:rows"):
             gpu_tables.fill(broken, "rows", "")
