@@ -250,7 +250,8 @@ class Suite:
         self.summary |= conditions
         cache = out / "cache"
         caches = {"TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"), "TRITON_CACHE_DIR": str(cache / "triton")}
-        self.environment = os.environ | caches  # later parts find what earlier ones compiled
+        # Later parts find what earlier ones compiled; and a log has what was printed in its order.
+        self.environment = os.environ | caches | {"PYTHONUNBUFFERED": "1"}
 
     def run(self) -> int:
         """Run what is not finished; gives the exit status."""
