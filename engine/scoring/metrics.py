@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,12 @@ logger = logging.getLogger(__name__)
 
 ISC_SPLITS = 10
 NEIGHBOURS = 3  # of precision and recall
+_PRECISION_RECALL = "distances in float32; the ADM suite rounds them to float16 and is 0.2 to 0.8 points higher"
+CONVENTIONS = {  # of figures that other programs compute otherwise, by their keys in results.json
+    "inception_score": f"{ISC_SPLITS} splits, shuffled with a fixed seed; the ADM suite: 5,000 a split, in file order",
+    "precision": _PRECISION_RECALL,
+    "recall": _PRECISION_RECALL,
+}
 
 
 def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> float:
@@ -102,6 +109,11 @@ def score(
     return result
 
 
+def conventions(scores: Mapping[str, Any]) -> dict[str, str]:
+    """How those of ``scores`` are computed that other programs compute otherwise."""
+    return {name: text for name, text in CONVENTIONS.items() if name in scores}
+
+
 def adm_scores(
     spatial: FeatureStatistics,
     features: Tensor,
@@ -109,8 +121,9 @@ def adm_scores(
     extractor: FeatureExtractor,
     batch_size: int,
 ) -> dict[str, float]:
-    """sFID, precision and recall of features (N, d) of generated images, as in the ADM suite (Dhariwal & Nichol, 2021).
+    """sFID, precision and recall of features (N, d) of generated images, the figures that the ADM suite adds to FID.
 
+    Dhariwal & Nichol (2021); precision and recall differ by the suite's rounding, see :func:`precision_recall`.
     ``reference`` has passed :meth:`ReferenceStatistics.check_adm_suite`; its images go through ``extractor`` first.
     """
     assert reference.spatial is not None

@@ -95,8 +95,8 @@ class ReferenceStatistics:
         has_spatial = self.spatial is not None and len(self.spatial[0]) == SPATIAL_DIM
         if not has_spatial or self.samples is None or self.samples[1:] != (img_size, img_size, 3):
             raise UserError(
-                f"--adm_suite needs mu_s and sigma_s of {SPATIAL_DIM} features and uint8 images arr_0 of {img_size} px, "
-                f"as OpenAI's VIRTUAL_*.npz have them; {self.path} does not."
+                f"--adm_suite needs mu_s and sigma_s of {SPATIAL_DIM} features and uint8 images arr_0 of {img_size} "
+                f"px, as OpenAI's VIRTUAL_*.npz have them; {self.path} does not."
             )
 
     def load_samples(self) -> Tensor:
