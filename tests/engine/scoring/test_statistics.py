@@ -158,7 +158,7 @@ def test_rounded_covariances_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("samples", [None, np.zeros((2, 8, 8, 3), np.float32), np.zeros((2, 8, 9, 3), np.uint8)])
 def test_the_adm_suite_needs_images_as_bytes(tmp_path: Path, samples: np.ndarray | None) -> None:
     """Images as floats of 0 to 1 would be taken for black ones."""
-    spatial = {"mu_s": np.zeros(4), "sigma_s": np.eye(4)}
+    spatial: dict[str, Any] = {"mu_s": np.zeros(4), "sigma_s": np.eye(4)}
 
     def reference(**arrays: Any) -> ReferenceStatistics:
         np.savez(tmp_path / "r.npz", mu=np.zeros(2), sigma=np.eye(2), **spatial, **arrays)
