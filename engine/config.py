@@ -29,7 +29,9 @@ class Config(DeviceConfig):
     )
     use_ema: bool = setting(False, "take --pretrained_ckpt's moving average of the weights (see --ema)")
     threads: int | None = setting(None, "of the CPU, per process (default: torch's, one per core)", at_least=1)
-    dry_run: bool = setting(False, "check everything, print the configuration and stop")
+    dry_run: bool = setting(
+        False, "check everything, print the configuration and stop; nothing is written or downloaded"
+    )
     model: ModelChoice = part("model", "size, pixels and classes come from the checkpoint where it records them")
     data: DataConfig = part("data")
     training: TrainConfig | None = part("training")

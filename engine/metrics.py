@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from engine.scoring.config import ScoringConfig
 from engine.scoring.features import FeatureExtractor, load_feature_extractor
-from engine.scoring.metrics import score
+from engine.scoring.metrics import conventions, score
 from engine.scoring.statistics import FeatureStatistics, load_reference_statistics, save_reference_statistics
 from tokenizers import VQModel, load_tokenizer
 from util.cli import Parser, exit_on_user_error, from_args
@@ -108,7 +108,7 @@ def run(config: MetricsConfig) -> None:
         scores = score(statistics, logits, reference, extractor.name)
         if extractor.classes == tuple(images.classes):
             scores["class_accuracy"] = (logits.argmax(1) == torch.from_numpy(images.labels)).double().mean().item()
-        print(json.dumps(metadata | source | scores))
+        print(json.dumps(metadata | source | scores | {"conventions": conventions(scores)}))
 
 
 def main() -> None:

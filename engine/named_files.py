@@ -9,7 +9,7 @@ from engine.config import Config
 from engine.hub.download import COMMAND, DOWNLOADS, GUIDED_DIFFUSION, OPENAI_STATISTICS, ORDERS_DIR, ORDERS_REPO
 from engine.hub.remote import Choice, find_file, hub_name
 from engine.recipes import TOKENIZER
-from engine.scoring.features import INCEPTION, INCEPTION_URL, inception_cache
+from engine.scoring.features import INCEPTION, INCEPTION_INSTEAD, INCEPTION_URL, inception_cache
 from util.checkpoint import find_checkpoints
 from util.dist import Dist
 from util.errors import UserError
@@ -25,11 +25,10 @@ def check_files(config: Config) -> None:
     """
     missing = [f"{path}: {what}" for path, what in _named_files(config) if path is not None and not Path(path).exists()]
     # Inception is downloaded when it is needed; it is named where something has to be fetched anyway.
-    scoring = config.evaluation.scoring
-    inception = scoring.feature_extractor == INCEPTION and scoring.inception_path is None
-    if missing and config.evaluate and inception and not inception_cache().is_file():
+    if missing and config.evaluate and config.evaluation.scoring.needs_download:
         missing.append(
-            f"{inception_cache()}: the Inception weights of {INCEPTION_URL}; get them with: {COMMAND} inception"
+            f"{inception_cache()}: the Inception weights of {INCEPTION_URL}; get them with: {COMMAND} inception; "
+            f"{INCEPTION_INSTEAD}"
         )
     if len(missing) == 1:
         raise UserError(f"missing file {missing[0]}")
@@ -62,7 +61,7 @@ def _named_files(config: Config) -> Iterator[tuple[Path | str | None, str]]:
         yield path, f"reference statistics; {statistics_origin(path)}"
     if scoring.feature_extractor != INCEPTION:
         yield scoring.feature_extractor, f"a feature extractor, {INCEPTION} or a file of python -m engine.classifier"
-    yield scoring.inception_path, f"the Inception weights of {INCEPTION_URL}"
+    yield scoring.inception_path, f"the Inception weights of {INCEPTION_URL}; {INCEPTION_INSTEAD}"
 
 
 def find_run(output_dir: Path, resume: Path | None) -> Path | None:
@@ -101,7 +100,7 @@ def cache_command(config: Config) -> str:
     return f"python main_cache.py --img_size {size} {files}"
 
 
-def local_file(path: Path, choose: Choice, dist: Dist) -> Path:
+def local_file(path: Path, choose: Choice, dist: Dist, download: bool = True) -> Path:
     """The file that a path or a name on the hub stands for (:func:`engine.hub.remote.find_file`); rank 0 loads it."""
-    found = dist.on_main(lambda: find_file(path, choose))
-    return found if found.is_file() else find_file(path, choose)  # a machine with a cache of its own
+    found = dist.on_main(lambda: find_file(path, choose, download))
+    return found if found.is_file() else find_file(path, choose, download)  # a machine with a cache of its own

@@ -168,6 +168,20 @@ def test_dry_run_writes_nothing(workspace: Path) -> None:
     assert not (workspace / "dry").exists()
 
 
+def test_dry_run_downloads_nothing(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def never(*args: object) -> None:
+        raise AssertionError("a download started")
+
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
+    monkeypatch.setattr(torch.hub, "download_url_to_file", never)
+    with_inception = (*evaluation(workspace, "dry"), "--feature_extractor", "inception-v3-compat", "--dry_run")
+    assert run(main_lpd.main, *with_inception) == 0
+    assert "Inception weights will be downloaded" in capfd.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [

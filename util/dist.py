@@ -12,6 +12,7 @@ import importlib
 import itertools
 import os
 import re
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import timedelta
@@ -120,12 +121,10 @@ def _connect(timeout: timedelta = timedelta(minutes=5)) -> torch_dist.Store:
 
 
 def _wait_for(key: str) -> None:
-    store = _connect()
-    while True:  # in short waits, between which Python handles signals
-        try:
-            return store.wait([key], timedelta(seconds=2))
-        except torch_dist.DistStoreError:
-            pass
+    store, pause = _connect(), 0.01
+    while not store.check([key]):  # torch logs every wait of the store's own that runs out
+        time.sleep(pause)
+        pause = min(2 * pause, 1.0)
 
 
 def said_already(line: str) -> bool:

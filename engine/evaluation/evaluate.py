@@ -34,7 +34,7 @@ from engine.evaluation.inputs import EvalInputs
 from engine.evaluation.outputs import append_results, describe_environment, draw_grid, grid_indices, write_adm_npz
 from engine.evaluation.partial_results import BatchResult, PartialResults, read_parts, weights_summary
 from engine.scoring.features import SPATIAL_DIM, FeatureExtractor
-from engine.scoring.metrics import adm_scores, score
+from engine.scoring.metrics import adm_scores, conventions, score
 from engine.scoring.statistics import FeatureStatistics
 from models.lpd import LPD
 from models.sampling import image_seeds
@@ -261,7 +261,7 @@ class _Evaluation:
             if spatial is not None and self.reference is not None:
                 features = torch.from_numpy(read_parts(files, "features"))
                 scores |= adm_scores(spatial, features, self.reference, extractor, self.config.eval_bsz)
-            return scores
+            return scores | {"conventions": conventions(scores)}
 
         return self.dist.on_main(compute)
 

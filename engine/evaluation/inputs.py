@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +12,14 @@ import torch
 from engine.decoding.decoder import resolve_path
 from engine.evaluation.config import EvalConfig
 from engine.evaluation.outputs import check_replaceable
-from engine.scoring.features import FeatureExtractor, load_feature_extractor
+from engine.scoring.features import FeatureExtractor, inception_cache, load_feature_extractor
 from engine.scoring.statistics import ReferenceStatistics, load_reference_statistics
 from models.lpd import LPDConfig
 from orders.draw import Orders
 from util.dist import Dist
 from util.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -35,12 +38,15 @@ def open_inputs(
     dist: Dist,
     classes: Sequence[str] | None = None,
     extractor: FeatureExtractor | None = None,
+    *,
+    download: bool = True,
 ) -> EvalInputs:
     """Open the files of an evaluation, and check all that can be checked without the model's weights.
 
     Args:
         classes: names of the classes in label order, as a checkpoint or a data set has them.
         extractor: ``config.scoring.feature_extractor``, where it is loaded already.
+        download: False leaves out an extractor whose weights would have to be downloaded, and says so.
 
     Raises:
         UserError: for settings or files that don't fit each other or the model.
@@ -57,7 +63,10 @@ def open_inputs(
     if config.save_images:
         check_replaceable(config.output_dir / "images")
     if extractor is None and scoring.feature_extractor is not None:
-        extractor = _load_extractor(scoring.feature_extractor, scoring.inception_path, dist)
+        if download or not scoring.needs_download:
+            extractor = _load_extractor(scoring.feature_extractor, scoring.inception_path, dist)
+        else:
+            logger.info("the Inception weights will be downloaded to %s", inception_cache())
     if reference is not None and extractor is not None:
         reference.check(extractor, model.img_size)
         if scoring.adm_suite:

@@ -74,14 +74,15 @@ def prepare_evaluation(config: Config, dist: Dist) -> PreparedEvaluation:
         raise UserError(TOKENIZER_MISSING)
     check_output_dir(config.output_dir)
     check_files(config)
-    tokenizer_file = local_file(config.vqgan_path, choose_tokenizer, dist)
-    weights_file = local_file(config.pretrained_ckpt, choose_weights, dist)
+    download = not config.dry_run
+    tokenizer_file = local_file(config.vqgan_path, choose_tokenizer, dist, download)
+    weights_file = local_file(config.pretrained_ckpt, choose_weights, dist, download)
     checkpoint = load_pretrained(weights_file, config.use_ema)
     tokenizer = load_tokenizer(tokenizer_file, dist.device)
     check_tokenizer(checkpoint, weights_file, sha256(tokenizer_file))
     model_config = config.model.resolve(checkpoint.get("config"), tokenizer.stride, tokenizer.config.codebook_size)
     classes = class_names(model_config, checkpoint.get("classes"))
-    inputs = open_inputs(config.evaluation, model_config, dist, classes)
+    inputs = open_inputs(config.evaluation, model_config, dist, classes, download=download)
     if inputs.orders.rows is not None:
         logger.info("image i uses order i of %s", config.evaluation.orders.lpd_order_file)
     model = LPD(model_config)

@@ -182,13 +182,14 @@ def hub_name(path: Path) -> tuple[str, str | None] | None:
     return match[1] or match[2], match[3]
 
 
-def find_file(path: Path, choose: Choice = choose_weights) -> Path:
+def find_file(path: Path, choose: Choice = choose_weights, download: bool = True) -> Path:
     """The local file that ``path`` stands for: itself, one in the folder it is, or one of the hub.
 
     A file of the hub is kept in the hub's cache and checked. Without network it is taken from the cache.
 
     Args:
         choose: which file of a folder or repository is meant, if ``path`` does not name it.
+        download: False takes a file of the hub from the cache alone.
 
     Raises:
         UserError: if there is no such file, here or on the hub.
@@ -200,6 +201,11 @@ def find_file(path: Path, choose: Choice = choose_weights) -> Path:
         if not path.is_file():
             raise UserError(f"{path} does not exist.")
         return path
+    if not download:
+        cached = _find_in_cache(*name, choose)
+        if cached is None:
+            raise UserError(f"{path} is not on this machine, nor in the hub's cache, and a dry run downloads nothing.")
+        return cached
     try:
         return _find_on_hub(*name, choose)
     except HubUnreachable as error:

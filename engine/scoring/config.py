@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.scoring.features import INCEPTION
+from engine.scoring.features import INCEPTION, inception_cache
 from util.config import setting
 from util.errors import UserError
 
@@ -35,3 +35,9 @@ class ScoringConfig:
             )
         if self.adm_suite and (self.feature_extractor != INCEPTION or self.reference_statistics is None):
             raise UserError(f"--adm_suite needs the feature extractor {INCEPTION} and --reference_statistics.")
+
+    @property
+    def needs_download(self) -> bool:
+        """Whether Inception has to be downloaded before anything is scored."""
+        wanted = self.feature_extractor == INCEPTION and self.inception_path is None
+        return wanted and not inception_cache().is_file()

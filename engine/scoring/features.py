@@ -25,6 +25,10 @@ INCEPTION = "inception-v3-compat"
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION_FILE}"
 INCEPTION_SHA256_PREFIX = "6726825d"
+INCEPTION_INSTEAD = (
+    "or do without: images without scores (--feature_extractor none), or scores of a classifier of your own "
+    "(python -m engine.classifier, --feature_extractor FILE)"
+)
 SPATIAL_CHANNELS = 7
 SPATIAL_DIM = 17 * 17 * SPATIAL_CHANNELS
 
@@ -92,7 +96,7 @@ def download_inception() -> Path:
     """Get Inception's weights, unless they are in the cache; a download is checked by its hash.
 
     Raises:
-        UserError: if they can't be downloaded; it says how to get them by hand.
+        UserError: if they can't be downloaded; it says how to get them by hand, and what needs none.
     """
     cached = inception_cache()
     if not cached.is_file():
@@ -103,7 +107,7 @@ def download_inception() -> Path:
         except (OSError, RuntimeError) as error:
             raise UserError(
                 f"the Inception weights can't be downloaded ({error}); get {INCEPTION_URL} and put it at {cached}, or "
-                "name the file with --inception_path."
+                f"name the file with --inception_path; {INCEPTION_INSTEAD}."
             ) from None
     return cached
 

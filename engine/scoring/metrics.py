@@ -6,6 +6,8 @@ A new score is a function here, and a key in what :func:`score` or :func:`adm_sc
 from __future__ import annotations
 
 import logging
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -14,12 +16,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from engine.scoring.features import INCEPTION, FeatureExtractor
-from engine.scoring.statistics import Array, FeatureStatistics, ReferenceStatistics
+from engine.scoring.statistics import COVARIANCE_ROUNDING, Array, FeatureStatistics, ReferenceStatistics
 
 logger = logging.getLogger(__name__)
 
 ISC_SPLITS = 10
 NEIGHBOURS = 3  # of precision and recall
+_PRECISION_RECALL = "distances in float32; the ADM suite rounds them to float16 and is 0.2 to 0.8 points higher"
+CONVENTIONS = {  # of figures that other programs compute otherwise, by their keys in results.json
+    "inception_score": f"{ISC_SPLITS} splits, shuffled with a fixed seed; the ADM suite: 5,000 a split, in file order",
+    "precision": _PRECISION_RECALL,
+    "recall": _PRECISION_RECALL,
+}
 
 
 def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> float:
@@ -31,8 +39,11 @@ def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> fl
     factor1, factor2 = _factor(sigma1), _factor(sigma2)
     trace_root = np.linalg.svd(factor1.T @ factor2, compute_uv=False).sum()
     difference = np.asarray(mu1, np.float64) - np.asarray(mu2, np.float64)
-    distance = difference @ difference + np.trace(sigma1) + np.trace(sigma2) - 2 * trace_root
-    return max(float(distance), 0.0)
+    traces = np.trace(sigma1) + np.trace(sigma2)
+    distance = float(difference @ difference + traces - 2 * trace_root)
+    if distance < -COVARIANCE_ROUNDING * abs(traces):
+        raise ValueError(f"the Fréchet distance is {distance:.5g}; only matrices that are no covariances give that.")
+    return max(distance, 0.0)
 
 
 def _factor(sigma: Array) -> Array:
@@ -53,19 +64,23 @@ def inception_score(logits: Tensor) -> tuple[float, float]:
     scores = []
     for i in range(ISC_SPLITS):
         log_p = shuffled[i * N // ISC_SPLITS : (i + 1) * N // ISC_SPLITS].log_softmax(1)
-        p = log_p.exp()
-        scores.append((p * (log_p - p.mean(0).log())).sum(1).mean().exp().item())
+        log_mean = log_p.logsumexp(0) - math.log(len(log_p))  # finite where probabilities underflow
+        scores.append((log_p.exp() * (log_p - log_mean)).sum(1).mean().exp().item())
     return float(np.mean(scores)), float(np.std(scores))
 
 
 def precision_recall(generated: Tensor, real: Tensor) -> tuple[float, float]:
     """Improved precision and recall of features (N, d) and (M, d), N and M > 3, by the 3rd nearest neighbour.
 
-    Kynkäänniemi et al. (2019), as in torch-fidelity and the ADM suite.
+    Kynkäänniemi et al. (2019), by torch-fidelity, with distances in float32. The ADM suite has the same neighbours but
+    rounds distances to float16.
     """
     from torch_fidelity.metric_prc import calculate_precision_recall_part
 
-    return calculate_precision_recall_part(generated, real, neighborhood=NEIGHBOURS)
+    # Distances come from inner products, which cancel where the mean is large beside the spread.
+    mean = real.mean(0, dtype=torch.float64)
+    centred, centred_real = ((features - mean).float() for features in (generated, real))
+    return calculate_precision_recall_part(centred, centred_real, neighborhood=NEIGHBOURS)
 
 
 def score(
@@ -94,6 +109,11 @@ def score(
     return result
 
 
+def conventions(scores: Mapping[str, Any]) -> dict[str, str]:
+    """How those of ``scores`` are computed that other programs compute otherwise."""
+    return {name: text for name, text in CONVENTIONS.items() if name in scores}
+
+
 def adm_scores(
     spatial: FeatureStatistics,
     features: Tensor,
@@ -101,8 +121,9 @@ def adm_scores(
     extractor: FeatureExtractor,
     batch_size: int,
 ) -> dict[str, float]:
-    """sFID, precision and recall of features (N, d) of generated images, as in the ADM suite (Dhariwal & Nichol, 2021).
+    """sFID, precision and recall of features (N, d) of generated images, the figures that the ADM suite adds to FID.
 
+    Dhariwal & Nichol (2021); precision and recall differ by the suite's rounding, see :func:`precision_recall`.
     ``reference`` has passed :meth:`ReferenceStatistics.check_adm_suite`; its images go through ``extractor`` first.
     """
     assert reference.spatial is not None

@@ -19,6 +19,7 @@ from util.errors import UserError, reading
 from util.files import atomic_write, sha256
 
 Array = NDArray[np.float64]
+COVARIANCE_ROUNDING = 1e-5  # share of its trace that a covariance written in float32 may be off by, with a margin
 
 
 class FeatureStatistics:
@@ -73,7 +74,7 @@ class ReferenceStatistics:
     sigma: Array  # (d, d) float64
     metadata: dict[str, Any]  # of python -m engine.metrics; empty for other people's files, which are Inception's
     spatial: tuple[Array, Array] | None = None  # mean and covariance of spatial features, for sFID
-    samples: tuple[int, ...] | None = None  # shape of the real images in the file, uint8 (M, H, W, 3)
+    samples: tuple[int, ...] | None = None  # shape (M, H, W, 3) of the real images in the file, if they are uint8
 
     def check(self, extractor: FeatureExtractor, img_size: int) -> None:
         """Raise UserError unless the statistics are of this extractor's features of images of this size."""
@@ -94,8 +95,8 @@ class ReferenceStatistics:
         has_spatial = self.spatial is not None and len(self.spatial[0]) == SPATIAL_DIM
         if not has_spatial or self.samples is None or self.samples[1:] != (img_size, img_size, 3):
             raise UserError(
-                f"--adm_suite needs mu_s and sigma_s of {SPATIAL_DIM} features and images arr_0 of {img_size} px, as "
-                f"OpenAI's VIRTUAL_*.npz have them; {self.path} does not."
+                f"--adm_suite needs mu_s and sigma_s of {SPATIAL_DIM} features and uint8 images arr_0 of {img_size} "
+                f"px, as OpenAI's VIRTUAL_*.npz have them; {self.path} does not."
             )
 
     def load_samples(self) -> Tensor:
@@ -108,7 +109,7 @@ def load_reference_statistics(path: str | Path) -> ReferenceStatistics:
     """Read an npz with `mu` (d,) and `sigma` (d, d): the ADM suite's, OpenAI's ``VIRTUAL_*.npz``, or one made here.
 
     Raises:
-        UserError: if there is no such file, or it does not hold finite statistics of matching shapes.
+        UserError: if there is no such file, or it does not hold a finite mean and covariance of matching shapes.
     """
     path = Path(path)
     with reading("file of reference statistics", path), np.load(path, allow_pickle=False) as file:
@@ -119,17 +120,34 @@ def load_reference_statistics(path: str | Path) -> ReferenceStatistics:
         if "arr_0" in file:  # gigabytes, of which only the header is read
             with file.zip.open("arr_0.npy") as array:
                 np.lib.format.read_magic(array)
-                samples = np.lib.format.read_array_header_1_0(array)[0]
+                shape, _, dtype = np.lib.format.read_array_header_1_0(array)
+            samples = shape if dtype == np.uint8 else None
     return ReferenceStatistics(path, sha256(path), mu, sigma, metadata, spatial, samples)
 
 
 def _gaussian(file: Mapping[str, NDArray], mean: str, covariance: str, path: Path) -> tuple[Array, Array]:
+    missing = [f"no {name}" for name in (mean, covariance) if name not in file]
+    if missing:
+        raise UserError(
+            f"{path} has {' and '.join(missing)}; it holds {', '.join(file)}. "
+            "python -m engine.metrics computes statistics of images."
+        )
     mu, sigma = (file[name].astype(np.float64) for name in (mean, covariance))
     shaped = mu.ndim == 1 and sigma.shape == (len(mu), len(mu))
     if not shaped or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise UserError(
             f"{mean} and {covariance} of {path}, with shapes {mu.shape} and {sigma.shape}, must have shapes (d,) and "
             "(d, d) and finite values."
+        )
+    allowed = COVARIANCE_ROUNDING * abs(np.trace(sigma))
+    if np.abs(sigma - sigma.T).max() > allowed:
+        raise UserError(f"{covariance} of {path} is no covariance: it is not symmetric.")
+    values = np.linalg.eigvalsh(sigma)
+    negative = -values[values < 0].sum()
+    if negative > allowed:
+        raise UserError(
+            f"{covariance} of {path} is no covariance: its negative eigenvalues add up to {-negative:.3g}, beside a "
+            f"trace of {np.trace(sigma):.3g}."
         )
     return mu, sigma
 

@@ -145,7 +145,9 @@ def prepare_training(config: Config, dist: Dist, lock: FolderLock) -> PreparedTr
     if config.model.new_classes and config.pretrained_ckpt is None:
         raise UserError("--new_classes needs --pretrained_ckpt, the checkpoint whose other weights are kept.")
     check_files(config)
-    tokenizer_file = None if config.vqgan_path is None else local_file(config.vqgan_path, choose_tokenizer, dist)
+    download, tokenizer_file = not config.dry_run, None
+    if config.vqgan_path is not None:
+        tokenizer_file = local_file(config.vqgan_path, choose_tokenizer, dist, download)
     if not config.dry_run:
         dist.on_main(lock.acquire)
     start = _resumed(config, training, dist) or _pretrained(config, dist)
@@ -170,7 +172,9 @@ def prepare_training(config: Config, dist: Dist, lock: FolderLock) -> PreparedTr
     if isinstance(dataset, CodeDataset):
         dataset.vocab_size = codes.vocab_size
     classes = class_names(model_config, dataset.classes)
-    eval_inputs = open_inputs(evaluation, model_config, dist, classes) if training.online_eval else None
+    eval_inputs = None
+    if training.online_eval:
+        eval_inputs = open_inputs(evaluation, model_config, dist, classes, download=download)
     draw_grid = None
     if training.sample_freq > 0 and tokenizer is not None:
         draw_grid = SampleGrid(model_config, tokenizer, evaluation, classes, dist)
@@ -246,7 +250,7 @@ def _check_resume(path: Path | None) -> None:
 def _pretrained(config: Config, dist: Dist) -> StartingPoint | None:
     if config.pretrained_ckpt is None:
         return None
-    path = local_file(config.pretrained_ckpt, choose_weights, dist)
+    path = local_file(config.pretrained_ckpt, choose_weights, dist, download=not config.dry_run)
     return StartingPoint(path, load_pretrained(path, config.use_ema), resumed=False)
 
 

@@ -248,6 +248,7 @@ def test_very_few_images(output_dir: Path, num_images: int) -> None:
     results = run(output_dir, num_images=num_images)
     assert results["sec_per_image"] is None
     assert "inception_score" not in results
+    assert not results.get("conventions"), "of figures that are not there"
     assert ("frechet_distance" in results) == (num_images > 1)
     assert json.loads((output_dir / "results.json").read_text())["num_images"] == num_images
 
@@ -339,6 +340,7 @@ def test_adm_suite(output_dir: Path, monkeypatch: pytest.MonkeyPatch, whole: tup
     results = run(output_dir, adm_suite=True, extractor=extractor)
     assert results["sfid"] == pytest.approx(4)
     assert (results["precision"], results["recall"]) == (1, 1)
+    assert "float16" in results["conventions"]["precision"], "the suite's own figures differ"
     assert results["frechet_distance"] == pytest.approx(whole[1]["frechet_distance"], rel=1e-6)
 
 

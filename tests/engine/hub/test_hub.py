@@ -341,7 +341,11 @@ def test_pushed_model_loads_by_name(
     (folder / "notes.txt").write_text("private")
     assert run("push", folder, "user/digits") == 0
     assert sorted(hub.repos["user/digits"]) == ["README.md", "config.json", "model.safetensors", "tokenizer.pt"]
+    with pytest.raises(UserError, match="user/digits is not on this machine"):
+        find_file(Path("user/digits"), download=False)
+    assert hub.ranges("model.safetensors") == []
     found = find_file(Path("user/digits"))
+    assert find_file(Path("user/digits"), download=False) == found
     assert_same_model(found, checkpoint)
     tokenizer = find_file(Path("user/digits"), choose_tokenizer)
     assert sha256(tokenizer) == sha256(tmp_path / "tok.pt")
@@ -376,6 +380,8 @@ def test_evaluation_by_name(hub: FakeHub, checkpoint: Path, tmp_path: Path) -> N
     hub.repos["user/digits"] = {path.name: path.read_bytes() for path in (tmp_path / "exported").iterdir()}
     flags = "--evaluate --device cpu --pretrained_ckpt user/digits --vqgan_path user/digits --generation_steps 3"
     flags += " --num_images 3 --feature_extractor none --output_dir out"
+    assert run_command(main_lpd.main, *flags.split(), "--dry_run") == 2
+    assert hub.ranges("model.safetensors") == []
     assert run_command(main_lpd.main, *flags.split()) == 0
     record = json.loads(Path("out/results.json").read_text())["record"]
     assert record["pretrained_ckpt"]["sha256"] == sha256(tmp_path / "exported" / "model.safetensors")

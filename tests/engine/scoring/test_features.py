@@ -141,7 +141,7 @@ def test_weights_that_would_run_code_are_refused(tmp_path: Path, monkeypatch: py
 
 
 def test_missing_weights_say_where_they_come_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without network the message must name the file, its source and its place."""
+    """Without network the message must name the file, its source, its place, and what needs no such file."""
     assert INCEPTION_URL == inception.URL_INCEPTION_V3, "torch-fidelity moved its weights"
 
     def no_network(*args: object, **kwargs: object) -> None:
@@ -151,7 +151,10 @@ def test_missing_weights_say_where_they_come_from(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(torch.hub, "download_url_to_file", no_network)
     with pytest.raises(UserError) as raised:
         load_feature_extractor(INCEPTION)
-    for part in (INCEPTION_FILE, INCEPTION_URL, str(tmp_path / "checkpoints"), "--inception_path"):
+    for part in (
+        INCEPTION_FILE, INCEPTION_URL, str(tmp_path / "checkpoints"), "--inception_path",
+        "--feature_extractor none", "python -m engine.classifier",
+    ):  # fmt: skip
         assert part in str(raised.value)
     with pytest.raises(UserError, match="gone.pth"):  # noqa: RUF043
         load_feature_extractor(INCEPTION, weights_path=tmp_path / "gone.pth")

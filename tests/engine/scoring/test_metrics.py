@@ -47,6 +47,13 @@ def test_frechet_distance_of_equal_and_of_constant_features() -> None:
     assert frechet_distance(mu, sigma, mu, zero) == pytest.approx(np.trace(sigma))
 
 
+def test_a_negative_frechet_distance_is_an_error() -> None:
+    """No covariance gives one; as zero it would pass for a perfect score."""
+    indefinite = np.diag([1.0, -5.0])
+    with pytest.raises(ValueError, match="is -10"):
+        frechet_distance(np.zeros(2), indefinite, np.zeros(2), indefinite)
+
+
 def test_inception_score_by_hand() -> None:
     """The score must be the mean over ten splits, shuffled as torch-fidelity does."""
     logits = torch.randn(53, 7, dtype=torch.float64) * 3
@@ -58,6 +65,11 @@ def test_inception_score_by_hand() -> None:
     assert inception_score(logits) == pytest.approx((np.mean(scores), np.std(scores)))
     theirs = pytest.importorskip("torch_fidelity.metric_isc").isc_features_to_metric(logits)
     assert inception_score(logits) == pytest.approx(tuple(theirs.values()))
+
+
+def test_inception_score_of_extreme_logits() -> None:
+    """Probabilities that underflow must count as zero: their logarithm is infinite, and infinity times zero NaN."""
+    assert inception_score(torch.tensor([[0.0, -2000.0]]).repeat(20, 1)) == (1, 0)
 
 
 def test_inception_score_of_images_sorted_by_class_is_not_capped() -> None:
@@ -78,6 +90,20 @@ def test_precision_and_recall_by_hand() -> None:
     precision, recall = share_inside(generated, real), share_inside(real, generated)
     assert precision != recall
     assert precision_recall(generated, real) == pytest.approx((precision, recall))
+
+
+def test_precision_and_recall_keep_digits_far_from_the_origin() -> None:
+    """Distances are far smaller than the norms here, as between features after a pooling: float32 cancels."""
+    generated, real = (torch.randn(200, 16) * 0.01 + 10 for _ in range(2))
+
+    def share_inside(points: torch.Tensor, manifold: torch.Tensor) -> float:
+        distances = torch.cdist(manifold.double(), manifold.double(), compute_mode="donot_use_mm_for_euclid_dist")
+        radii = distances.kthvalue(4).values  # the first is the point itself
+        between = torch.cdist(points.double(), manifold.double(), compute_mode="donot_use_mm_for_euclid_dist")
+        return float((between <= radii).any(1).double().mean())
+
+    exact = share_inside(generated, real), share_inside(real, generated)
+    assert precision_recall(generated, real) == pytest.approx(exact, abs=1e-6)
 
 
 def test_score_warns_of_too_few_images(tmp_path: Path) -> None:

@@ -48,6 +48,7 @@ def test_command_makes_statistics_and_scores_folders(
     command(f"--img_size 16 --reference_statistics {tmp_path}/ref.npz --batch_size 100")
     printed = json.loads(capsys.readouterr().out)
     assert printed["frechet_distance"] == pytest.approx(0, abs=1e-6)
+    assert printed["conventions"].keys() == {"inception_score"}
     assert printed["reference_sha256"] == sha256(tmp_path / "ref.npz")
 
     for flags, message in (

@@ -13,8 +13,14 @@ import numpy as np
 import pytest
 import torch
 
+import engine.scoring.statistics as statistics_module
 from engine.scoring.features import INCEPTION, FeatureExtractor
-from engine.scoring.statistics import FeatureStatistics, load_reference_statistics, save_reference_statistics
+from engine.scoring.statistics import (
+    FeatureStatistics,
+    ReferenceStatistics,
+    load_reference_statistics,
+    save_reference_statistics,
+)
 from tests.helpers.features import features_of, statistics_of
 from util.dist import Dist
 from util.errors import UserError
@@ -121,13 +127,17 @@ def test_published_statistics_are_inceptions(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"mu": np.zeros(3)}, "sigma"),
+        ({"mu": np.zeros(3)}, r"bad\.npz has no sigma; it holds mu"),
+        ({"arr_0": np.zeros(3), "arr_1": np.zeros(3)}, r"bad\.npz has no mu and no sigma; it holds arr_0, arr_1"),
         ({"mu": np.zeros(3), "sigma": np.eye(4)}, "shape"),
         ({"mu": np.zeros((3, 1)), "sigma": np.eye(3)}, "shape"),
         ({"mu": np.array([0, np.nan, 0]), "sigma": np.eye(3)}, "finite"),
         ({"mu": np.array(["a", "b"]), "sigma": np.eye(2)}, "readable"),
         ({"mu": np.array([{}, {}]), "sigma": np.eye(2)}, "readable"),
-        ({"mu": np.zeros(2), "sigma": np.eye(2), "mu_s": np.zeros(2)}, "sigma_s"),
+        ({"mu": np.zeros(2), "sigma": np.diag([1, -0.5])}, "negative eigenvalues"),
+        ({"mu": np.zeros(2), "sigma": -np.eye(2)}, "negative eigenvalues"),
+        ({"mu": np.zeros(2), "sigma": np.array([[1, 0.5], [0, 1]])}, "symmetric"),
+        ({"mu": np.zeros(2), "sigma": np.eye(2), "mu_s": np.zeros(2)}, "no sigma_s"),
         ({"mu": np.zeros(2), "sigma": np.eye(2), "mu_s": np.zeros(2), "sigma_s": np.eye(3)}, "mu_s and sigma_s"),
     ],
 )
@@ -135,6 +145,30 @@ def test_bad_reference_statistics_are_refused(tmp_path: Path, arrays: dict, mess
     np.savez(tmp_path / "bad.npz", **arrays)
     with pytest.raises(UserError, match=message):
         load_reference_statistics(tmp_path / "bad.npz")
+
+
+def test_rounded_covariances_are_read(tmp_path: Path) -> None:
+    """Those of few images, written in float32, have eigenvalues slightly below zero."""
+    mu, sigma = statistics_of(features_of(20, 256, seed=0))
+    assert np.linalg.eigvalsh(sigma.astype(np.float32).astype(np.float64))[0] < 0
+    np.savez(tmp_path / "few.npz", mu=mu.astype(np.float32), sigma=sigma.astype(np.float32))
+    np.testing.assert_allclose(load_reference_statistics(tmp_path / "few.npz").sigma, sigma, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("samples", [None, np.zeros((2, 8, 8, 3), np.float32), np.zeros((2, 8, 9, 3), np.uint8)])
+def test_the_adm_suite_needs_images_as_bytes(tmp_path: Path, samples: np.ndarray | None) -> None:
+    """Images as floats of 0 to 1 would be taken for black ones."""
+    spatial: dict[str, Any] = {"mu_s": np.zeros(4), "sigma_s": np.eye(4)}
+
+    def reference(**arrays: Any) -> ReferenceStatistics:
+        np.savez(tmp_path / "r.npz", mu=np.zeros(2), sigma=np.eye(2), **spatial, **arrays)
+        return load_reference_statistics(tmp_path / "r.npz")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(statistics_module, "SPATIAL_DIM", 4)
+        reference(arr_0=np.zeros((2, 8, 8, 3), np.uint8)).check_adm_suite(8)
+        with pytest.raises(UserError, match="uint8"):
+            reference(**({} if samples is None else {"arr_0": samples})).check_adm_suite(8)
 
 
 def test_damaged_reference_files_are_refused(tmp_path: Path) -> None:
