@@ -13,6 +13,7 @@ import json
 import logging
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -159,8 +160,13 @@ def find_checkpoints(folder: str | Path) -> list[Path]:
     return [path for _, path in sorted(found.items())]
 
 
-def load_newest(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
+def load_newest(
+    folder: str | Path, load: Callable[[Path], dict[str, Any]] = load_checkpoint
+) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint of a run that can be read; damaged ones are skipped with a warning. None if there is none.
+
+    Args:
+        load: reads one, with a UserError for whatever is wrong with it.
 
     Raises:
         UserError: if there are checkpoints but none can be read.
@@ -168,7 +174,7 @@ def load_newest(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
     paths = find_checkpoints(folder)
     for path in paths:
         try:
-            return path, load_checkpoint(path)
+            return path, load(path)
         except UserError as error:
             logger.warning("skipped: %s", error)
     if paths:
