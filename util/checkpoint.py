@@ -8,10 +8,12 @@ A `.pth` holds a dict with `model` (state dict) and, for training, `optimizer`, 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import re
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ import safetensors.torch
 import torch
 
 from util.errors import UserError, reading
-from util.files import atomic_write, write_json
+from util.files import atomic_write, sha256, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +29,7 @@ LAST = "checkpoint-last.pth"
 TENSORS = ("model", "model_ema", "optimizer")  # keys of a checkpoint whose values are or hold tensors
 EXPORTED_MODEL, EXPORTED_CONFIG = "model.safetensors", "config.json"
 EXPORT_FORMAT = {"format": "lpd", "format_version": 1}  # in the config.json
+HASHES = {"weights_sha256", "config_sha256"}  # likewise: of the weights' file, and of the config.json's other values
 
 
 def save_checkpoint(path: str | Path, payload: dict[str, Any]) -> None:
@@ -52,7 +55,8 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
     An exported model's has `config`, `classes` and `tokenizer_sha256` as well, from the `config.json` in its folder.
 
     Raises:
-        UserError: if the file is missing, damaged, or holds something else than plain data and tensors.
+        UserError: if the file is missing, damaged, holds something else than plain data and tensors, or weights that
+            are not finite.
     """
     path = Path(path)
     with reading("checkpoint", path):
@@ -61,10 +65,27 @@ def load_checkpoint(path: str | Path) -> dict[str, Any]:
         raise UserError(f"checkpoint {path} holds a {type(payload).__name__}; expected a dict with the key 'model'.")
     if "model" not in payload:
         payload = {"model": payload}
-    state = payload["model"]
-    if not isinstance(state, dict) or not state or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not _is_state_dict(payload["model"]):
         raise UserError(f"checkpoint {path} holds no state dict, neither under the key 'model' nor by itself.")
+    if payload.get("model_ema") is not None and not _is_state_dict(payload["model_ema"]):
+        raise UserError(f"checkpoint {path} holds no state dict under the key 'model_ema'.")
+    with reading("checkpoint", path):
+        for key in ("model", "model_ema"):
+            for name, tensor in (payload.get(key) or {}).items():
+                if not _is_finite(tensor):
+                    raise UserError(f"checkpoint {path} holds weights that are not finite: {name} under {key!r}.")
     return payload | _read_exported_config(path)
+
+
+def _is_state_dict(value: Any) -> bool:
+    return isinstance(value, dict) and bool(value) and all(isinstance(one, torch.Tensor) for one in value.values())
+
+
+def _is_finite(tensor: torch.Tensor) -> bool:
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    # Both limits are NaN if one value is. This reads the memory once; isfinite().all() takes many times as long.
+    return all(bool(limit.isfinite()) for limit in torch.aminmax(tensor.float()))
 
 
 def _read(path: Path) -> Any:
@@ -85,17 +106,31 @@ def _read_exported_config(weights: Path) -> dict[str, Any]:
         return {}
     with reading("model configuration", path):
         values = json.loads(path.read_text())
-    if not isinstance(values, dict) or values.get("format") != EXPORT_FORMAT["format"]:
+    ours = isinstance(values, dict) and (values.get("format") == EXPORT_FORMAT["format"] or HASHES & values.keys())
+    if not ours:
         return {}
     version, known = values.get("format_version"), EXPORT_FORMAT["format_version"]
     if version != known:
         raise UserError(f"{path} has format version {version}; this code reads version {known}.")
+    if HASHES & values.keys():  # folders of earlier exports have none
+        for file, key, found in (
+            (path, "config_sha256", description_sha256(values)),
+            (weights, "weights_sha256", sha256(weights)),
+        ):
+            if values.get(key) != found:
+                raise UserError(f"{file} is damaged or has changed since the export: its SHA-256 differs.")
     config, classes, tokenizer = (values.get(key) for key in ("config", "classes", "tokenizer_sha256"))
     numbers = isinstance(config, dict) and all(isinstance(value, int | float) for value in config.values())
     names = classes is None or (isinstance(classes, list) and all(isinstance(name, str) for name in classes))
     if not numbers or not names or not isinstance(tokenizer, str | None):
         raise UserError(f"{path} does not describe a model: 'config', 'classes' or 'tokenizer_sha256' is damaged.")
     return {"config": config, "classes": classes, "tokenizer_sha256": tokenizer}
+
+
+def description_sha256(values: dict[str, Any]) -> str:
+    """SHA-256 of what a `config.json` says, this hash left out; blanks and the order of keys do not matter."""
+    rest = {key: value for key, value in values.items() if key != "config_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def saved_step(path: Path) -> int | None:
@@ -125,8 +160,13 @@ def find_checkpoints(folder: str | Path) -> list[Path]:
     return [path for _, path in sorted(found.items())]
 
 
-def load_newest(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
+def load_newest(
+    folder: str | Path, load: Callable[[Path], dict[str, Any]] = load_checkpoint
+) -> tuple[Path, dict[str, Any]] | None:
     """The newest checkpoint of a run that can be read; damaged ones are skipped with a warning. None if there is none.
+
+    Args:
+        load: reads one, with a UserError for whatever is wrong with it.
 
     Raises:
         UserError: if there are checkpoints but none can be read.
@@ -134,7 +174,7 @@ def load_newest(folder: str | Path) -> tuple[Path, dict[str, Any]] | None:
     paths = find_checkpoints(folder)
     for path in paths:
         try:
-            return path, load_checkpoint(path)
+            return path, load(path)
         except UserError as error:
             logger.warning("skipped: %s", error)
     if paths:

@@ -15,7 +15,7 @@ from engine.model_choice import recorded_config
 from models.lpd import LPD, LPDConfig, load_weights
 from orders.schedule import default_steps
 from tokenizers import load_tokenizer
-from util.checkpoint import EXPORT_FORMAT, EXPORTED_CONFIG, EXPORTED_MODEL, load_checkpoint
+from util.checkpoint import EXPORT_FORMAT, EXPORTED_CONFIG, EXPORTED_MODEL, description_sha256, load_checkpoint
 from util.errors import UserError
 from util.files import atomic_write, sha256, write_json
 
@@ -63,7 +63,8 @@ def export(checkpoint: Path, folder: Path, *, ema: bool = False, vqgan_path: Pat
     for name in {*TOKENIZERS} - {tokenizer}:
         (folder / name).unlink(missing_ok=True)  # of an earlier export
     described = {"config": vars(config), "classes": content.get("classes"), "tokenizer_sha256": trained_with}
-    write_json(folder / EXPORTED_CONFIG, EXPORT_FORMAT | described)
+    described = EXPORT_FORMAT | described | {"weights_sha256": sha256(folder / EXPORTED_MODEL)}
+    write_json(folder / EXPORTED_CONFIG, described | {"config_sha256": description_sha256(described)})
     with atomic_write(folder / CARD) as file:
         file.write(_model_card(folder.name, config, trained_with, tokenizer is not None).encode())
     logger.info("%s: %d tensors, %s", folder, len(tensors), "averaged weights" if ema else "weights")

@@ -20,6 +20,7 @@ from engine.model_choice import check_tokenizer, class_names, load_pretrained
 from engine.named_files import TOKENIZER_MISSING, check_files, find_run, local_file
 from engine.training.config import TrainConfig
 from engine.training.data import code_geometry, open_dataset
+from engine.training.resume import load_resumable
 from engine.training.sample_grid import SampleGrid
 from engine.training.step import choose_attention
 from engine.training.trackers import Tracker
@@ -51,7 +52,7 @@ class StartingPoint:
 
     @property
     def step(self) -> int:
-        return int(self.content["step"]) if self.resumed else 0
+        return self.content["step"] if self.resumed else 0
 
 
 @dataclass(frozen=True)
@@ -226,16 +227,13 @@ def _resumed(config: Config, training: TrainConfig, dist: Dist) -> StartingPoint
         if run is None:
             _check_resume(training.resume)
             return None
-        found = (run, load_checkpoint(run)) if run.is_file() else load_newest(run)
+        found = (run, load_resumable(run)) if run.is_file() else load_newest(run, load_resumable)
         return None if found is None else found[0]
 
     path = dist.on_main(find)
     if path is None:
         return None
-    content = load_checkpoint(path) if found is None else found[1]
-    if not {"optimizer", "step", "config", "global_batch"} <= content.keys():
-        raise UserError(f"checkpoint {path} can't be resumed, only used as --pretrained_ckpt: it holds weights only.")
-    return StartingPoint(path, content, resumed=True)
+    return StartingPoint(path, load_checkpoint(path) if found is None else found[1], resumed=True)
 
 
 def _check_resume(path: Path | None) -> None:

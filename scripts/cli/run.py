@@ -86,7 +86,8 @@ class JobConfig:
         check(self)
         if not self.command:
             raise UserError("the command to run is missing; give it last, such as: bash scripts/train/lpd_l_256.sh.")
-        for name, value in record(self).items():  # a line break would start a line of the batch script
+        # The batch script has all of these, quoted; a line break would start a line of it all the same.
+        for name, value in {**record(self), "log_dir": str(self.folder), "chdir": str(ROOT)}.items():
             if isinstance(value, str) and not value.isprintable():
                 raise UserError(f"--{name} {value!r} must be one line of printable characters.")
         if not re.fullmatch(r"[\w.@+-]+", self.job_name) or self.job_name.startswith("."):
@@ -96,6 +97,11 @@ class JobConfig:
         limit = 60 * minutes(self.time)
         if limit <= self.signal_delay:
             raise UserError(f"--signal_delay is {self.signal_delay} s; it must be less than --time, {limit} s.")
+
+    @property
+    def folder(self) -> Path:
+        """Where the logs go, absolute."""
+        return ROOT / "runs" / "slurm" / self.job_name if self.log_dir is None else self.log_dir.absolute()
 
 
 def build_parser() -> Parser:
@@ -134,7 +140,6 @@ class SlurmExecutor(submitit.SlurmExecutor):
 
 
 def build_executor(job: JobConfig) -> SlurmExecutor:
-    folder = (ROOT / "runs" / "slurm" / job.job_name) if job.log_dir is None else job.log_dir.absolute()
     python = shlex.quote(sys.executable)
     extra: dict[str, Any] = {"requeue": True, "chdir": ROOT}
     if job.nodes == 1:
@@ -146,7 +151,7 @@ def build_executor(job: JobConfig) -> SlurmExecutor:
     cpus = job.cpus_per_task or 4 * job.gpus_per_node or None
     if cpus is not None:
         srun_args.append(f"--cpus-per-task={cpus}")  # sbatch does not hand it down since Slurm 22.05
-    executor = SlurmExecutor(folder, python=python)
+    executor = SlurmExecutor(job.folder, python=python)
     executor.update_parameters(
         **{name: getattr(job, name) for name in SBATCH_OPTIONS},
         time=minutes(job.time),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -81,12 +82,33 @@ def test_dry_run_of_the_published_launcher_flags() -> None:
     assert (job.job_name, job.max_requeues, job.command) == ("x", -1, command)
 
 
-def test_no_value_adds_lines_to_the_batch_script() -> None:
+def test_no_value_adds_lines_to_the_batch_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for flag in ("-A", "-p", "--mem", "--qos", "--constraint", "--exclude", "--dependency", "--log_dir", "-J", "-t"):
         with pytest.raises(UserError, match="printable"):
             parse([flag, "x\n#SBATCH --uid=0", "true"])
+    (tmp_path / "a\ntrue").mkdir()
+    monkeypatch.chdir(tmp_path / "a\ntrue")  # a relative folder is in this one
+    with pytest.raises(UserError, match=r"--log_dir .*printable"):
+        parse(["--log_dir", "logs", "true"])
     lines = run_py("--dry_run", "echo", "a\nrm b").stdout.splitlines()
     assert lines[-2:] == ["# the task of each node runs: echo 'a", "# rm b'"]
+
+
+def test_values_with_the_shells_characters_stay_values(tmp_path: Path) -> None:
+    """Bash runs the script with the Slurm commands replaced; no value may become a command or a second option."""
+    odd = "x'; touch ran #$(touch ran)`touch ran` \\ --uid=0"
+    given = [word for flag in ("-A", "-p", "--mem", "--qos", "--constraint", "--exclude") for word in (flag, odd)]
+    result = run_py(*given, "--log_dir", tmp_path / odd, "-N", 2, "--dry_run", "true", odd, path="/bin")
+    assert result.returncode == 0, result.stderr
+    lines = [line for line in result.stdout.splitlines() if line.startswith("#SBATCH")]
+    options = [shlex.split(line.removeprefix("#SBATCH ")) for line in lines]
+    assert all(len(words) == 1 for words in options)
+    assert f"--account={odd}" in [words[0] for words in options]
+    script = f'srun() {{ printf "%s\\n" "$@"; }}\n{result.stdout}'
+    ran = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert f"{tmp_path / odd}" in ran.stdout.splitlines()
+    assert not list(tmp_path.iterdir())
 
 
 def test_dry_run_on_one_node_without_gpus() -> None:

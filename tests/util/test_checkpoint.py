@@ -81,6 +81,23 @@ def test_other_content_is_refused(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "missing.pth")
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e5m2])
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float, dtype: torch.dtype) -> None:
+    """They would be evaluated, exported and trained further, with noise as the result."""
+    good = {"a": torch.ones(5).to(dtype), "empty": torch.ones(0), "count": torch.ones(2, dtype=torch.int64)}
+    bad = good | {"a": torch.tensor([1, 2, value]).to(dtype)}
+    save_checkpoint(tmp_path / "good.pth", {"model": good, "model_ema": good})
+    load_checkpoint(tmp_path / "good.pth")
+    for content, key in (({"model": bad}, "model"), ({"model": good, "model_ema": bad}, "model_ema"), (bad, "model")):
+        torch.save(content, tmp_path / "bad.pth")
+        with pytest.raises(UserError, match=rf"bad\.pth .*not finite: a under '{key}'"):
+            load_checkpoint(tmp_path / "bad.pth")
+    safetensors.torch.save_file(bad, tmp_path / "bad.safetensors")
+    with pytest.raises(UserError, match="not finite"):
+        load_checkpoint(tmp_path / "bad.safetensors")
+
+
 def test_newest_readable_checkpoint_is_found(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     assert load_newest(tmp_path) is None
     for epoch in (2, 10, 9):

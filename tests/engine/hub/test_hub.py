@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
@@ -33,7 +35,7 @@ from tests.helpers.commands import run as run_command
 from tests.helpers.fake_hub import FakeHub, start
 from tests.helpers.tiny_models import tiny_tokenizer
 from tokenizers import save_tokenizer
-from util.checkpoint import load_checkpoint, save_checkpoint
+from util.checkpoint import HASHES, load_checkpoint, save_checkpoint
 from util.errors import UserError
 from util.files import sha256
 
@@ -434,14 +436,37 @@ def test_mistakes_in_export_and_push(
     ],
 )
 def test_damaged_config_is_one_sentence(checkpoint: Path, tmp_path: Path, change: dict, named: str) -> None:
+    """In a folder of an earlier export, which has no hashes."""
     export(checkpoint, tmp_path / "exported")
     path = tmp_path / "exported" / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    values = {key: value for key, value in json.loads(path.read_text()).items() if key not in HASHES}
+    path.write_text(json.dumps(values))
+    assert_same_model(tmp_path / "exported" / "model.safetensors", checkpoint)
+    path.write_text(json.dumps(values | change))
     with pytest.raises(UserError, match=named):
         load_checkpoint(tmp_path / "exported" / "model.safetensors")
     path.write_text("{")
     with pytest.raises(UserError, match="not readable"):
         load_checkpoint(tmp_path / "exported" / "model.safetensors")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_no_changed_bit_of_an_exported_folder_is_loaded(checkpoint: Path, tmp_path: Path, name: str) -> None:
+    """A flipped weight, or another number of heads, fits the model and gives other pictures."""
+    export(checkpoint, tmp_path / "exported")
+    weights, path = tmp_path / "exported" / "model.safetensors", tmp_path / "exported" / name
+    whole = path.read_bytes()
+    if name == "config.json":
+        for part in (b"num_heads", b'"num_heads": 2', b'"lpd"', b"weights_sha256", b"config_sha256"):
+            path.write_bytes(whole.replace(part, bytes([*part[:-1], part[-1] ^ 1])))
+            with pytest.raises(UserError, match="damaged"):
+                load_checkpoint(weights)
+        path.write_text(json.dumps(json.loads(whole)))  # laid out otherwise
+        assert_same_model(weights, checkpoint)
+    for place in np.random.default_rng(0).choice(len(whole), 40, replace=False):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with contextlib.suppress(UserError):
+            assert_same_model(weights, checkpoint)  # a flipped blank of the JSON
 
 
 def test_choices_among_files() -> None:

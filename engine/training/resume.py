@@ -1,0 +1,53 @@
+"""A run's own checkpoint, tried before anything depends on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from engine.hub.export import check_state
+from engine.model_choice import recorded_config
+from engine.training.optim import build_adamw, load_optimizer
+from models.lpd import LPD
+from util.checkpoint import load_checkpoint
+from util.errors import UserError, reading
+
+
+def load_resumable(path: Path) -> dict[str, Any]:
+    """Read a checkpoint from which a run can go on: weights, average and optimizer fit the model that it records.
+
+    Raises:
+        UserError: if the file is missing, damaged, not plain data of the right kinds, or holds weights only.
+    """
+    content = load_checkpoint(path)
+    if not {"optimizer", "step", "config", "global_batch"} <= content.keys():
+        raise UserError(f"checkpoint {path} can't be resumed, only used as --pretrained_ckpt: it holds weights only.")
+    with reading("checkpoint", path):
+        _try(content, path)
+    return content
+
+
+def _try(content: dict[str, Any], path: Path) -> None:
+    """Do on the meta device, where it costs nothing, what resuming does; fails in any way where that would."""
+    for name in ("step", "global_batch", "num_samples", "seed"):
+        if type(content[name]) is not int or content[name] < 0:
+            raise ValueError(f"{name} is {content[name]!r}")
+    if not isinstance(content.get("tokenizer_sha256"), str | None):
+        raise ValueError("tokenizer_sha256 is no text")
+    config = recorded_config(content, path)
+    if config is None:
+        raise ValueError("config is None")
+    for name in ("model", "model_ema"):
+        if name in content:
+            check_state(content[name], config, str(path))
+    with torch.device("meta"):
+        optimizer = build_adamw(LPD(config), weight_decay=0.0)
+    load_optimizer(optimizer, content["optimizer"])
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            moments = optimizer.state[parameter]
+            shapes = [moments[name].shape for name in ("exp_avg", "exp_avg_sq", "step")]
+            if shapes != [parameter.shape, parameter.shape, ()]:
+                raise ValueError("the optimizer is of another model")
