@@ -36,6 +36,7 @@ from util.data.loading import Images, load_all
 from util.dist import DeviceConfig, resolve_device
 from util.errors import UserError
 from util.files import atomic_write, check_output_dir, write_json
+from util.folder_lock import FolderLock
 from util.logger import MetricsWriter, setup_logging
 from util.lr_sched import learning_rate
 from util.pictures import image_grid, save_png, to_float, to_uint8
@@ -89,7 +90,8 @@ def train_tokenizer(
         and ``codebook_perplexity``; counts, ``train_sec`` and the configurations.
 
     Raises:
-        UserError: when the images are fewer than two, or the folder holds a tokenizer trained otherwise.
+        UserError: when the images are fewer than two, the folder holds a tokenizer trained otherwise, or
+            another process writes to it.
         FloatingPointError: when the training diverges; what was saved before is kept.
         SystemExit: when a stop signal came and the state is saved, with status 75; 130 for Ctrl-C.
     """
@@ -98,17 +100,19 @@ def train_tokenizer(
     else:
         train_set, held_out_set = dataset, test_set
     described = {"tokenizer": record(model_config), "training": record(config), "train_images": len(train_set)}
-    state, metrics = _read_earlier(output_dir, described)
-    if metrics is not None and metrics["step"] == config.steps and (output_dir / TOKENIZER).exists():
-        log.info("the training is finished: all %d steps are done", config.steps)
-        return metrics
-    torch.manual_seed(config.seed)
-    held_out = load_all(held_out_set, max(1, config.num_workers))[0].to(device)
-    training = _Training(model_config, config, output_dir, described, held_out)
-    if state is not None:
-        training.load(state)
-        log.info("resuming at step %d of %d", training.done, config.steps)
-    return training.run(train_set)
+    with FolderLock(output_dir) as lock:
+        lock.acquire()
+        state, metrics = _read_earlier(output_dir, described)
+        if metrics is not None and metrics["step"] == config.steps and (output_dir / TOKENIZER).exists():
+            log.info("the training is finished: all %d steps are done", config.steps)
+            return metrics
+        torch.manual_seed(config.seed)
+        held_out = load_all(held_out_set, max(1, config.num_workers))[0].to(device)
+        training = _Training(model_config, config, output_dir, described, held_out)
+        if state is not None:
+            training.load(state)
+            log.info("resuming at step %d of %d", training.done, config.steps)
+        return training.run(train_set)
 
 
 def _read_earlier(folder: Path, described: dict[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
