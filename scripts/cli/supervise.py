@@ -3,7 +3,8 @@
 torchrun by itself passes SIGTERM or Ctrl-C on and kills after 30 seconds what still runs, dies of SIGUSR1 and SIGUSR2,
 ends all workers as soon as one has exited with another status than 0, and then exits with 1 whatever that status was.
 Here it ignores these signals. Each worker (:mod:`scripts.cli.worker`) writes its process id to a file, so that it gets
-signals from here, and its exit status to another; to torchrun it ends with 0 if a signal told it to exit.
+signals from here, and its exit status to another; to torchrun it ends with 0 if a signal told it to exit. If this
+process or torchrun is killed the workers die too, so that the output folder is free for the next start.
 
 Started by launch.sh, with torchrun's arguments, then the training script and its flags:
     python -m scripts.cli.supervise --standalone --nproc_per_node 8 main_lpd.py --recipe lpd_l_256
@@ -11,6 +12,7 @@ Started by launch.sh, with torchrun's arguments, then the training script and it
 
 from __future__ import annotations
 
+import ctypes
 import math
 import os
 import signal
@@ -34,6 +36,7 @@ STOP_SIGNALS = {
 TOLD_TO_EXIT = tuple(map(exit_status, STOP_SIGNALS))  # exit statuses of workers that saved: 75, or 130 after Ctrl-C
 STATUS_FOLDER = "LPD_STATUS_FOLDER"  # environment variable for the workers
 POLL_SECONDS = 0.2
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 # How long the others may take after the first worker has exited (rank 0, which writes the checkpoint, is the last).
 EXIT_SECONDS = 300.0
 
@@ -73,6 +76,16 @@ def ignore_stop_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def die_with_parent() -> None:
+    """Have Linux kill this process when the one that started it is gone, however that one ended."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _become_torchrun() -> None:
+    ignore_stop_signals()
+    die_with_parent()
+
+
 def supervise(arguments: list[str]) -> int:
     """Run torchrun with `arguments`; exit status 0, 75 (saved), 130 (Ctrl-C) or that of the first failure."""
     with tempfile.TemporaryDirectory(prefix="lpd_workers_") as folder:
@@ -84,7 +97,7 @@ def supervise(arguments: list[str]) -> int:
             [sys.executable, "-m", "torch.distributed.run", "--signals-to-handle=SIGQUIT", *arguments],
             env=os.environ | {STATUS_FOLDER: folder},
             start_new_session=True,  # so that the terminal's Ctrl-C does not reach it
-            preexec_fn=ignore_stop_signals,
+            preexec_fn=_become_torchrun,
         )
         status = _wait(torchrun, workers)
         statuses = workers.statuses()
