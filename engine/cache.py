@@ -277,8 +277,6 @@ class _Builder:
             raise UserError(f"none of the {len(reasons)} images of {self.job.source} can be read.")
         header = write_codes(self.cache, codes[0], codes[1], labels, dataclasses.replace(self.job, skipped=errors))
         shutil.rmtree(self.cache / PARTS)
-        for leftover in self.cache.glob(".*.tmp"):  # of a run that was killed while it wrote these files
-            leftover.unlink()
         listed = f", listed as 'skipped' in {HEADER}" if errors else ""
         logger.info("%s: %d images cached, %d broken files left out%s", self.cache, len(labels), len(errors), listed)
         return header

@@ -9,6 +9,7 @@ import os
 from pathlib import Path
 
 from util.errors import UserError
+from util.files import remove_temporary_files
 
 logger = logging.getLogger(__name__)
 
@@ -30,9 +31,16 @@ class FolderLock:
     def acquire(self) -> None:
         """Make the folder and take it, before looking at what is in it: another process may just be finishing.
 
+        Removes what killed processes were writing.
+
         Raises:
             UserError: if another process has it, or it can't be made.
         """
+        if self._file is None:
+            self._take()
+            remove_temporary_files(self._folder)
+
+    def _take(self) -> None:
         path = self._folder / LOCK_FILE
         while True:
             self._made = self._made or not self._folder.exists()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from pathlib import Path
 
 import pytest
 
 from tests.helpers.processes import holder
 from util.errors import UserError
+from util.files import atomic_write
 from util.folder_lock import LOCK_FILE, FolderLock
 
 
@@ -32,6 +35,22 @@ def test_nothing_of_it_is_left(tmp_path: Path) -> None:
             if folder == used:
                 (folder / "results.json").touch()
     assert sorted(tmp_path.rglob("*")) == [there, used, used / "results.json"]
+
+
+def test_what_killed_processes_were_writing_is_removed(tmp_path: Path) -> None:
+    """Each kill would leave a file, of the size of a checkpoint for one; files of other names are not ours."""
+    with contextlib.suppress(KeyboardInterrupt), atomic_write(tmp_path / "metrics.jsonl") as file:
+        file.write(b"half")
+        (left,) = tmp_path.iterdir()
+        left.with_name(left.name.replace(str(os.getpid()), "1")).write_bytes(b"half")
+        raise KeyboardInterrupt
+    others = {".notes.tmp", "a.1.tmp", ".b.1.tmp.txt"}
+    for name in others:
+        (tmp_path / name).touch()
+    assert len(list(tmp_path.iterdir())) == 4
+    with FolderLock(tmp_path) as lock:
+        lock.acquire()
+    assert {path.name for path in tmp_path.iterdir()} == others
 
 
 def test_a_lock_whose_file_was_just_removed_is_taken_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
