@@ -12,14 +12,18 @@ Started by launch.sh, with torchrun's arguments, then the training script and it
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import fcntl
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -35,6 +39,7 @@ STOP_SIGNALS = {
 }
 TOLD_TO_EXIT = tuple(map(exit_status, STOP_SIGNALS))  # exit statuses of workers that saved: 75, or 130 after Ctrl-C
 STATUS_FOLDER = "LPD_STATUS_FOLDER"  # environment variable for the workers
+PREFIX = "lpd_workers_"  # of that folder's name
 POLL_SECONDS = 0.2
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 # How long the others may take after the first worker has exited (rank 0, which writes the checkpoint, is the last).
@@ -81,6 +86,30 @@ def die_with_parent() -> None:
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
+@contextlib.contextmanager
+def _status_folder() -> Iterator[Path]:
+    """A new folder, locked while this process lives; those of killed supervisors are removed."""
+    for other in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        # An error if it is in use, another user's, or has just been removed. A new one may not be locked yet.
+        with contextlib.suppress(OSError), _locked(other):
+            if time.time() - other.stat().st_mtime > 60:
+                shutil.rmtree(other)
+    with tempfile.TemporaryDirectory(prefix=PREFIX) as name, contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a file system without locks
+            stack.enter_context(_locked(Path(name)))
+        yield Path(name)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(file)
+
+
 def _become_torchrun() -> None:
     ignore_stop_signals()
     die_with_parent()
@@ -88,14 +117,14 @@ def _become_torchrun() -> None:
 
 def supervise(arguments: list[str]) -> int:
     """Run torchrun with `arguments`; exit status 0, 75 (saved), 130 (Ctrl-C) or that of the first failure."""
-    with tempfile.TemporaryDirectory(prefix="lpd_workers_") as folder:
-        workers = Workers(Path(folder))
+    with _status_folder() as folder:
+        workers = Workers(folder)
         for number in STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP:  # nohup is respected
                 signal.signal(number, workers.on_signal)
         torchrun = subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", "--signals-to-handle=SIGQUIT", *arguments],
-            env=os.environ | {STATUS_FOLDER: folder},
+            env=os.environ | {STATUS_FOLDER: str(folder)},
             start_new_session=True,  # so that the terminal's Ctrl-C does not reach it
             preexec_fn=_become_torchrun,
         )

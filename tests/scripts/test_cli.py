@@ -206,6 +206,33 @@ def test_workers_die_with_what_started_them(tmp_path: Path, killed: str) -> None
 
 
 @pytest.mark.slow
+def test_folders_of_killed_supervisors_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against one more folder per kill, and against removing that of a running training."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+
+    def start() -> tuple[subprocess.Popen[str], Path]:
+        for file in tmp_path.glob("ready*"):
+            file.unlink()
+        before = set(tmp_path.glob("lpd_workers_*"))
+        process = start_workers(tmp_path, "save", 60)
+        wait_until(lambda: len(list(tmp_path.glob("ready*"))) == 2, 60, "two workers")
+        (folder,) = set(tmp_path.glob("lpd_workers_*")) - before
+        os.utime(folder, (0, 0))  # as if it had been there for long
+        return process, folder
+
+    killed, left = start()
+    killed.kill()
+    killed.communicate()
+    running, folder = start()
+    assert not left.exists()
+    third, _ = start()
+    assert folder.exists()
+    for process in (running, third):
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.slow
 def test_real_training_here_saves_and_asks_to_be_started_again(tmp_path: Path) -> None:
     """Guards against launch.sh, run.py --local or main_lpd.py losing the signal or the status on the way."""
     output = tmp_path / "run"
