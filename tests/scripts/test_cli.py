@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -210,26 +211,25 @@ def test_folders_of_killed_supervisors_are_removed(tmp_path: Path, monkeypatch: 
     """Guards against one more folder per kill, and against removing that of a running training."""
     monkeypatch.setenv("TMPDIR", str(tmp_path))
 
-    def start() -> tuple[subprocess.Popen[str], Path]:
+    def start(stack: contextlib.ExitStack) -> tuple[subprocess.Popen[str], Path]:
         for file in tmp_path.glob("ready*"):
             file.unlink()
         before = set(tmp_path.glob("lpd_workers_*"))
-        process = start_workers(tmp_path, "save", 60)
+        process = stack.enter_context(start_workers(tmp_path, "save", 60))
+        stack.callback(process.kill)
         wait_until(lambda: len(list(tmp_path.glob("ready*"))) == 2, 60, "two workers")
         (folder,) = set(tmp_path.glob("lpd_workers_*")) - before
         os.utime(folder, (0, 0))  # as if it had been there for long
         return process, folder
 
-    killed, left = start()
-    killed.kill()
-    killed.communicate()
-    running, folder = start()
-    assert not left.exists()
-    third, _ = start()
-    assert folder.exists()
-    for process in (running, third):
-        process.kill()
-        process.communicate()
+    with contextlib.ExitStack() as stack:
+        killed, left = start(stack)
+        killed.kill()
+        killed.wait()
+        _, folder = start(stack)
+        assert not left.exists()
+        start(stack)
+        assert folder.exists()
 
 
 @pytest.mark.slow
