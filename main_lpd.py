@@ -41,7 +41,8 @@ def main() -> None:
         torch.set_num_threads(config.threads)
     with exit_when_told(), distributed(config.device) as dist, FolderLock(config.output_dir) as lock:
         setup_logging(dist.rank)
-        prepared = prepare_evaluation(config, dist) if config.evaluate else prepare_training(config, dist, lock)
+        prepare = prepare_evaluation if config.evaluate else prepare_training
+        prepared = prepare(config, dist, lock)
         announce(prepared.config, prepared.model_config, dist)
         status = 0 if config.dry_run else prepared.start()
     sys.exit(status)

@@ -32,6 +32,7 @@ from util.data.loading import load_batches
 from util.dist import DeviceConfig, Dist
 from util.errors import UserError
 from util.files import atomic_write, sha256, write_json
+from util.folder_lock import LOCK_FILE, FolderLock
 from util.pictures import to_float
 
 logger = logging.getLogger(__name__)
@@ -75,7 +76,7 @@ def build_cache(config: CacheConfig, dist: Dist) -> CacheHeader:
 
     Raises:
         UserError: for a broken image (unless skipped), an image size the tokenizer cannot take, a codebook of more than
-            2¹⁶ codes, or a ``cached_path`` that holds something else.
+            2¹⁶ codes, or a ``cached_path`` that holds something else or is written to by another process.
     """
     return _Builder(config, dist).build()
 
@@ -148,11 +149,13 @@ class _Builder:
         self.parts = [range(start, min(start + PART_SIZE, len(self.labels))) for start in starts]
 
     def build(self) -> CacheHeader:
-        todo = self.dist.on_main(self._prepare)
-        if todo is None:
-            return CacheHeader.read(self.cache / HEADER)
-        self._make_parts(todo)
-        return self.dist.on_main(self._join_parts)
+        with FolderLock(self.cache) as lock:
+            self.dist.on_main(lock.acquire)
+            todo = self.dist.on_main(self._prepare)
+            if todo is None:
+                return CacheHeader.read(self.cache / HEADER)
+            self._make_parts(todo)
+            return self.dist.on_main(self._join_parts)
 
     def _prepare(self) -> list[range] | None:
         """The parts still to be made; None if the cache is finished, in which case it has been verified."""
@@ -168,7 +171,7 @@ class _Builder:
             return None
         if job_file.exists():
             self._require_same(job_file)
-        elif cache.exists() and (not cache.is_dir() or any(entry.name != PARTS for entry in cache.iterdir())):
+        elif any(entry.name not in (PARTS, LOCK_FILE) for entry in cache.iterdir()):
             raise UserError(f"{cache} exists and is not a cache of this format; give --cached_path a new folder.")
         else:
             write_json(job_file, dataclasses.asdict(self.job))
@@ -274,8 +277,6 @@ class _Builder:
             raise UserError(f"none of the {len(reasons)} images of {self.job.source} can be read.")
         header = write_codes(self.cache, codes[0], codes[1], labels, dataclasses.replace(self.job, skipped=errors))
         shutil.rmtree(self.cache / PARTS)
-        for leftover in self.cache.glob(".*.tmp"):  # of a run that was killed while it wrote these files
-            leftover.unlink()
         listed = f", listed as 'skipped' in {HEADER}" if errors else ""
         logger.info("%s: %d images cached, %d broken files left out%s", self.cache, len(labels), len(errors), listed)
         return header

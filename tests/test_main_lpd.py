@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +21,7 @@ from engine.hub.__main__ import main as hub_main
 from models.lpd import resize_pos_embed
 from tests.helpers.commands import run
 from tests.helpers.pictures import assert_not_blank, assert_shows, pixels_of
+from tests.helpers.processes import holder
 from util.checkpoint import load_checkpoint, save_checkpoint
 
 SIZE = ("--img_size", "16")
@@ -182,6 +184,26 @@ def test_dry_run_downloads_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+def test_every_command_that_writes_a_folder_refuses_one_in_use(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against two processes that write over each other's files, or delete each other's partial results."""
+    folder, tokenizer = workspace / "in_use", workspace / "tok" / "tokenizer.pt"
+    data = ("--data_path", workspace / "train", *SIZE, "--num_workers", 0)
+    commands: list[tuple[Callable[[], None], tuple[object, ...]]] = [
+        (main_lpd.main, (*training(workspace), "--output_dir", folder, "--epochs", 1)),
+        (main_lpd.main, evaluation(workspace, "in_use")),
+        (main_cache.main, (*data, "--vqgan_path", tokenizer, "--cached_path", folder)),
+        (tokenizers.train.main, (*data, "--output_dir", folder, "--stride", 4, "--steps", 1)),
+    ]
+    with holder(folder):
+        for main, arguments in commands:
+            assert run(main, *arguments) == 2
+            message = capsys.readouterr().err.splitlines()[-1]
+            assert message.startswith(f"error: another process is writing to {folder}")
+        assert [path.name for path in folder.iterdir()] == [".lock"]
+
+
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
@@ -255,10 +277,11 @@ def test_wrong_training_flags(
 def test_wrong_evaluation_flags(
     workspace: Path, capsys: pytest.CaptureFixture[str], flags: tuple[object, ...], named: str
 ) -> None:
-    assert run(main_lpd.main, *evaluation(workspace, "wrong"), "--dry_run", *flags) == 2
+    assert run(main_lpd.main, *evaluation(workspace, "wrong"), *flags) == 2
     message = capsys.readouterr().err.splitlines()[-1]
     assert message.startswith("error: ")
     assert named in message
+    assert not (workspace / "wrong").exists()
 
 
 def test_swapped_files_and_unusable_folders(workspace: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import signal
+import subprocess
 import sys
 import weakref
 from collections.abc import Callable, Iterator
@@ -22,7 +23,7 @@ import main_lpd
 from engine.options import parse
 from engine.training.sample_grid import SampleGrid
 from models import build_model
-from tests.helpers.commands import run
+from tests.helpers.commands import ROOT, run
 from tests.helpers.pictures import assert_not_blank, pixels_of
 from tests.helpers.processes import ALONE
 from tests.helpers.tiny_models import tiny_tokenizer
@@ -111,7 +112,7 @@ def test_one_step_and_then_the_rest(workspace: Path, tmp_path: Path) -> None:
     assert training(workspace, tmp_path, *flags, "--max_steps", 1) == 0
     assert load_checkpoint(tmp_path / LAST)["step"] == 1
     names = {path.name for path in tmp_path.iterdir()}
-    assert names == {".lock", "checkpoint-last.json", LAST, "metrics.jsonl", "train_settings.json"}
+    assert names == {"checkpoint-last.json", LAST, "metrics.jsonl", "train_settings.json"}
     assert training(workspace, tmp_path, *flags) == 0
     assert {path.name for path in (tmp_path / "samples").iterdir()} == {"epoch0001.png", "epoch0002.png"}
     first, last = (pixels_of(tmp_path / "samples" / f"epoch000{epoch}.png") for epoch in (1, 2))
@@ -125,6 +126,23 @@ def test_one_step_and_then_the_rest(workspace: Path, tmp_path: Path) -> None:
     assert first.shape == last.shape
     assert not np.array_equal(first, last)
     assert_not_blank(tmp_path / "eval_epoch0002" / "grid.png")
+
+
+def test_of_two_starts_on_a_new_folder_one_trains(
+    workspace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a second run that has found no checkpoints, waits while the first finishes, and overwrites it."""
+    statuses = []
+
+    def meanwhile(*arguments: Any) -> Any:
+        other = [sys.executable, "main_lpd.py", *words(workspace, tmp_path / "new", *DEBUG)]
+        statuses.append(subprocess.run(other, cwd=ROOT, capture_output=True).returncode)
+        return open_dataset(*arguments)
+
+    open_dataset = engine.training.setup.open_dataset
+    monkeypatch.setattr(engine.training.setup, "open_dataset", meanwhile)
+    assert training(workspace, tmp_path / "new", *DEBUG) == 0
+    assert statuses == [2]
 
 
 FAKE_WANDB = """

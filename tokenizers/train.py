@@ -36,6 +36,7 @@ from util.data.loading import Images, load_all
 from util.dist import DeviceConfig, resolve_device
 from util.errors import UserError
 from util.files import atomic_write, check_output_dir, write_json
+from util.folder_lock import FolderLock
 from util.logger import MetricsWriter, setup_logging
 from util.lr_sched import learning_rate
 from util.pictures import image_grid, save_png, to_float, to_uint8
@@ -89,7 +90,9 @@ def train_tokenizer(
         and ``codebook_perplexity``; counts, ``train_sec`` and the configurations.
 
     Raises:
-        UserError: when the images are fewer than two, or the folder holds a tokenizer trained otherwise.
+        UserError: when the images are fewer than two, the folder holds a tokenizer trained otherwise, or
+            another process writes to it.
+        FloatingPointError: when the training diverges; what was saved before is kept.
         SystemExit: when a stop signal came and the state is saved, with status 75; 130 for Ctrl-C.
     """
     if test_set is None:
@@ -97,17 +100,19 @@ def train_tokenizer(
     else:
         train_set, held_out_set = dataset, test_set
     described = {"tokenizer": record(model_config), "training": record(config), "train_images": len(train_set)}
-    state, metrics = _read_earlier(output_dir, described)
-    if metrics is not None and metrics["step"] == config.steps and (output_dir / TOKENIZER).exists():
-        log.info("the training is finished: all %d steps are done", config.steps)
-        return metrics
-    torch.manual_seed(config.seed)
-    held_out = load_all(held_out_set, max(1, config.num_workers))[0].to(device)
-    training = _Training(model_config, config, output_dir, described, held_out)
-    if state is not None:
-        training.load(state)
-        log.info("resuming at step %d of %d", training.done, config.steps)
-    return training.run(train_set)
+    with FolderLock(output_dir) as lock:
+        lock.acquire()
+        state, metrics = _read_earlier(output_dir, described)
+        if metrics is not None and metrics["step"] == config.steps and (output_dir / TOKENIZER).exists():
+            log.info("the training is finished: all %d steps are done", config.steps)
+            return metrics
+        torch.manual_seed(config.seed)
+        held_out = load_all(held_out_set, max(1, config.num_workers))[0].to(device)
+        training = _Training(model_config, config, output_dir, described, held_out)
+        if state is not None:
+            training.load(state)
+            log.info("resuming at step %d of %d", training.done, config.steps)
+        return training.run(train_set)
 
 
 def _read_earlier(folder: Path, described: dict[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
@@ -218,9 +223,11 @@ class _Training:
                 bar.update()
                 finished = self.done == config.steps
                 measuring = finished or self.done % config.eval_freq == 0
+                told = None if finished else stop.signal
+                if measuring or told is not None:
+                    self._require_finite(*losses.values(), *self.model.parameters())
                 if measuring:
                     metrics = self._measure(losses, writer)
-                told = None if finished else stop.signal
                 if told is not None or (measuring and not finished):
                     self.save()
                 if told is not None:
@@ -228,6 +235,14 @@ class _Training:
                     raise SystemExit(exit_status(told))
         (self.folder / STATE).unlink(missing_ok=True)
         return metrics
+
+    def _require_finite(self, *values: Tensor) -> None:
+        """Called before anything is saved, and seldom, since it reads back from the device."""
+        if not torch.stack([value.isfinite().all() for value in values]).all():
+            raise FloatingPointError(
+                f"losses, weights or reconstructions are no longer finite at step {self.done}: the training has "
+                "diverged and nothing was saved since the last measurement; give a lower --lr and another --output_dir."
+            )
 
     def _prepare(self, step: int, batch: Tensor) -> Tensor:
         """The images of a step as the network sees them, uint8 (B, H, H, 3); also seeds what the step draws."""
@@ -257,6 +272,7 @@ class _Training:
         if indices is not None:
             self.revival.count(indices)
             if self.done % self.revive_every == 0 and self.done - 1 < _REVIVE_UNTIL * config.steps:
+                self._require_finite(*losses.values())  # features are drawn by their distances
                 self.revival.revive(features, self.optimizer)
         return losses
 
@@ -270,6 +286,7 @@ class _Training:
     def _measure(self, losses: dict[str, Tensor], writer: MetricsWriter) -> dict[str, Any]:
         """Measure on the held-out images; write the figures, the tokenizer and a picture; returns the figures."""
         quality, seconds = evaluate(self.model, self.held_out, self.config.batch_size), self.seconds()
+        self._require_finite(torch.tensor(list(quality.values())))
         values = {name: round(float(value.detach()), 6) for name, value in losses.items()}
         lr = self.optimizer.param_groups[0]["lr"]
         writer.write(step=self.done, lr=lr, **values, **quality, elapsed_sec=seconds)

@@ -22,6 +22,7 @@ from tokenizers import VQModel, load_tokenizer
 from util.dist import Dist
 from util.errors import UserError
 from util.files import check_output_dir, sha256
+from util.folder_lock import FolderLock
 
 logger = logging.getLogger(__name__)
 
@@ -62,8 +63,11 @@ class PreparedEvaluation:
         return record
 
 
-def prepare_evaluation(config: Config, dist: Dist) -> PreparedEvaluation:
+def prepare_evaluation(config: Config, dist: Dist, lock: FolderLock) -> PreparedEvaluation:
     """Open and check all that an evaluation needs; called by all processes.
+
+    Args:
+        lock: of the output folder, taken here; not for a dry run.
 
     Raises:
         UserError: for a file that is missing or damaged, or settings and files that do not fit each other.
@@ -74,6 +78,8 @@ def prepare_evaluation(config: Config, dist: Dist) -> PreparedEvaluation:
         raise UserError(TOKENIZER_MISSING)
     check_output_dir(config.output_dir)
     check_files(config)
+    if not config.dry_run:
+        dist.on_main(lock.acquire)
     download = not config.dry_run
     tokenizer_file = local_file(config.vqgan_path, choose_tokenizer, dist, download)
     weights_file = local_file(config.pretrained_ckpt, choose_weights, dist, download)

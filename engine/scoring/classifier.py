@@ -132,12 +132,15 @@ def train_classifier(
 
 @torch.inference_mode()
 def accuracy(model: Classifier, images: Tensor, labels: Tensor, device: torch.device, batch_size: int = 256) -> float:
-    """Share of images uint8 (N, 3, S, S) whose most probable class is the label."""
-    right = [
-        (model(batch.to(device)).argmax(1) == target.to(device)).sum()
-        for batch, target in zip(images.split(batch_size), labels.split(batch_size), strict=True)
-    ]
-    return int(torch.stack(right).sum()) / len(images)
+    """Share of images uint8 (N, 3, S, S) whose most probable class is the label.
+
+    Raises:
+        FloatingPointError: if logits are not finite, which a training that diverged leaves.
+    """
+    logits = torch.cat([model(batch.to(device)) for batch in images.split(batch_size)])
+    if not logits.isfinite().all():
+        raise FloatingPointError("the classifier's outputs are not finite: its training diverged; give a lower --lr.")
+    return int((logits.argmax(1) == labels.to(device)).sum()) / len(images)
 
 
 def save_classifier(

@@ -14,6 +14,7 @@ import torch
 
 from util.checkpoint import LAST, last_name, save_checkpoint, saved_step
 from util.errors import DISK_FULL
+from util.files import temporary_name
 
 logger = logging.getLogger(__name__)
 
@@ -45,8 +46,7 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._failure: str | None = None
         if folder is not None:
-            # Of a run that was killed while it wrote.
-            for leftover in (*folder.glob(".checkpoint-*.tmp"), folder / NEW, (folder / NEW).with_suffix(".json")):
+            for leftover in (folder / NEW, (folder / NEW).with_suffix(".json")):  # of a run that was killed
                 leftover.unlink(missing_ok=True)
 
     def save(self, payload: dict[str, Any], epoch: int | None = None) -> None:
@@ -136,7 +136,7 @@ def _name_again(checkpoint: Path, name: Path) -> None:
     for suffix in (".pth", ".json"):
         source, target = checkpoint.with_suffix(suffix), name.with_suffix(suffix)
         if source.exists():
-            temporary = target.with_name(f".{target.name}.tmp")
+            temporary = temporary_name(target)
             temporary.unlink(missing_ok=True)
             try:
                 os.link(source, temporary)

@@ -62,7 +62,6 @@ class PreparedTraining:
     config: Config
     training: TrainConfig
     dist: Dist
-    lock: FolderLock
     model_config: LPDConfig
     dataset: CodeDataset | ImageDataset
     steps_per_epoch: int
@@ -75,7 +74,6 @@ class PreparedTraining:
 
     def start(self) -> int:
         """Train; returns the exit status."""
-        self.dist.on_main(self.lock.acquire)  # the folder is there now
         torch.manual_seed(self.config.seed)
         model, start = LPD(self.model_config), self.start_from
         start_step = 0
@@ -134,7 +132,7 @@ def prepare_training(config: Config, dist: Dist, lock: FolderLock) -> PreparedTr
     """Open and check all that a training needs; called by all processes.
 
     Args:
-        lock: of the output folder; taken here where that exists, so that no second training resumes the same run.
+        lock: of the output folder, taken here before it is searched for checkpoints; not for a dry run.
 
     Raises:
         UserError: for a file that is missing or damaged, or settings and files that do not fit each other.
@@ -191,7 +189,6 @@ def prepare_training(config: Config, dist: Dist, lock: FolderLock) -> PreparedTr
         config=dataclasses.replace(config, model=choice),
         training=training,
         dist=dist,
-        lock=lock,
         model_config=model_config,
         dataset=dataset,
         steps_per_epoch=sampler.steps_per_epoch,

@@ -3,7 +3,8 @@
 torchrun by itself passes SIGTERM or Ctrl-C on and kills after 30 seconds what still runs, dies of SIGUSR1 and SIGUSR2,
 ends all workers as soon as one has exited with another status than 0, and then exits with 1 whatever that status was.
 Here it ignores these signals. Each worker (:mod:`scripts.cli.worker`) writes its process id to a file, so that it gets
-signals from here, and its exit status to another; to torchrun it ends with 0 if a signal told it to exit.
+signals from here, and its exit status to another; to torchrun it ends with 0 if a signal told it to exit. If this
+process or torchrun is killed the workers die too, so that the output folder is free for the next start.
 
 Started by launch.sh, with torchrun's arguments, then the training script and its flags:
     python -m scripts.cli.supervise --standalone --nproc_per_node 8 main_lpd.py --recipe lpd_l_256
@@ -11,13 +12,18 @@ Started by launch.sh, with torchrun's arguments, then the training script and it
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import fcntl
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -33,7 +39,9 @@ STOP_SIGNALS = {
 }
 TOLD_TO_EXIT = tuple(map(exit_status, STOP_SIGNALS))  # exit statuses of workers that saved: 75, or 130 after Ctrl-C
 STATUS_FOLDER = "LPD_STATUS_FOLDER"  # environment variable for the workers
+PREFIX = "lpd_workers_"  # of that folder's name
 POLL_SECONDS = 0.2
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 # How long the others may take after the first worker has exited (rank 0, which writes the checkpoint, is the last).
 EXIT_SECONDS = 300.0
 
@@ -73,18 +81,52 @@ def ignore_stop_signals() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
+def die_with_parent() -> None:
+    """Have Linux kill this process when the one that started it is gone, however that one ended."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _status_folder() -> Iterator[Path]:
+    """A new folder, locked while this process lives; those of killed supervisors are removed."""
+    for other in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
+        # An error if it is in use, another user's, or has just been removed. A new one may not be locked yet.
+        with contextlib.suppress(OSError), _locked(other):
+            if time.time() - other.stat().st_mtime > 60:
+                shutil.rmtree(other)
+    with tempfile.TemporaryDirectory(prefix=PREFIX) as name, contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # a file system without locks
+            stack.enter_context(_locked(Path(name)))
+        yield Path(name)
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(file)
+
+
+def _become_torchrun() -> None:
+    ignore_stop_signals()
+    die_with_parent()
+
+
 def supervise(arguments: list[str]) -> int:
     """Run torchrun with `arguments`; exit status 0, 75 (saved), 130 (Ctrl-C) or that of the first failure."""
-    with tempfile.TemporaryDirectory(prefix="lpd_workers_") as folder:
-        workers = Workers(Path(folder))
+    with _status_folder() as folder:
+        workers = Workers(folder)
         for number in STOP_SIGNALS:
             if signal.getsignal(number) != signal.SIG_IGN or number != signal.SIGHUP:  # nohup is respected
                 signal.signal(number, workers.on_signal)
         torchrun = subprocess.Popen(
             [sys.executable, "-m", "torch.distributed.run", "--signals-to-handle=SIGQUIT", *arguments],
-            env=os.environ | {STATUS_FOLDER: folder},
+            env=os.environ | {STATUS_FOLDER: str(folder)},
             start_new_session=True,  # so that the terminal's Ctrl-C does not reach it
-            preexec_fn=ignore_stop_signals,
+            preexec_fn=_become_torchrun,
         )
         status = _wait(torchrun, workers)
         statuses = workers.statuses()

@@ -20,6 +20,7 @@ def _exit(number: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
+    supervise.die_with_parent()
     report = Path(os.environ[supervise.STATUS_FOLDER], os.environ["LOCAL_RANK"])
     partial = report.with_suffix(".partial")
 

@@ -4,17 +4,42 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as torch_dist
 import torch.multiprocessing as mp
 
 import util.dist
+from tests.helpers.commands import ROOT
 from util.dist import Dist, distributed
 
 ALONE = Dist(0, 1, torch.device("cpu"))
+
+HOLD = """
+import sys
+from pathlib import Path
+from util.folder_lock import FolderLock
+with FolderLock(Path(sys.argv[1])) as lock:
+    lock.acquire()
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def holder(folder: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process, which holds the folder until its input is closed."""
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdin=pipe, stdout=pipe, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        yield process
 
 
 @contextlib.contextmanager

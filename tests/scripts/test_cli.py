@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import signal
@@ -27,7 +28,8 @@ rank, folder, mode = int(os.environ["LOCAL_RANK"]), sys.argv[1], sys.argv[2]
 told = threading.Event()
 for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
     signal.signal(number, lambda *_: told.set())
-open(f"{folder}/ready{rank}", "w").close()
+with open(f"{folder}/ready{rank}", "w") as file:
+    file.write(f"{os.getpid()} {os.getppid()}")
 if mode == "crash" and rank == 1:
     sys.exit(5)
 while not told.wait(0.1):
@@ -198,6 +200,58 @@ def test_workers_leave_in_their_own_time(
     assert process.returncode == status, errors
     assert (tmp_path / "saved").exists() == (mode != "hang")
     assert errors.count("killing it") == (mode == "hang")
+
+
+def _runs(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    return state not in "ZX"  # dead, and not yet waited for
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("killed", ["supervisor", "torchrun"])
+def test_workers_die_with_what_started_them(tmp_path: Path, killed: str) -> None:
+    """Guards against workers that train on and hold the output folder, so that the next start is refused."""
+    process = start_workers(tmp_path, "save", 60)
+    ready = [tmp_path / f"ready{rank}" for rank in (0, 1)]
+    wait_until(lambda: all(file.exists() and file.read_text() for file in ready), 60, "two workers")
+    (worker, torchrun), (other, _) = (map(int, file.read_text().split()) for file in ready)
+    os.kill(process.pid if killed == "supervisor" else torchrun, signal.SIGKILL)
+    try:
+        wait_until(lambda: not any(map(_runs, (worker, other, torchrun))), 5, "the end of all processes")
+    finally:
+        for pid in filter(_runs, (worker, other, torchrun)):
+            os.kill(pid, signal.SIGKILL)
+        process.communicate(timeout=60)
+    assert process.returncode != 0
+
+
+@pytest.mark.slow
+def test_folders_of_killed_supervisors_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against one more folder per kill, and against removing that of a running training."""
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+
+    def start(stack: contextlib.ExitStack) -> tuple[subprocess.Popen[str], Path]:
+        for file in tmp_path.glob("ready*"):
+            file.unlink()
+        before = set(tmp_path.glob("lpd_workers_*"))
+        process = stack.enter_context(start_workers(tmp_path, "save", 60))
+        stack.callback(process.kill)
+        wait_until(lambda: len(list(tmp_path.glob("ready*"))) == 2, 60, "two workers")
+        (folder,) = set(tmp_path.glob("lpd_workers_*")) - before
+        os.utime(folder, (0, 0))  # as if it had been there for long
+        return process, folder
+
+    with contextlib.ExitStack() as stack:
+        killed, left = start(stack)
+        killed.kill()
+        killed.wait()
+        _, folder = start(stack)
+        assert not left.exists()
+        start(stack)
+        assert folder.exists()
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from tests.helpers.commands import run
 from tests.helpers.pictures import assert_shows, assert_text
 from tokenizers import VQConfig, load_tokenizer, training_data
 from tokenizers import train as train_module
@@ -371,6 +372,39 @@ def test_a_wrong_argument_is_named(
     with pytest.raises(UserError, match=message):
         _run(monkeypatch, "--data_path", folder, "--output_dir", tmp_path / "out", *flags)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("flags", ["--steps 3", "--steps 60 --eval_freq 100", "--steps 60 --bf16"])
+def test_a_training_that_diverges_says_so_and_saves_nothing(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: str
+) -> None:
+    """Guards against NaN weights that caches are then made with, also where entries are revived first."""
+    small = "--base_width 8 --res_blocks 1 --z_channels 8 --codebook_size 8 --img_size 16 --device cpu --num_workers 0"
+    words = ["--data_path", folder, "--output_dir", tmp_path / "out", "--lr", "1e30", *small.split(), *flags.split()]
+    assert run(main, *words) == 1
+    assert "no longer finite at step" in capsys.readouterr().err.splitlines()[-1]
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {"metrics.jsonl"}
+    assert (tmp_path / "out" / "metrics.jsonl").read_text() == ""
+
+
+def test_a_divergence_keeps_what_was_saved_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = train_module._losses
+    steps = iter(range(1000))
+
+    def diverging(model: VQModel, *args: Any, **kwargs: Any) -> Any:
+        if next(steps) == 6:
+            model.decoder.conv_out.weight.data.fill_(float("nan"))
+        return real(model, *args, **kwargs)
+
+    monkeypatch.setattr(train_module, "_losses", diverging)
+    with pytest.raises(FloatingPointError, match="at step 8"):
+        train_tokenizer(Blobs(), MODEL, TokenizerTrainConfig(12, batch_size=8, eval_freq=4), tmp_path, CPU)
+    assert json.loads((tmp_path / "metrics.json").read_text())["step"] == 4
+    saved = [
+        load_tokenizer(tmp_path / "tokenizer.pt").state_dict(),
+        train_module.load_checkpoint(tmp_path / "state.pth")["model"],
+    ]
+    assert all(weights.isfinite().all() for state in saved for weights in state.values())
 
 
 def test_a_broken_image_is_named_and_skipped_only_on_request(

@@ -22,6 +22,7 @@ from engine.scoring.classifier import (
     save_classifier,
 )
 from engine.scoring.features import load_feature_extractor
+from tests.helpers.commands import run
 from util.errors import UserError
 from util.files import sha256
 
@@ -66,6 +67,19 @@ def test_command_trains_a_classifier_that_reads_held_out_images(
     features, logits = extractor(torch.zeros(2, 3, 16, 16, dtype=torch.uint8))
     assert features.shape == (2, extractor.feature_dim)
     assert logits.shape == (2, 2)
+
+
+@pytest.mark.parametrize("epochs", [1, 4])
+def test_a_training_that_diverges_says_so_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], epochs: int
+) -> None:
+    """Guards against NaN weights that later evaluations use; after one step weights are only far too large."""
+    write_stripes(tmp_path / "train", 4, seed=0)
+    flags = f"--data_path {tmp_path}/train --test_path {tmp_path}/train --output {tmp_path}/c.pt --img_size 16"
+    flags += f" --epochs {epochs} --lr 1e30 --device cpu"
+    assert run(classifier.main, *flags.split()) == 1
+    assert capsys.readouterr().err.splitlines()[-1].startswith("error: the classifier's outputs are not finite")
+    assert not (tmp_path / "c.pt").exists()
 
 
 def test_file_restores_the_network(tmp_path: Path, network: Classifier) -> None:

@@ -45,7 +45,7 @@ def test_checkpoint_is_the_state_of_its_step_though_training_continues(
 
 def test_leftovers_of_a_killed_write_and_surplus_checkpoints_are_removed(tmp_path: Path) -> None:
     """Each kill would leave a file of the size of a checkpoint behind."""
-    (tmp_path / ".checkpoint-last.pth.1.tmp").write_bytes(b"half")
+    (tmp_path / "checkpoint-new.pth").write_bytes(b"complete, but not yet the last")
     for name, step in ((LAST, 9), ("checkpoint-last-1.pth", 8), ("checkpoint-last-2.pth", 7)):
         save_checkpoint(tmp_path / name, {"model": {"w": torch.ones(1)}, "step": step})
     with CheckpointWriter(tmp_path, keep_last=2, start_step=9) as writer:
