@@ -92,8 +92,9 @@ def test_exported_model_evaluates_as_its_checkpoint(workspace: Path) -> None:
     checkpoint = workspace / "lpd" / "checkpoint-last.pth"
     assert run(hub_main, "export", checkpoint, folder, "--vqgan_path", workspace / "tok" / "tokenizer.pt") == 0
     assert run(main_lpd.main, *evaluation(workspace, "of_checkpoint")) == 0
-    names = ("--pretrained_ckpt", folder, "--vqgan_path", folder)
-    assert run(main_lpd.main, *evaluation(workspace, "of_export"), *names) == 0
+    flags = list(evaluation(workspace, "of_export"))
+    del flags[(given := flags.index("--vqgan_path")) : given + 2]
+    assert run(main_lpd.main, *flags, "--pretrained_ckpt", folder) == 0
     results = [json.loads((workspace / of / "results.json").read_text()) for of in ("of_checkpoint", "of_export")]
     for figure in ("frechet_distance", "inception_score", "class_accuracy", "model"):
         assert results[0][figure] == results[1][figure]
@@ -158,6 +159,23 @@ def test_fine_tuning_from_weights_at_another_resolution(workspace: Path) -> None
     for name, value in second["model"].items():
         expected = first["model"][name] if name != "pos_embed" else resize_pos_embed(first["model"][name], 64)
         torch.testing.assert_close(value, expected, atol=1e-6, rtol=0, msg=name)
+
+
+def test_fine_tuning_from_an_exported_folder_takes_its_tokenizer(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, checkpoint = workspace / "to_tune", workspace / "lpd" / "checkpoint-last.pth"
+    flags = (
+        "--data_path", workspace / "train", "--pretrained_ckpt", folder, "--output_dir", workspace / "tuned",
+        "--batch_size", 8, "--epochs", 1, "--warmup_epochs", 0, "--lr_schedule", "constant", "--num_workers", 0,
+    )  # fmt: skip
+    assert run(hub_main, "export", checkpoint, folder) == 0
+    assert run(main_lpd.main, *flags, "--dry_run") == 2
+    assert "to_tune holds no tokenizer" in capsys.readouterr().err
+    assert run(hub_main, "export", checkpoint, folder, "--vqgan_path", workspace / "tok" / "tokenizer.pt") == 0
+    assert run(main_lpd.main, *flags) == 0
+    tuned = load_checkpoint(workspace / "tuned" / "checkpoint-last.pth")
+    assert tuned["tokenizer_sha256"] == load_checkpoint(checkpoint)["tokenizer_sha256"]
 
 
 def test_dry_run_writes_nothing(workspace: Path) -> None:

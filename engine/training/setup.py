@@ -15,7 +15,7 @@ import torch
 from engine.config import Config
 from engine.evaluation.evaluate import evaluate
 from engine.evaluation.inputs import EvalInputs, open_inputs
-from engine.hub.remote import choose_tokenizer, choose_weights
+from engine.hub.remote import choose_tokenizer, choose_weights, own_tokenizer
 from engine.model_choice import check_tokenizer, class_names, load_pretrained
 from engine.named_files import TOKENIZER_MISSING, check_files, find_run, local_file
 from engine.training.config import TrainConfig
@@ -145,17 +145,16 @@ def prepare_training(config: Config, dist: Dist, lock: FolderLock) -> PreparedTr
     if config.model.new_classes and config.pretrained_ckpt is None:
         raise UserError("--new_classes needs --pretrained_ckpt, the checkpoint whose other weights are kept.")
     check_files(config)
-    tokenizer_file = None if config.vqgan_path is None else local_file(config.vqgan_path, choose_tokenizer, dist)
+    needs_tokenizer = not config.data.use_cached or training.online_eval or training.sample_freq > 0
+    tokenizer_path = config.vqgan_path or (own_tokenizer(config.pretrained_ckpt) if needs_tokenizer else None)
+    tokenizer_file = None if tokenizer_path is None else local_file(tokenizer_path, choose_tokenizer, dist)
     if not config.dry_run:
         dist.on_main(lock.acquire)
     start = _resumed(config, training, dist) or _pretrained(config, dist)
     recorded = None if start is None else start.content.get("config")
     tokenizer_sha256 = None if tokenizer_file is None else sha256(tokenizer_file)
     dataset = open_dataset(config, tokenizer_sha256, recorded or {})
-    images = isinstance(dataset, ImageDataset)
-    tokenizer = None
-    if images or training.online_eval or training.sample_freq > 0:
-        tokenizer = _open_tokenizer(tokenizer_file, dist)
+    tokenizer = _open_tokenizer(tokenizer_file, dist) if needs_tokenizer else None
     codes = code_geometry(dataset, tokenizer)
     if isinstance(dataset, CodeDataset) and dataset.header is not None and tokenizer_file is None:
         tokenizer_sha256 = dataset.header.tokenizer_sha256
