@@ -240,6 +240,7 @@ def test_wrong_training_flags(
         (("--group_sizes", "__import__('os')"), "must be positive integers"),
         (("--order", "spiral"), "order is 'spiral'"),
         (("--lpd_order_file", "orders.json"), "missing file orders.json: a file of orders"),
+        (("--order", "raster", "--lpd_order_file", "orders.json"), "the order file orders.json exclude each other"),
         (("--cfg", 0.5), "cfg is 0.5"),
         (("--cfg_schedule", "cubic"), "cfg_schedule is 'cubic'"),
         (("--temperature", 0), "temperature is 0"),
