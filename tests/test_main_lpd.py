@@ -133,6 +133,15 @@ def test_training_again_continues_or_says_it_is_finished(workspace: Path) -> Non
     assert len(checkpoint["tokenizer_sha256"]) == 64
 
 
+def test_a_short_run_needs_no_flags_of_the_schedule(workspace: Path) -> None:
+    """Guards against defaults that fit the published runs only."""
+    assert not run(
+        main_lpd.main, "--model", "lpd_debug", "--use_cached", "--cached_path", workspace / "codes", "--output_dir",
+        workspace / "short", "--batch_size", 8, "--num_workers", 0, "--epochs", 5,
+    )  # fmt: skip
+    assert json.loads((workspace / "short" / "checkpoint-last.json").read_text())["epoch"] == 5
+
+
 def test_training_from_images_with_online_evaluation(workspace: Path) -> None:
     assert not run(
         main_lpd.main, "--model", "lpd_debug", *SIZE, "--data_path", workspace / "train", "--vqgan_path",
