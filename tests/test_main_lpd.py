@@ -133,6 +133,34 @@ def test_training_again_continues_or_says_it_is_finished(workspace: Path) -> Non
     assert len(checkpoint["tokenizer_sha256"]) == 64
 
 
+def test_pictures_have_the_tokenizers_size_unless_another_is_given(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against small pictures being cropped and encoded at 256 px in silence."""
+    files = ("--data_path", workspace / "train", "--vqgan_path", workspace / "tok" / "tokenizer.pt")
+    for size, flags in ((16, ()), (32, ("--img_size", 32))):
+        cache = workspace / f"codes{size}"
+        assert run(main_cache.main, *files, "--cached_path", cache, "--num_workers", 0, *flags) == 0
+        assert json.loads((cache / "header.json").read_text())["img_size"] == size
+        warned = "the tokenizer was trained on pictures of 16 px, those to encode have 32 px" in capsys.readouterr().err
+        assert warned == (size == 32)
+        training = ("--model", "lpd_debug", *files, "--output_dir", workspace / "none", "--batch_size", 8, "--dry_run")
+        assert run(main_lpd.main, *training, *flags) == 0
+        output = capsys.readouterr()
+        assert json.loads(output.out)["model"]["img_size"] == size
+        assert ("trained on pictures of 16 px" in output.err) == (size == 32)
+
+
+def test_the_command_for_a_missing_cache_leaves_the_size_to_the_tokenizer(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = ("--vqgan_path", workspace / "tok" / "tokenizer.pt", "--data_path", workspace / "train")
+    assert run(main_lpd.main, "--use_cached", "--cached_path", "nowhere", *files) == 2
+    assert "make them with: python main_cache.py --vqgan_path" in capsys.readouterr().err
+    assert run(main_lpd.main, "--use_cached", "--cached_path", "nowhere", *files, *SIZE) == 2
+    assert "make them with: python main_cache.py --img_size 16 --vqgan_path" in capsys.readouterr().err
+
+
 def test_a_short_run_needs_no_flags_of_the_schedule(workspace: Path) -> None:
     """Guards against defaults that fit the published runs only."""
     assert not run(

@@ -153,8 +153,10 @@ def prepare_training(config: Config, dist: Dist, lock: FolderLock) -> PreparedTr
     start = _resumed(config, training, dist) or _pretrained(config, dist)
     recorded = None if start is None else start.content.get("config")
     tokenizer_sha256 = None if tokenizer_file is None else sha256(tokenizer_file)
-    dataset = open_dataset(config, tokenizer_sha256, recorded or {})
-    tokenizer = _open_tokenizer(tokenizer_file, dist) if needs_tokenizer else None
+    tokenizer = load_tokenizer(tokenizer_file, dist.device) if needs_tokenizer and tokenizer_file is not None else None
+    dataset = open_dataset(config, tokenizer, tokenizer_sha256, recorded or {})
+    if needs_tokenizer and tokenizer is None:
+        raise UserError(TOKENIZER_MISSING)
     codes = code_geometry(dataset, tokenizer)
     if isinstance(dataset, CodeDataset) and dataset.header is not None and tokenizer_file is None:
         tokenizer_sha256 = dataset.header.tokenizer_sha256
@@ -203,12 +205,6 @@ def _schedules(training: TrainConfig, model: LPDConfig) -> list[tuple[int, ...]]
     if training.group_sizes_list is None:
         return published_group_sizes(model.img_size, model.stride)
     return read_schedules(training.group_sizes_list, model.num_tokens)
-
-
-def _open_tokenizer(file: Path | None, dist: Dist) -> VQModel:
-    if file is None:
-        raise UserError(TOKENIZER_MISSING)
-    return load_tokenizer(file, dist.device)
 
 
 def _resumed(config: Config, training: TrainConfig, dist: Dist) -> StartingPoint | None:

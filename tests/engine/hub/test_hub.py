@@ -388,8 +388,8 @@ def test_a_models_own_tokenizer_is_that_of_its_folder(hub: FakeHub, checkpoint: 
     export(checkpoint, tmp_path / "exported", vqgan_path=tmp_path / "tok.pt")
     for name in (tmp_path / "exported", Path("user/digits"), Path("hf:user/digits")):
         assert own_tokenizer(name) == name
-    for name in (None, checkpoint, Path("hf:user/digits/model.safetensors"), tmp_path / "nowhere"):
-        assert own_tokenizer(name) is None
+    for other in (None, checkpoint, Path("hf:user/digits/model.safetensors"), tmp_path / "nowhere"):
+        assert own_tokenizer(other) is None
 
 
 def test_exported_files_follow_the_umask(checkpoint: Path, tmp_path: Path) -> None:
