@@ -3,8 +3,8 @@
 #   bash environment_setup.sh         into .venv beside this script
 #   bash environment_setup.sh NAME    into the conda environment NAME (made if it does not exist) where there is conda,
 #                                     otherwise into .venv
-# A second run costs seconds; an interrupted one is taken up again. About 6 GB with the CUDA libraries, which a machine
-# without a GPU gets as well.
+# A second run costs seconds; an interrupted one is taken up again; a .venv that was moved or copied is made anew.
+# About 6 GB with the CUDA libraries, which a machine without a GPU gets as well.
 #
 # After changing the dependencies in pyproject.toml, renew the pins by
 #   uv pip compile --universal --python-version 3.11 --extra demo --extra dev --no-annotate --no-header \
@@ -48,7 +48,9 @@ else
     prefix=$PWD/.venv
     activate="source .venv/bin/activate"
     redo="rm -r .venv"
-    if ! "$prefix/bin/python" -c '' 2>/dev/null; then
+    # The scripts of an environment name the place where it was made: moved or copied, they lead back there.
+    made_as=$(source "$prefix/bin/activate" 2>/dev/null && echo "$VIRTUAL_ENV") || made_as=
+    if ! "$prefix/bin/python" -c '' 2>/dev/null || [[ ! $made_as -ef $prefix ]]; then
         base= lacking=
         for candidate in python3 python3.13 python3.12 python3.11; do
             supported "$candidate" || continue
@@ -64,6 +66,7 @@ else
         fi
         [[ -n $base ]] || fail "no Python 3.11, 3.12 or 3.13 found (python3 is $(python3 --version 2>&1 || true));" \
             "install one of them, or conda, and run again."
+        [[ -z $made_as || $made_as -ef $prefix ]] || echo "making .venv anew: it was made as $made_as"
         echo "making .venv with $("$base" --version)"
         "$base" -m venv --clear .venv || fail "$base could not make .venv (see above)."
     fi

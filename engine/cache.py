@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from tokenizers import exact_precision, load_tokenizer
+from tokenizers import exact_precision, load_tokenizer, picture_size
 from util.config import check, setting
 from util.data.codes import HEADER, PARTS, CacheHeader, NpzCodes, write_codes
 from util.data.images import ImageDataset, open_images
@@ -57,7 +57,9 @@ class CacheConfig(DeviceConfig):
     convert_from: str | None = setting(
         None, "instead of images, a cache with one .npz per image, made with this tokenizer at this size"
     )
-    img_size: int = setting(256, "side of the centre crop, pixels", at_least=1)
+    img_size: int | None = setting(
+        None, "side of the centre crop, pixels (default: of the tokenizer's training, else 256)", at_least=1
+    )
     batch_size: int = setting(32, f"images encoded at once per process, at most {PART_SIZE}", at_least=1)
     num_workers: int = setting(4, "reading processes per process", at_least=0)
     skip_broken: bool = setting(False, "leave out files that cannot be read; the cache's header lists them")
@@ -115,8 +117,9 @@ class _Builder:
     """
 
     def __init__(self, config: CacheConfig, dist: Dist) -> None:
-        self.config, self.dist, self.cache, size = config, dist, config.cached_path, config.img_size
+        self.config, self.dist, self.cache = config, dist, config.cached_path
         self.tokenizer = tokenizer = load_tokenizer(config.vqgan_path, dist.device)
+        size = picture_size(config.img_size, tokenizer)
         vocab_size, stride = tokenizer.config.codebook_size, tokenizer.stride
         if vocab_size > MAX_VOCAB:
             raise UserError(f"a codebook of {vocab_size} codes cannot be cached; at most {MAX_VOCAB} fit uint16.")

@@ -22,7 +22,9 @@ class Config(DeviceConfig):
         None, f"a published run: {', '.join(TRAIN_RECIPES)}; with --evaluate {', '.join(EVAL_RECIPES)}"
     )
     vqgan_path: Path | None = setting(
-        None, "tokenizer: LlamaGen's or one of tokenizers.train; a file, or user/model on the hub"
+        None,
+        "tokenizer: LlamaGen's or one of tokenizers.train; a file, or user/model on the hub (default: that of "
+        "--pretrained_ckpt, where it is an exported folder)",
     )
     pretrained_ckpt: Path | None = setting(
         None, "weights to evaluate or start from: a file, an exported folder, or user/model on the hub"

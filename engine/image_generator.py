@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from engine.generate import generate_images
-from engine.hub.remote import choose_tokenizer, choose_weights, find_file
+from engine.hub.remote import choose_tokenizer, choose_weights, find_file, own_tokenizer
 from engine.model_choice import class_names, load_pretrained, recorded_config
 from models import config_of_weights
 from models.lpd import LPD, load_weights
@@ -53,9 +53,10 @@ class ImageGenerator:
         self.bf16 = self.device.type == "cuda" if bf16 is None else bf16
         weights = find_file(Path(checkpoint), choose_weights)
         content = load_pretrained(weights, use_ema)
-        if tokenizer is None and Path(checkpoint).is_file():
+        codes = own_tokenizer(Path(checkpoint)) if tokenizer is None else Path(tokenizer)
+        if codes is None:
             raise UserError(f"{checkpoint} is a file: give its tokenizer as well; an exported folder has its own.")
-        self.tokenizer = load_tokenizer(find_file(Path(tokenizer or checkpoint), choose_tokenizer), self.device)
+        self.tokenizer = load_tokenizer(find_file(codes, choose_tokenizer), self.device)
         config = recorded_config(content, weights) or config_of_weights(content["model"], self.tokenizer.stride)
         model = LPD(config)
         load_weights(model, content["model"], str(weights))

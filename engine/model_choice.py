@@ -20,7 +20,7 @@ class ModelChoice:
 
     model: str | None = setting(None, "size (default: lpd_l)", choices=tuple(MODEL_SIZES))
     img_size: int | None = setting(
-        None, "pixels; a multiple of the tokenizer's stride (default: the code cache's, else 256)"
+        None, "pixels; a multiple of the tokenizer's stride (default: the code cache's or the tokenizer's, else 256)"
     )
     class_num: int | None = setting(None, "number of classes (default: the data set's; 1000 without one)")
     new_classes: bool = setting(False, "fine-tune --pretrained_ckpt on other classes: a new class table")

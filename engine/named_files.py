@@ -94,10 +94,10 @@ def statistics_origin(path: Path) -> str:
 def cache_command(config: Config) -> str:
     """The command that makes the code cache that the flags ask for."""
     tokenizer = config.vqgan_path or TOKENIZER
-    size = 256 if config.model.img_size is None else config.model.img_size
+    size = "" if config.model.img_size is None else f"--img_size {config.model.img_size} "
     data = config.data.data_path or "IMAGES"
     files = f"--vqgan_path {tokenizer} --data_path {data} --cached_path {config.data.cached_path}"
-    return f"python main_cache.py --img_size {size} {files}"
+    return f"python main_cache.py {size}{files}"
 
 
 def local_file(path: Path, choose: Choice, dist: Dist, download: bool = True) -> Path:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from orders.draw import ORDER_KINDS, Orders, OrderSpec, default_repulsion
-from orders.files import load_orders
+from orders.files import drawn_with, load_orders
 from orders.schedule import GridSize, grid_group_sizes, grid_shape, parse_group_sizes
 from util.config import check, setting
 from util.errors import UserError
@@ -21,12 +22,17 @@ class OrderConfig:
         None, "tokens per step instead: '1,3,5', '[1]*256', 'uniform:STEPS', a JSON list, or a file with one"
     )
     order: str = setting("lpd", "kind of the orders, drawn on the fly", choices=ORDER_KINDS)
-    lpd_order_file: Path | None = setting(None, "file of orders; image i uses order i")
+    lpd_order_file: Path | None = setting(None, "file of orders instead of --order; image i uses order i")
     proximity_threshold: float = setting(1.0, "proximity that makes a position a candidate")
     repulsion_threshold: int | None = setting(None, "distance positions of a step keep (default: grid side / 8)")
 
     def __post_init__(self) -> None:
         check(self, prefix="")
+        if self.lpd_order_file is not None and self.order != "lpd":
+            raise UserError(
+                f"order {self.order!r} and the order file {self.lpd_order_file} exclude each other: the file decides "
+                "the orders; leave out one of them."
+            )
 
     def for_grid(self, grid_size: GridSize, seed: int, num_images: int = 0) -> Orders:
         """Schedule and orders on one grid, for images 0 … num_images − 1.
@@ -48,3 +54,11 @@ class OrderConfig:
         if rows is not None and len(rows) < num_images:
             raise UserError(f"{self.lpd_order_file} holds {len(rows)} orders, too few for {num_images} images.")
         return Orders(spec, rows)
+
+    def used(self, spec: OrderSpec) -> dict[str, Any]:
+        """Kind and thresholds of the orders of :meth:`for_grid`: those of its `spec`; with a file, those that it was
+        drawn with, None where neither its record nor its name says.
+        """
+        known = asdict(spec) if self.lpd_order_file is None else drawn_with(self.lpd_order_file)
+        thresholds = ("proximity_threshold", "repulsion_threshold")
+        return {"order": known.get("kind"), **{name: known.get(name) for name in thresholds}}

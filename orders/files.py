@@ -26,7 +26,7 @@ from util.files import atomic_write, sha256, write_json
 
 _SPEC = "settings"  # its key in the metadata and in the file beside a JSON file
 _FIRST, _NEXT = re.compile(r"\s*\[\s*(?=\[)"), re.compile(r"\s*,\s*(?=\[)")  # what stands before a list in a list
-_PUBLISHED_NAME = re.compile(r"res(\d+)_steps(\d+)(_repulsion\d+)?\.(json|safetensors)")
+_PUBLISHED_NAME = re.compile(r"res(\d+)_steps(\d+)(?:_repulsion(\d+))?\.(json|safetensors)")
 
 
 def load_orders(path: str | Path, grid_size: GridSize, group_sizes: Sequence[int] | None = None) -> np.ndarray:
@@ -82,6 +82,17 @@ def read_spec(path: Path) -> OrderSpec | None:
     """What the orders of a file were drawn with, if it or the file beside it says."""
     values = _recorded(path)
     return OrderSpec(**values | {name: tuple(values[name]) for name in ("grid", "group_sizes")}) if values else None
+
+
+def drawn_with(path: Path) -> dict[str, Any]:
+    """What is known of how the orders of a file were drawn, by the names of :class:`OrderSpec`'s fields.
+
+    All of it where it is recorded; kind and thresholds where the name is one of the published files; else nothing.
+    """
+    recorded, name = _recorded(path), _PUBLISHED_NAME.fullmatch(path.name)
+    if recorded or name is None or name[3] is None:
+        return recorded
+    return {"kind": "lpd", "proximity_threshold": 1.0, "repulsion_threshold": int(name[3])}
 
 
 def _recorded(path: Path) -> dict[str, Any]:

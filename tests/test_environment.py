@@ -92,6 +92,24 @@ def test_cut_off_installation_is_mended(checkout: Path) -> None:
 
 
 @pytest.mark.slow
+def test_moved_environment_is_made_anew(checkout: Path, tmp_path: Path) -> None:
+    """Guards against an activate that leads to the old place, and a link to an environment being taken for a move."""
+    moved, linked = tmp_path / "moved", tmp_path / "linked"
+    shutil.copytree(checkout, moved, symlinks=True)
+    linked.symlink_to(checkout)
+    first, second = _run(moved), _run(moved)
+    assert first.returncode == 0, first.stderr
+    assert f"making .venv anew: it was made as {checkout}/.venv" in first.stdout
+    assert "up to date" in second.stdout
+    script = "source .venv/bin/activate; command -v python; pip --version"
+    active = subprocess.run(["/bin/bash", "-c", script], cwd=moved, capture_output=True, text=True, check=True).stdout
+    assert active.startswith(f"{moved}/.venv/bin/python\n")
+    assert str(checkout) not in active
+    assert _version(moved) == _version(checkout)
+    assert "up to date" in _run(linked).stdout
+
+
+@pytest.mark.slow
 def test_failed_installation_says_so_and_leaves_no_stamp(checkout: Path) -> None:
     """Guards against an environment that counts as complete although a package could not be had."""
     lock = checkout / "requirements.lock"

@@ -94,8 +94,9 @@ def test_exported_model_evaluates_as_its_checkpoint(workspace: Path) -> None:
     checkpoint = workspace / "lpd" / "checkpoint-last.pth"
     assert run(hub_main, "export", checkpoint, folder, "--vqgan_path", workspace / "tok" / "tokenizer.pt") == 0
     assert run(main_lpd.main, *evaluation(workspace, "of_checkpoint")) == 0
-    names = ("--pretrained_ckpt", folder, "--vqgan_path", folder)
-    assert run(main_lpd.main, *evaluation(workspace, "of_export"), *names) == 0
+    flags = list(evaluation(workspace, "of_export"))
+    del flags[(given := flags.index("--vqgan_path")) : given + 2]
+    assert run(main_lpd.main, *flags, "--pretrained_ckpt", folder) == 0
     results = [json.loads((workspace / of / "results.json").read_text()) for of in ("of_checkpoint", "of_export")]
     for figure in ("frechet_distance", "inception_score", "class_accuracy", "model"):
         assert results[0][figure] == results[1][figure]
@@ -134,6 +135,43 @@ def test_training_again_continues_or_says_it_is_finished(workspace: Path) -> Non
     assert len(checkpoint["tokenizer_sha256"]) == 64
 
 
+def test_pictures_have_the_tokenizers_size_unless_another_is_given(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards against small pictures being cropped and encoded at 256 px in silence."""
+    files = ("--data_path", workspace / "train", "--vqgan_path", workspace / "tok" / "tokenizer.pt")
+    for size, flags in ((16, ()), (32, ("--img_size", 32))):
+        cache = workspace / f"codes{size}"
+        assert run(main_cache.main, *files, "--cached_path", cache, "--num_workers", 0, *flags) == 0
+        assert json.loads((cache / "header.json").read_text())["img_size"] == size
+        warned = "the tokenizer was trained on pictures of 16 px, those to encode have 32 px" in capsys.readouterr().err
+        assert warned == (size == 32)
+        training = ("--model", "lpd_debug", *files, "--output_dir", workspace / "none", "--batch_size", 8, "--dry_run")
+        assert run(main_lpd.main, *training, *flags) == 0
+        output = capsys.readouterr()
+        assert json.loads(output.out)["model"]["img_size"] == size
+        assert ("trained on pictures of 16 px" in output.err) == (size == 32)
+
+
+def test_the_command_for_a_missing_cache_leaves_the_size_to_the_tokenizer(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files = ("--vqgan_path", workspace / "tok" / "tokenizer.pt", "--data_path", workspace / "train")
+    assert run(main_lpd.main, "--use_cached", "--cached_path", "nowhere", *files) == 2
+    assert "make them with: python main_cache.py --vqgan_path" in capsys.readouterr().err
+    assert run(main_lpd.main, "--use_cached", "--cached_path", "nowhere", *files, *SIZE) == 2
+    assert "make them with: python main_cache.py --img_size 16 --vqgan_path" in capsys.readouterr().err
+
+
+def test_a_short_run_needs_no_flags_of_the_schedule(workspace: Path) -> None:
+    """Guards against defaults that fit the published runs only."""
+    assert not run(
+        main_lpd.main, "--model", "lpd_debug", "--use_cached", "--cached_path", workspace / "codes", "--output_dir",
+        workspace / "short", "--batch_size", 8, "--num_workers", 0, "--epochs", 5,
+    )  # fmt: skip
+    assert json.loads((workspace / "short" / "checkpoint-last.json").read_text())["epoch"] == 5
+
+
 def test_training_from_images_with_online_evaluation(workspace: Path) -> None:
     assert not run(
         main_lpd.main, "--model", "lpd_debug", *SIZE, "--data_path", workspace / "train", "--vqgan_path",
@@ -160,6 +198,23 @@ def test_fine_tuning_from_weights_at_another_resolution(workspace: Path) -> None
     for name, value in second["model"].items():
         expected = first["model"][name] if name != "pos_embed" else resize_pos_embed(first["model"][name], 64)
         torch.testing.assert_close(value, expected, atol=1e-6, rtol=0, msg=name)
+
+
+def test_fine_tuning_from_an_exported_folder_takes_its_tokenizer(
+    workspace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, checkpoint = workspace / "to_tune", workspace / "lpd" / "checkpoint-last.pth"
+    flags = (
+        "--data_path", workspace / "train", "--pretrained_ckpt", folder, "--output_dir", workspace / "tuned",
+        "--batch_size", 8, "--epochs", 1, "--warmup_epochs", 0, "--lr_schedule", "constant", "--num_workers", 0,
+    )  # fmt: skip
+    assert run(hub_main, "export", checkpoint, folder) == 0
+    assert run(main_lpd.main, *flags, "--dry_run") == 2
+    assert "to_tune holds no tokenizer" in capsys.readouterr().err
+    assert run(hub_main, "export", checkpoint, folder, "--vqgan_path", workspace / "tok" / "tokenizer.pt") == 0
+    assert run(main_lpd.main, *flags) == 0
+    tuned = load_checkpoint(workspace / "tuned" / "checkpoint-last.pth")
+    assert tuned["tokenizer_sha256"] == load_checkpoint(checkpoint)["tokenizer_sha256"]
 
 
 def test_dry_run_writes_nothing(workspace: Path) -> None:
@@ -258,6 +313,7 @@ def test_wrong_training_flags(
         (("--group_sizes", "__import__('os')"), "must be positive integers"),
         (("--order", "spiral"), "order is 'spiral'"),
         (("--lpd_order_file", "orders.json"), "missing file orders.json: a file of orders"),
+        (("--order", "raster", "--lpd_order_file", "orders.json"), "the order file orders.json exclude each other"),
         (("--cfg", 0.5), "cfg is 0.5"),
         (("--cfg_schedule", "cubic"), "cfg_schedule is 'cubic'"),
         (("--temperature", 0), "temperature is 0"),

@@ -8,6 +8,7 @@ released size is assumed. Files are read without running code from them.
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 
 import safetensors
@@ -20,6 +21,8 @@ from util.checkpoint import load_checkpoint
 from util.config import record
 from util.errors import UserError
 from util.files import atomic_write
+
+logger = logging.getLogger(__name__)
 
 RELEASED = (
     "the released tokenizer is vq_ds16_c2i.pt of https://huggingface.co/FoundationVision/LlamaGen; "
@@ -65,6 +68,17 @@ def save_tokenizer(model: VQModel, path: str | Path) -> None:
             file.write(safetensors.torch.save(state, metadata={"config": json.dumps(config)}))
         else:
             torch.save({"model": state, "config": config}, file)
+
+
+def picture_size(asked: int | None, tokenizer: VQModel | None) -> int:
+    """Side of the pictures to encode, pixels: `asked`, else that of the tokenizer's training, else 256.
+
+    Logs a warning where the two are known and differ.
+    """
+    trained = None if tokenizer is None else tokenizer.config.img_size
+    if asked is not None and trained is not None and asked != trained:
+        logger.warning("the tokenizer was trained on pictures of %d px, those to encode have %d px", trained, asked)
+    return next(size for size in (asked, trained, 256) if size is not None)
 
 
 def _check_parameters(state: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:

@@ -48,10 +48,13 @@ class VQConfig:
     z_channels: int = setting(256, "channels next to the codebook")
     codebook_size: int = setting(16384, "number of codes")
     code_dim: int = setting(8, "numbers per code")
+    img_size: int | None = setting(None, "side of the pictures it was trained on, pixels; None: unknown, or several")
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "multipliers", tuple(self.multipliers))
         for name, value in vars(self).items():
+            if name == "img_size" and value is None:
+                continue
             numbers = value if isinstance(value, tuple) else (value,)
             if not numbers or not all(type(number) is int and number > 0 for number in numbers):
                 raise UserError(f"Tokenizer {name} {value!r} can't be used: it takes positive integers.")

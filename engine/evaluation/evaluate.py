@@ -100,7 +100,9 @@ class _Evaluation:
         self.orders, self.reference, self.extractor = inputs.orders, inputs.reference, inputs.extractor
         self.classes = inputs.classes
         sizes = self.orders.group_sizes
-        self.recorded = util.config.record(config) | {"group_sizes": list(sizes), "generation_steps": len(sizes)}
+        # The schedule and the orders are recorded as they are used, whatever flag or file they come from.
+        self.recorded = util.config.record(config) | config.orders.used(self.orders.spec)
+        self.recorded |= {"group_sizes": list(sizes), "generation_steps": len(sizes)}
         order_file = config.orders.lpd_order_file
         self.order_file_sha256 = None if order_file is None else sha256(order_file)
         self.images_dir = config.output_dir / "images"

@@ -12,7 +12,7 @@ from typing import Any
 from engine.config import Config
 from engine.evaluation.evaluate import evaluate
 from engine.evaluation.inputs import EvalInputs, open_inputs
-from engine.hub.remote import choose_tokenizer, choose_weights
+from engine.hub.remote import choose_tokenizer, choose_weights, own_tokenizer
 from engine.model_choice import check_tokenizer, class_names, load_pretrained
 from engine.named_files import TOKENIZER_MISSING, check_files, local_file
 from engine.options import recipe_changes
@@ -74,14 +74,15 @@ def prepare_evaluation(config: Config, dist: Dist, lock: FolderLock) -> Prepared
     """
     if config.pretrained_ckpt is None:
         raise UserError("--evaluate needs --pretrained_ckpt, the checkpoint to evaluate.")
-    if config.vqgan_path is None:
+    tokenizer_path = config.vqgan_path or own_tokenizer(config.pretrained_ckpt)
+    if tokenizer_path is None:
         raise UserError(TOKENIZER_MISSING)
     check_output_dir(config.output_dir)
     check_files(config)
     if not config.dry_run:
         dist.on_main(lock.acquire)
     download = not config.dry_run
-    tokenizer_file = local_file(config.vqgan_path, choose_tokenizer, dist, download)
+    tokenizer_file = local_file(tokenizer_path, choose_tokenizer, dist, download)
     weights_file = local_file(config.pretrained_ckpt, choose_weights, dist, download)
     checkpoint = load_pretrained(weights_file, config.use_ema)
     tokenizer = load_tokenizer(tokenizer_file, dist.device)

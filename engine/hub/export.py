@@ -56,7 +56,8 @@ def export(checkpoint: Path, folder: Path, *, ema: bool = False, vqgan_path: Pat
 
     with atomic_write(folder / EXPORTED_MODEL) as file:
         tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-        safetensors.torch.save_file(tensors, file.name, metadata={"format": "pt"})
+        # Not `save_file`, which puts a file of its own, of mode 0600, in the place of this one.
+        file.write(safetensors.torch.save(tensors, metadata={"format": "pt"}))
     if vqgan_path is not None and tokenizer is not None:
         with atomic_write(folder / tokenizer) as file:
             file.write(vqgan_path.read_bytes())
@@ -98,8 +99,7 @@ Tokenizer: {config.vocab_size} codes, stride {config.stride}, {recorded}\
 {", in this repository" if has_tokenizer else ""}. Generate images:
 
 ```bash
-python main_lpd.py --evaluate --pretrained_ckpt NAME_OR_FOLDER \\
-    --vqgan_path {"NAME_OR_FOLDER" if has_tokenizer else "TOKENIZER"} \\
+python main_lpd.py --evaluate --pretrained_ckpt NAME_OR_FOLDER {"" if has_tokenizer else "--vqgan_path TOKENIZER "}\\
     --generation_steps {default_steps(config.grid_size)} --cfg 3 --num_images 100 \\
     --feature_extractor none --save_images --output_dir samples
 ```

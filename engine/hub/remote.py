@@ -112,7 +112,7 @@ def choose_tokenizer(names: Sequence[str], where: str) -> str:
     """The name of the tokenizer that was exported with a model. UserError if there is none."""
     found = [name for name in TOKENIZERS if name in names]
     if not found:
-        raise UserError(f"{where} holds no tokenizer ({' or '.join(TOKENIZERS)}): name the file.")
+        raise UserError(f"{where} holds no tokenizer ({' or '.join(TOKENIZERS)}): name its file (--vqgan_path).")
     return found[0]
 
 
@@ -165,6 +165,14 @@ def fetch(
             logger.info("%s: %.1f MB, checked against the hub's hash", destination, file.size / 1e6)
         finally:
             lock.unlink(missing_ok=True)  # a process that waits for the lock finds the file
+
+
+def own_tokenizer(model: Path | None) -> Path | None:
+    """Where a model's own tokenizer is looked for: the folder or repository that is given as the model, not a file."""
+    if model is None or model.is_dir():
+        return model
+    name = hub_name(model)
+    return model if name is not None and name[1] is None else None
 
 
 def hub_name(path: Path) -> tuple[str, str | None] | None:

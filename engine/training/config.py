@@ -1,4 +1,7 @@
-"""How a model is trained; the defaults are the published recipe of LPD-L at 256 px."""
+"""How a model is trained; the defaults are the published recipe of LPD-L at 256 px.
+
+Of another number of epochs warm-up and decay take the same shares.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +44,13 @@ class TrainConfig(RunConfig):
     blr: float = setting(1e-4, "learning rate per 256 samples of the global batch", above=0)
     min_lr: float = setting(1e-5, "learning rate at the end of a cosine", at_least=0)
     lr_schedule: str = setting("constant+cosine", "what follows the warm-up", choices=LR_SCHEDULES)
-    warmup_epochs: float = setting(50, "epochs in which the learning rate rises from 0", at_least=0)
-    lr_decay_start_epoch: float = setting(400, "where the cosine of constant+cosine starts", at_least=0)
+    # Numbers once constructed, whether they were given or not.
+    warmup_epochs: float = setting(
+        None, "epochs in which the learning rate rises from 0 (default: a ninth of --epochs)", at_least=0
+    )
+    lr_decay_start_epoch: float = setting(
+        None, "where the cosine of constant+cosine starts (default: after eight ninths of --epochs)", at_least=0
+    )
     weight_decay: float = setting(0.02, "on parameters of two and more dimensions", at_least=0)
     grad_clip: float = setting(3.0, "largest norm of the gradient", above=0)
     ema: float = setting(0.0, "decay of a moving average of the weights, such as 0.9999; 0: none", at_least=0, below=1)
@@ -70,13 +78,17 @@ class TrainConfig(RunConfig):
 
     def __post_init__(self) -> None:
         check(self)
+        if self.warmup_epochs is None:
+            object.__setattr__(self, "warmup_epochs", self.epochs / 9)
+        if self.lr_decay_start_epoch is None:
+            object.__setattr__(self, "lr_decay_start_epoch", max(self.epochs * 8 / 9, self.warmup_epochs))
         if self.warmup_epochs > self.epochs:
-            raise UserError(f"--warmup_epochs is {self.warmup_epochs}; it must be at most --epochs, {self.epochs}.")
+            raise UserError(f"--warmup_epochs is {self.warmup_epochs:g}; it must be at most --epochs, {self.epochs}.")
         decay_start = self.lr_decay_start_epoch
         if self.lr_schedule == "constant+cosine" and not self.warmup_epochs <= decay_start <= self.epochs:
             raise UserError(
-                f"--lr_decay_start_epoch is {decay_start}; with --lr_schedule constant+cosine it must lie between "
-                f"--warmup_epochs {self.warmup_epochs} and --epochs {self.epochs}."
+                f"--lr_decay_start_epoch is {decay_start:g}; with --lr_schedule constant+cosine it must lie between "
+                f"--warmup_epochs {self.warmup_epochs:g} and --epochs {self.epochs}."
             )
 
     def global_batch(self, world_size: int) -> int:

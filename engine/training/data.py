@@ -8,7 +8,7 @@ from typing import Any
 
 from engine.config import Config
 from engine.recipes import TOKENIZER
-from tokenizers import VQModel
+from tokenizers import VQModel, picture_size
 from util.data.codes import CodeDataset, open_codes
 from util.data.images import ImageDataset, open_images
 from util.errors import UserError
@@ -27,8 +27,10 @@ class CodeGeometry:
     vocab_size: int
 
 
-def open_dataset(config: Config, tokenizer_sha256: str | None, recorded: dict[str, Any]) -> CodeDataset | ImageDataset:
-    """The training data, at --img_size or else the size that the checkpoint records.
+def open_dataset(
+    config: Config, tokenizer: VQModel | None, tokenizer_sha256: str | None, recorded: dict[str, Any]
+) -> CodeDataset | ImageDataset:
+    """The training data, at --img_size or else the size that the checkpoint records; images at the tokenizer's else.
 
     Raises:
         UserError: where no data is named, it cannot be read, or its codes are of another tokenizer.
@@ -38,7 +40,7 @@ def open_dataset(config: Config, tokenizer_sha256: str | None, recorded: dict[st
     if not data.use_cached:
         if data.data_path is None:
             raise UserError("give training data: --data_path IMAGES, or --use_cached --cached_path CODES.")
-        return open_images(data.data_path, 256 if img_size is None else img_size, data.skip_broken)
+        return open_images(data.data_path, picture_size(img_size, tokenizer), data.skip_broken)
     if data.cached_path is None:
         raise UserError("--use_cached needs --cached_path, a code cache made by main_cache.py.")
     # The published runs (--recipe) need no tokenizer but name one: codes of another are refused as far as can be told.

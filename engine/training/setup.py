@@ -15,7 +15,7 @@ import torch
 from engine.config import Config
 from engine.evaluation.evaluate import evaluate
 from engine.evaluation.inputs import EvalInputs, open_inputs
-from engine.hub.remote import choose_tokenizer, choose_weights
+from engine.hub.remote import choose_tokenizer, choose_weights, own_tokenizer
 from engine.model_choice import check_tokenizer, class_names, load_pretrained
 from engine.named_files import TOKENIZER_MISSING, check_files, find_run, local_file
 from engine.training.config import TrainConfig
@@ -144,19 +144,20 @@ def prepare_training(config: Config, dist: Dist, lock: FolderLock) -> PreparedTr
     if config.model.new_classes and config.pretrained_ckpt is None:
         raise UserError("--new_classes needs --pretrained_ckpt, the checkpoint whose other weights are kept.")
     check_files(config)
+    needs_tokenizer = not config.data.use_cached or training.online_eval or training.sample_freq > 0
+    tokenizer_path = config.vqgan_path or (own_tokenizer(config.pretrained_ckpt) if needs_tokenizer else None)
     download, tokenizer_file = not config.dry_run, None
-    if config.vqgan_path is not None:
-        tokenizer_file = local_file(config.vqgan_path, choose_tokenizer, dist, download)
+    if tokenizer_path is not None:
+        tokenizer_file = local_file(tokenizer_path, choose_tokenizer, dist, download)
     if not config.dry_run:
         dist.on_main(lock.acquire)
     start = _resumed(config, training, dist) or _pretrained(config, dist)
     recorded = None if start is None else start.content.get("config")
     tokenizer_sha256 = None if tokenizer_file is None else sha256(tokenizer_file)
-    dataset = open_dataset(config, tokenizer_sha256, recorded or {})
-    images = isinstance(dataset, ImageDataset)
-    tokenizer = None
-    if images or training.online_eval or training.sample_freq > 0:
-        tokenizer = _open_tokenizer(tokenizer_file, dist)
+    tokenizer = load_tokenizer(tokenizer_file, dist.device) if needs_tokenizer and tokenizer_file is not None else None
+    dataset = open_dataset(config, tokenizer, tokenizer_sha256, recorded or {})
+    if needs_tokenizer and tokenizer is None:
+        raise UserError(TOKENIZER_MISSING)
     codes = code_geometry(dataset, tokenizer)
     if isinstance(dataset, CodeDataset) and dataset.header is not None and tokenizer_file is None:
         tokenizer_sha256 = dataset.header.tokenizer_sha256
@@ -206,12 +207,6 @@ def _schedules(training: TrainConfig, model: LPDConfig) -> list[tuple[int, ...]]
     if training.group_sizes_list is None:
         return published_group_sizes(model.img_size, model.stride)
     return read_schedules(training.group_sizes_list, model.num_tokens)
-
-
-def _open_tokenizer(file: Path | None, dist: Dist) -> VQModel:
-    if file is None:
-        raise UserError(TOKENIZER_MISSING)
-    return load_tokenizer(file, dist.device)
 
 
 def _resumed(config: Config, training: TrainConfig, dist: Dist) -> StartingPoint | None:

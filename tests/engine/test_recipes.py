@@ -115,6 +115,17 @@ def test_training_recipes_are_the_published_runs(name: str) -> None:
     assert (args.label_drop_prob, args.proj_dropout, args.attn_dropout) == (0.1, 0.1, 0.0)
 
 
+@pytest.mark.parametrize("name", TRAIN_RECIPES)
+def test_a_recipe_keeps_its_schedule_beside_another_number_of_epochs(name: str) -> None:
+    """Guards against the shares of small runs getting into published ones."""
+    longer, recipe = parse(["--recipe", name, "--epochs", "900"]).training, parse(["--recipe", name]).training
+    assert longer is not None
+    assert recipe is not None
+    assert (longer.epochs, longer.warmup_epochs) == (900, recipe.warmup_epochs)
+    if recipe.lr_schedule == "constant+cosine":
+        assert longer.lr_decay_start_epoch == recipe.lr_decay_start_epoch == 400
+
+
 def test_recipes_cover_the_published_tables() -> None:
     assert EVAL_RECIPES.keys() == PUBLISHED_ROWS.keys()
     assert TRAIN_RECIPES.keys() == PUBLISHED_TRAININGS.keys()

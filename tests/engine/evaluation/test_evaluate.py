@@ -26,6 +26,7 @@ from engine.scoring import statistics
 from engine.scoring.metrics import score
 from engine.scoring.statistics import FeatureStatistics, load_reference_statistics
 from orders import generate_orders, save_orders
+from orders.draw import OrderSpec
 from tests.helpers.commands import ROOT
 from tests.helpers.evaluation_case import (
     CLASSES,
@@ -230,6 +231,29 @@ def test_every_image_gets_its_own_class_order_and_seed(output_dir: Path) -> None
     assert asked["orders"][:NUM_IMAGES] == file_orders[:NUM_IMAGES].tolist()
     assert results["order_file_sha256"] == sha256(output_dir.parent / "orders.json")
     assert len((output_dir / "results.jsonl").read_text().splitlines()) == 2
+
+
+def test_results_say_which_orders_were_used(output_dir: Path) -> None:
+    """Guards against settings that name the kind and the thresholds of the flags where a file decided."""
+
+    def used(**fields: Any) -> list[Any]:
+        results = run(output_dir, feature_extractor=None, reference_statistics=None, num_images=1, **fields)
+        return [results["settings"][name] for name in ("order", "proximity_threshold", "repulsion_threshold")]
+
+    assert used() == ["lpd", 1.0, 1], "the default threshold as a number"
+    assert used(order="raster")[0] == "raster"
+    spec = OrderSpec("lpd_near_only", (SIZE // 4, SIZE // 4), GROUP_SIZES, 0.5, 2, seed=8)
+    steps, orders = len(GROUP_SIZES), spec.draw(np.arange(2))
+    recorded, bare, published = (
+        output_dir.parent / name
+        for name in ("recorded.safetensors", "orders.json", f"res{SIZE}_steps{steps}_repulsion3.json")
+    )
+    save_orders(recorded, orders, spec)
+    save_orders(bare, orders)
+    save_orders(published, orders)
+    assert used(lpd_order_file=recorded) == ["lpd_near_only", 0.5, 2]
+    assert used(lpd_order_file=bare) == [None, None, None]
+    assert used(lpd_order_file=published) == ["lpd", 1.0, 3]
 
 
 @pytest.mark.parametrize(("num", "classes"), [(50_000, 1000), (23, 5), (3, 10), (10, 10), (1, 1)])

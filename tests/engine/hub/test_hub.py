@@ -25,7 +25,7 @@ import main_lpd
 from engine.hub.__main__ import main
 from engine.hub.download import download, download_all
 from engine.hub.export import export, push
-from engine.hub.remote import choose_tokenizer, choose_weights, fetch, find_file, hub_name, list_files
+from engine.hub.remote import choose_tokenizer, choose_weights, fetch, find_file, hub_name, list_files, own_tokenizer
 from engine.options import parse
 from engine.scoring import features
 from models.lpd import LPD, LPDConfig, load_weights
@@ -380,7 +380,7 @@ def test_evaluation_by_name(hub: FakeHub, checkpoint: Path, tmp_path: Path) -> N
     """A shared model generates on another machine, which has nothing but its name."""
     export(checkpoint, tmp_path / "exported", vqgan_path=tmp_path / "tok.pt")
     hub.repos["user/digits"] = {path.name: path.read_bytes() for path in (tmp_path / "exported").iterdir()}
-    flags = "--evaluate --device cpu --pretrained_ckpt user/digits --vqgan_path user/digits --generation_steps 3"
+    flags = "--evaluate --device cpu --pretrained_ckpt user/digits --generation_steps 3"
     flags += " --num_images 3 --feature_extractor none --output_dir out"
     assert run_command(main_lpd.main, *flags.split(), "--dry_run") == 2
     assert hub.ranges("model.safetensors") == []
@@ -388,6 +388,27 @@ def test_evaluation_by_name(hub: FakeHub, checkpoint: Path, tmp_path: Path) -> N
     record = json.loads(Path("out/results.json").read_text())["record"]
     assert record["pretrained_ckpt"]["sha256"] == sha256(tmp_path / "exported" / "model.safetensors")
     assert "models--user--digits" in record["pretrained_ckpt"]["path"]
+    assert record["vqgan_path"]["sha256"] == sha256(tmp_path / "tok.pt"), "the repository's own"
+
+
+def test_a_models_own_tokenizer_is_that_of_its_folder(hub: FakeHub, checkpoint: Path, tmp_path: Path) -> None:
+    """Guards against the weights being opened as a tokenizer where one file is named."""
+    export(checkpoint, tmp_path / "exported", vqgan_path=tmp_path / "tok.pt")
+    for name in (tmp_path / "exported", Path("user/digits"), Path("hf:user/digits")):
+        assert own_tokenizer(name) == name
+    for other in (None, checkpoint, Path("hf:user/digits/model.safetensors"), tmp_path / "nowhere"):
+        assert own_tokenizer(other) is None
+
+
+def test_exported_files_follow_the_umask(checkpoint: Path, tmp_path: Path) -> None:
+    """Guards against one that its owner's group cannot read, as safetensors writes them."""
+    mask = os.umask(0o027)
+    try:
+        export(checkpoint, tmp_path / "exported", vqgan_path=tmp_path / "tok.pt")
+    finally:
+        os.umask(mask)
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "exported").iterdir()}
+    assert modes == dict.fromkeys(("model.safetensors", "config.json", "README.md", "tokenizer.pt"), "0o640")
 
 
 def test_released_weights_load_by_name(published: FakeHub, tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from tests.helpers.tiny_models import tiny_tokenizer
 from tests.helpers.tiny_run import L
 from tests.helpers.training_case import SCHEDULES, build, config, make_cache, stopped_at, train
 from util.checkpoint import LAST, load_checkpoint
+from util.config import record
 from util.data.codes import MappedCodes, open_codes
 from util.data.loading import load_batches
 from util.data.sampler import GlobalBatchSampler
@@ -181,6 +182,21 @@ def test_peak_learning_rate_follows_the_global_batch() -> None:
     settings = TrainConfig(output_dir=Path("x"), batch_size=64, blr=1e-4)
     assert settings.peak_lr(world_size=32) == pytest.approx(8e-4)
     assert dataclasses.replace(settings, lr=3e-4).peak_lr(world_size=32) == 3e-4
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 5, 50, 200, 450, 1000])
+def test_default_schedule_has_the_shape_of_the_published_one(epochs: int) -> None:
+    """Guards against a warm-up longer than a short run; of 450 epochs it must be the published one to the bit."""
+    settings, published = TrainConfig(epochs=epochs), TrainConfig(epochs=450)
+    assert (published.warmup_epochs, published.lr_decay_start_epoch) == (50, 400)
+    assert settings.warmup_epochs / epochs == pytest.approx(50 / 450)
+    assert settings.lr_decay_start_epoch / epochs == pytest.approx(400 / 450)
+    assert record(settings)["warmup_epochs"] == settings.warmup_epochs, "recorded as used"
+
+
+def test_default_decay_waits_for_the_warm_up_that_is_given() -> None:
+    assert TrainConfig(epochs=10, warmup_epochs=9.5).lr_decay_start_epoch == 9.5
+    assert TrainConfig(epochs=10, warmup_epochs=0).warmup_epochs == 0
 
 
 @pytest.mark.parametrize(
