@@ -40,6 +40,7 @@ def _train(model: str, img_size: int, batch_size: int, **flags: Any) -> None:
         "model": model,
         "img_size": img_size,
         "batch_size": batch_size,
+        "blr": 1e-4,
         "bf16": True,
         "use_cached": True,
         "cached_path": f"cached/imagenet_{img_size}",

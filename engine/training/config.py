@@ -41,7 +41,9 @@ class TrainConfig(RunConfig):
     batch_size: int = setting(64, "samples per process (and part, with --grad_accum)", at_least=1)
     grad_accum: int = setting(1, "parts of a step whose gradients are added up: less memory", at_least=1)
     lr: float | None = setting(None, "peak learning rate (default: blr · global batch / 256)", above=0)
-    blr: float = setting(1e-4, "learning rate per 256 samples of the global batch", above=0)
+    blr: float | None = setting(
+        None, "learning rate per 256 samples of the global batch (default: 1e-4, and of fewer samples as much)", above=0
+    )
     min_lr: float = setting(1e-5, "learning rate at the end of a cosine", at_least=0)
     lr_schedule: str = setting("constant+cosine", "what follows the warm-up", choices=LR_SCHEDULES)
     # Numbers once constructed, whether they were given or not.
@@ -97,4 +99,8 @@ class TrainConfig(RunConfig):
 
     def peak_lr(self, world_size: int) -> float:
         """Highest learning rate. Where it is below `min_lr` (few GPUs), the learning rate doesn't fall."""
-        return self.lr if self.lr is not None else self.blr * self.global_batch(world_size) / 256
+        if self.lr is not None:
+            return self.lr
+        batch = self.global_batch(world_size)
+        # Proportional to a small batch, the published 1e-4 would be too low to learn with.
+        return 1e-4 * max(batch, 256) / 256 if self.blr is None else self.blr * batch / 256

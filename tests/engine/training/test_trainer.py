@@ -184,6 +184,16 @@ def test_peak_learning_rate_follows_the_global_batch() -> None:
     assert dataclasses.replace(settings, lr=3e-4).peak_lr(world_size=32) == 3e-4
 
 
+def test_default_learning_rate_suits_small_batches() -> None:
+    """Guards against a rate at which a small run hardly learns, and against another one at the published batches."""
+    for batch_size in (1, 8, 64, 256):
+        assert TrainConfig(batch_size=batch_size).peak_lr(world_size=1) == 1e-4
+        assert TrainConfig(batch_size=batch_size, blr=1e-4).peak_lr(world_size=1) == 1e-4 * batch_size / 256
+    for batch_size in (8, 16, 32, 64):
+        given = TrainConfig(batch_size=batch_size, blr=1e-4).peak_lr(world_size=32)
+        assert TrainConfig(batch_size=batch_size).peak_lr(world_size=32) == given
+
+
 @pytest.mark.parametrize("epochs", [1, 2, 5, 50, 200, 450, 1000])
 def test_default_schedule_has_the_shape_of_the_published_one(epochs: int) -> None:
     """Guards against a warm-up longer than a short run; of 450 epochs it must be the published one to the bit."""
