@@ -78,6 +78,8 @@ def picture_size(asked: int | None, tokenizer: VQModel | None) -> int:
     trained = None if tokenizer is None else tokenizer.config.img_size
     if asked is not None and trained is not None and asked != trained:
         logger.warning("the tokenizer was trained on pictures of %d px, those to encode have %d px", trained, asked)
+    if tokenizer is not None and asked is None and trained is None:
+        logger.info("the tokenizer does not record the size of its pictures; taking 256 px (--img_size)")
     return next(size for size in (asked, trained, 256) if size is not None)
 
 

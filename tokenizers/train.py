@@ -132,9 +132,10 @@ def _read_earlier(folder: Path, described: dict[str, Any]) -> tuple[dict[str, An
     for found in filter(None, (state, metrics)):
         before = _flat(found)
         for name, value in _flat(described).items():
-            if name not in ("num_workers", "eval_freq") and before.get(name) != value:
+            # A record of an earlier version may lack a name.
+            if name not in ("num_workers", "eval_freq") and before.get(name, value) != value:
                 raise UserError(
-                    f"{folder} holds a tokenizer trained with {name} {before.get(name)}, not {value}; give another "
+                    f"{folder} holds a tokenizer trained with {name} {before[name]}, not {value}; give another "
                     "--output_dir, or delete this one."
                 )
     return state, metrics

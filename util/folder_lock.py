@@ -38,7 +38,8 @@ class FolderLock:
         """
         if self._file is None:
             self._take()
-            remove_temporary_files(self._folder)
+            if self._file is not None:
+                remove_temporary_files(self._folder)
 
     def _take(self) -> None:
         path = self._folder / LOCK_FILE
@@ -57,6 +58,7 @@ class FolderLock:
                 pass
             except OSError as error:
                 logger.warning("%s can't be locked (%s); start nothing else that writes there", self._folder, error)
+                self._close()
                 return
             self._close()  # of a process that has just removed the file, or the folder
 

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from engine.scoring.features import INCEPTION, FeatureExtractor
 from engine.scoring.statistics import COVARIANCE_ROUNDING, Array, FeatureStatistics, ReferenceStatistics
+from util.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def frechet_distance(mu1: Array, sigma1: Array, mu2: Array, sigma2: Array) -> fl
     traces = np.trace(sigma1) + np.trace(sigma2)
     distance = float(difference @ difference + traces - 2 * trace_root)
     if distance < -COVARIANCE_ROUNDING * abs(traces):
-        raise ValueError(f"the Fréchet distance is {distance:.5g}; only matrices that are no covariances give that.")
+        raise UserError(f"the Fréchet distance is {distance:.5g}; only matrices that are no covariances give that.")
     return max(distance, 0.0)
 
 

@@ -46,7 +46,8 @@ class CheckpointWriter:
         self._thread: threading.Thread | None = None
         self._failure: str | None = None
         if folder is not None:
-            for leftover in (folder / NEW, (folder / NEW).with_suffix(".json")):  # of a run that was killed
+            # Of a run that was killed; the last, links to whole checkpoints, of an earlier version.
+            for leftover in (folder / NEW, (folder / NEW).with_suffix(".json"), *folder.glob(".checkpoint-*.pth.tmp")):
                 leftover.unlink(missing_ok=True)
 
     def save(self, payload: dict[str, Any], epoch: int | None = None) -> None:

@@ -40,7 +40,7 @@ class TrainConfig(RunConfig):
     epochs: int = setting(450, "passes over the data", at_least=1)
     batch_size: int = setting(64, "samples per process (and part, with --grad_accum)", at_least=1)
     grad_accum: int = setting(1, "parts of a step whose gradients are added up: less memory", at_least=1)
-    lr: float | None = setting(None, "peak learning rate (default: blr · global batch / 256)", above=0)
+    lr: float | None = setting(None, "peak learning rate (default: see --blr)", above=0)
     blr: float | None = setting(
         None, "learning rate per 256 samples of the global batch (default: 1e-4, and of fewer samples as much)", above=0
     )

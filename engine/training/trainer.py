@@ -113,9 +113,23 @@ class Trainer:
                 f"--epochs is {self.config.epochs}, but the checkpoint was saved after "
                 f"{start_step / self.steps_per_epoch:.4g} epochs; give more epochs or another --output_dir."
             )
+        self._warn_of_another_learning_rate(checkpoint.get("args") or {})
         self.train_step.load(checkpoint)
         checkpoint.clear()
         return start_step
+
+    def _warn_of_another_learning_rate(self, earlier: dict[str, Any]) -> None:
+        """Defaults may be other ones than when the run was started: then the same command is not the same run."""
+        names = ("lr", "blr", "warmup_epochs", "lr_decay_start_epoch")
+        if not all(name in earlier for name in names):
+            return
+        changed = [name for name in names[2:] if earlier[name] != getattr(self.config, name)]
+        before = dataclasses.replace(self.config, lr=earlier["lr"], blr=earlier["blr"])
+        if before.peak_lr(self.dist.world_size) != self.config.peak_lr(self.dist.world_size):
+            changed.append("blr" if earlier["lr"] is None else "lr")
+        if changed:
+            kept = " ".join(f"--{name} {earlier[name]}" for name in changed)
+            logger.warning("until now this run had another learning rate; to keep it, give: %s", kept)
 
     def run(self) -> int | None:
         """Train to the end.

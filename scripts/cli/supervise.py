@@ -39,7 +39,7 @@ STOP_SIGNALS = {
 }
 TOLD_TO_EXIT = tuple(map(exit_status, STOP_SIGNALS))  # exit statuses of workers that saved: 75, or 130 after Ctrl-C
 STATUS_FOLDER = "LPD_STATUS_FOLDER"  # environment variable for the workers
-PREFIX = "lpd_workers_"  # of that folder's name
+PREFIX = "lpd_status_"  # of that folder's name
 POLL_SECONDS = 0.2
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
 # How long the others may take after the first worker has exited (rank 0, which writes the checkpoint, is the last).
@@ -91,20 +91,20 @@ def _status_folder() -> Iterator[Path]:
     """A new folder, locked while this process lives; those of killed supervisors are removed."""
     for other in Path(tempfile.gettempdir()).glob(f"{PREFIX}*"):
         # An error if it is in use, another user's, or has just been removed. A new one may not be locked yet.
-        with contextlib.suppress(OSError), _locked(other):
+        with contextlib.suppress(OSError), _locked(other, fcntl.LOCK_NB):
             if time.time() - other.stat().st_mtime > 60:
                 shutil.rmtree(other)
     with tempfile.TemporaryDirectory(prefix=PREFIX) as name, contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):  # a file system without locks
-            stack.enter_context(_locked(Path(name)))
+            stack.enter_context(_locked(Path(name)))  # waits for another's look at whether it is in use
         yield Path(name)
 
 
 @contextlib.contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path, flags: int = 0) -> Iterator[None]:
     file = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(file, fcntl.LOCK_EX | flags)
         yield
     finally:
         os.close(file)

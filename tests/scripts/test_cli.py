@@ -236,11 +236,11 @@ def test_folders_of_killed_supervisors_are_removed(tmp_path: Path, monkeypatch: 
     def start(stack: contextlib.ExitStack) -> tuple[subprocess.Popen[str], Path]:
         for file in tmp_path.glob("ready*"):
             file.unlink()
-        before = set(tmp_path.glob("lpd_workers_*"))
+        before = set(tmp_path.glob("lpd_status_*"))
         process = stack.enter_context(start_workers(tmp_path, "save", 60))
         stack.callback(process.kill)
         wait_until(lambda: len(list(tmp_path.glob("ready*"))) == 2, 60, "two workers")
-        (folder,) = set(tmp_path.glob("lpd_workers_*")) - before
+        (folder,) = set(tmp_path.glob("lpd_status_*")) - before
         os.utime(folder, (0, 0))  # as if it had been there for long
         return process, folder
 

@@ -92,6 +92,11 @@ def test_a_file_system_without_locks_is_a_warning(
         raise OSError(37, "No locks available")
 
     monkeypatch.setattr("util.folder_lock.fcntl.lockf", no_locks)
+    unfinished, held = tmp_path / ".results.json.1.tmp", tmp_path / ".lock"
+    unfinished.touch()
+    held.touch()
     with FolderLock(tmp_path) as lock:
         lock.acquire()
     assert "No locks available" in caplog.text
+    assert unfinished.exists()  # what may be another process's is left alone
+    assert held.exists()

@@ -12,6 +12,7 @@ import torch
 from engine.scoring.metrics import frechet_distance, inception_score, precision_recall, score
 from engine.scoring.statistics import FeatureStatistics, load_reference_statistics, save_reference_statistics
 from tests.helpers.features import features_of, statistics_of
+from util.errors import UserError
 
 
 def test_frechet_distance_equals_scipy_and_torch_fidelity() -> None:
@@ -50,7 +51,7 @@ def test_frechet_distance_of_equal_and_of_constant_features() -> None:
 def test_a_negative_frechet_distance_is_an_error() -> None:
     """No covariance gives one; as zero it would pass for a perfect score."""
     indefinite = np.diag([1.0, -5.0])
-    with pytest.raises(ValueError, match="is -10"):
+    with pytest.raises(UserError, match="is -10"):
         frechet_distance(np.zeros(2), indefinite, np.zeros(2), indefinite)
 
 

@@ -94,6 +94,22 @@ def test_a_signal_to_one_of_two_processes_stops_both(cache: Path, tmp_path: Path
     assert load_checkpoint(tmp_path / "run" / LAST)["step"] == 3  # the step in which it was told
 
 
+def test_another_learning_rate_than_until_now_is_said(
+    cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run that was started when defaults were others would silently not be the same run."""
+    folder = tmp_path / "run"
+    train(build(), stopped_at(cache, 2), SCHEDULES, config(folder), ALONE)
+    checkpoint, args = load_checkpoint(folder / LAST), record(config(folder))
+    earlier = {**args, "lr": None, "blr": 0.5, "warmup_epochs": 0.5}
+    train(build(), stopped_at(cache, 3), SCHEDULES, config(folder), ALONE, resume=checkpoint | {"args": earlier})
+    assert "to keep it, give: --warmup_epochs 0.5 --blr 0.5" in caplog.text
+    caplog.clear()
+    checkpoint = load_checkpoint(folder / LAST)
+    train(build(), MappedCodes(cache), SCHEDULES, config(folder), ALONE, resume=checkpoint | {"args": args})
+    assert "another learning rate" not in caplog.text
+
+
 def test_resuming_in_other_units_is_refused(cache: Path, tmp_path: Path) -> None:
     """Another batch size or seed would silently repeat and skip samples."""
     train(build(), MappedCodes(cache), SCHEDULES, config(tmp_path, epochs=1), ALONE)
