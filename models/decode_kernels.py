@@ -360,7 +360,7 @@ class StepKernels:
         pdl: bool | None = None,
         shared_memory: int | None = None,
     ) -> None:
-        self.max_rows, self.width, self.heads, self.hidden = max_rows, width, heads, hidden
+        self.max_rows, self.width, self.heads = max_rows, width, heads
         self.pdl = has_pdl(device) if pdl is None else pdl
         self.shared_memory = _shared_memory(device) if shared_memory is None else shared_memory
 

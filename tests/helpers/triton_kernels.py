@@ -19,7 +19,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from types import CodeType, FunctionType, SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -86,15 +86,19 @@ def interpreted() -> Iterator[None]:
         language.set_attr(tl.tensor, "__index__", lambda self: self.handle.data.item())
         # The interpreter would leave its own names in the kernels' modules.
         stack.enter_context(patch.object(interpreter.InterpretedFunction, "rewritten_fn", {}))
-        stack.enter_context(patch.object(interpreter.FunctionRewriter, "_compile_and_exec", _compile_and_exec))
+        stack.enter_context(patch.object(interpreter.FunctionRewriter, "_compile_and_exec", _rewritten))
         yield
 
 
-def _compile_and_exec(rewriter: Any, tree: Any) -> Any:
-    names: dict[str, Any] = {}
-    code = compile(tree, filename=rewriter.filename, mode="exec")
-    exec(code, {**vars(interpreter), **rewriter.fn.__globals__}, names)
-    return names[rewriter.fn.__name__]
+def _rewritten(rewriter: Any, tree: Any) -> FunctionType:
+    """The kernel as the interpreter rewrites it, a function with the names of both modules."""
+    function = rewriter.fn
+    module = compile(tree, filename=rewriter.filename, mode="exec")
+    (code,) = (x for x in module.co_consts if isinstance(x, CodeType) and x.co_name == function.__name__)
+    names = {**vars(interpreter), **function.__globals__}
+    rewritten = FunctionType(code, names, function.__name__, function.__defaults__)
+    rewritten.__annotations__ = function.__annotations__  # which arguments are constants
+    return rewritten
 
 
 def _widened(handle: Any) -> Any:

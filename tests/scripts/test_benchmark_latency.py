@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -72,18 +71,23 @@ def test_chosen_outputs_and_fewer_runs_of_batches(
 
 
 def test_time_of_the_host_ends_where_the_call_returns(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a made-up GPU that takes 50 ms longer than the call."""
+    """With a made-up GPU and clock: a call takes 10 ms of the host, and its work on the device 50 ms more."""
+    now = [0.0]
+
+    def passes(seconds: float) -> None:
+        now[0] += seconds
 
     class Call(SimpleNamespace):
         def __call__(self, labels: object, orders: object, seeds: object) -> None:
-            time.sleep(0.01)
+            passes(0.01)
 
     config = model_config("lpd_debug")
     decoder: Any = Call(device=torch.device("cuda"), batch_size=1, model=SimpleNamespace(config=config), labels=None)
-    monkeypatch.setattr(latency, "synchronize", lambda device: time.sleep(0.05))
+    monkeypatch.setattr(latency, "synchronize", lambda device: passes(0.05))
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: now[0])
     measured = latency.measure_latency(decoder, 1, 3)
-    assert measured.host_s is not None
-    assert 0.01 <= measured.host_s <= measured.median_s - 0.05
+    assert measured.host_s == pytest.approx(0.01)
+    assert measured.median_s == pytest.approx(0.06)
     decoder.device = torch.device("cpu")
     assert latency.measure_latency(decoder, 0, 1).host_s is None
 
