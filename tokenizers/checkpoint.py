@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tokenizers.vq_model import VQConfig, VQModel
-from util.checkpoint import load_checkpoint
+from util.checkpoint import load_checkpoint, save_torch
 from util.config import record
 from util.errors import UserError
 from util.files import atomic_write
@@ -63,11 +63,11 @@ def save_tokenizer(model: VQModel, path: str | Path) -> None:
     path = Path(path)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     config = record(model.config)
-    with atomic_write(path) as file:
-        if path.suffix == ".safetensors":
+    if path.suffix == ".safetensors":
+        with atomic_write(path) as file:
             file.write(safetensors.torch.save(state, metadata={"config": json.dumps(config)}))
-        else:
-            torch.save({"model": state, "config": config}, file)
+    else:
+        save_torch(path, {"model": state, "config": config})
 
 
 def picture_size(asked: int | None, tokenizer: VQModel | None) -> int:

@@ -32,20 +32,25 @@ EXPORT_FORMAT = {"format": "lpd", "format_version": 1}  # in the config.json
 HASHES = {"weights_sha256", "config_sha256"}  # likewise: of the weights' file, and of the config.json's other values
 
 
-def save_checkpoint(path: str | Path, payload: dict[str, Any]) -> None:
-    """Write `payload` atomically, and what is readable without torch to `<name>.json`.
+def save_torch(path: str | Path, content: Any) -> None:
+    """Write plain data and tensors with torch, atomically.
 
     Raises:
         OSError: if it can't be written; the old file is kept.
     """
-    path = Path(path)
     with atomic_write(path) as file:
         try:
-            torch.save(payload, file)
+            torch.save(content, file)
         except RuntimeError as error:
             if isinstance(error.__context__, OSError):  # a full disk, hidden behind "unexpected pos"
                 raise error.__context__ from None
             raise
+
+
+def save_checkpoint(path: str | Path, payload: dict[str, Any]) -> None:
+    """Write `payload` atomically, and what is readable without torch to `<name>.json`. OSError as `save_torch`."""
+    path = Path(path)
+    save_torch(path, payload)
     write_json(path.with_suffix(".json"), {key: value for key, value in payload.items() if key not in TENSORS})
 
 

@@ -68,15 +68,15 @@ class EMA:
             name: p.detach().to(torch.promote_types(p.dtype, torch.float32), copy=True)
             for name, p in self._parameters.items()
         }
-        self._update = get_ema_multi_avg_fn(decay)
+        self._decay = decay
 
-    def update(self) -> None:
-        """Add the present weights to the average."""
+    def update(self, decay: float | None = None) -> None:
+        """Add the present weights to the average; ``decay`` takes the place of the usual one."""
         averages, parameters = (
             [t.to_local() if isinstance(t, DTensor) else t for t in tensors.values()]
             for tensors in (self.average, self._parameters)
         )
-        self._update(averages, parameters, 0)
+        get_ema_multi_avg_fn(self._decay if decay is None else decay)(averages, parameters, 0)
 
     def load(self, state: dict[str, torch.Tensor]) -> None:
         """Resume from a complete state dict with the same names."""

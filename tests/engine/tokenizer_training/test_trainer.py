@@ -17,12 +17,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
+from engine.tokenizer_training import data, trainer
+from engine.tokenizer_training.codebook import DeadCodeRevival, codebook_use, kmeans_start
+from engine.tokenizer_training.quality import evaluate
+from engine.tokenizer_training.trainer import TokenizerTrainConfig, train_tokenizer
 from tests.helpers.commands import run
 from tests.helpers.pictures import assert_shows, assert_text
-from tokenizers import VQConfig, load_tokenizer, training_data
-from tokenizers import train as train_module
-from tokenizers.codebook_training import DeadCodeRevival, codebook_use, kmeans_start
-from tokenizers.train import TokenizerTrainConfig, evaluate, main, train_tokenizer
+from tokenizers import VQConfig, load_tokenizer
+from tokenizers.train import main
 from tokenizers.vq_model import Codebook, VQModel
 from util.errors import UserError
 from util.pictures import to_float, to_uint8
@@ -73,7 +75,7 @@ def test_training_improves_reconstructions_and_uses_the_codebook(tmp_path: Path)
     assert (metrics["train_images"], metrics["held_out_images"]) == (34, 14)
     model = load_tokenizer(tmp_path / "tokenizer.pt")
     assert model.config == MODEL
-    _, held_out_set = training_data.split(Blobs(), config.held_out, config.seed)
+    _, held_out_set = data.split(Blobs(), config.held_out, config.seed)
     held_out = torch.stack([held_out_set[i][0] for i in range(14)])
     assert evaluate(model, held_out, 2)["psnr_db"] == pytest.approx(metrics["psnr_db"], abs=2e-3)
     shown = held_out[:12]
@@ -104,13 +106,13 @@ def test_psnr_is_that_of_the_definition() -> None:
 
 def test_a_large_data_set_is_streamed_in_the_same_batches(monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against the two ways of reading showing the network different images."""
-    train_set, _ = training_data.split(Blobs(), held_out=0.1, seed=0)
+    train_set, _ = data.split(Blobs(), held_out=0.1, seed=0)
 
     def batches(first_step: int) -> list[torch.Tensor]:
-        return list(training_data.read_batches(train_set, range(first_step, 7), 10, 3, 0, CPU))
+        return list(data.read_batches(train_set, range(first_step, 7), 10, 3, 0, CPU))
 
     in_memory, later = batches(0), batches(5)
-    monkeypatch.setattr(training_data, "_IN_MEMORY_BYTES", 0)
+    monkeypatch.setattr(data, "_IN_MEMORY_BYTES", 0)
     assert len(in_memory) == 7
     for a, b in ((in_memory, batches(0)), (in_memory[5:], later), (later, batches(5))):
         assert all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
@@ -120,7 +122,7 @@ def test_a_large_data_set_is_streamed_in_the_same_batches(monkeypatch: pytest.Mo
 
 def test_flip_mirrors_left_and_right_only() -> None:
     plain = Blobs().images
-    flipped = training_data.flip_half(plain)
+    flipped = data.flip_half(plain)
     mirrored = [torch.equal(a, b.flip(1)) and not torch.equal(a, b) for a, b in zip(plain, flipped, strict=True)]
     same = [torch.equal(a, b) for a, b in zip(plain, flipped, strict=True)]
     assert all(m or s for m, s in zip(mirrored, same, strict=True))
@@ -130,7 +132,7 @@ def test_flip_mirrors_left_and_right_only() -> None:
 
 def test_an_interrupted_training_leaves_the_last_saved_state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against a half-written tokenizer, or figures that belong to another one."""
-    real = train_module._losses
+    real = trainer.forward
     calls = iter(range(100))
 
     def interrupted(*args: Any, **kwargs: Any) -> Any:
@@ -138,7 +140,7 @@ def test_an_interrupted_training_leaves_the_last_saved_state(tmp_path: Path, mon
             raise KeyboardInterrupt
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(train_module, "_losses", interrupted)
+    monkeypatch.setattr(trainer, "forward", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train_tokenizer(Blobs(), MODEL, TokenizerTrainConfig(100, batch_size=4, eval_freq=4), tmp_path, CPU)
     assert json.loads((tmp_path / "metrics.json").read_text())["step"] == 4
@@ -154,12 +156,12 @@ def test_an_interrupted_training_leaves_the_last_saved_state(tmp_path: Path, mon
 
 def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Guards against other batches, flips, learning rates, dead codes or moments after a kill."""
-    monkeypatch.setattr(train_module, "_PLAIN", 0.25)
-    monkeypatch.setattr(train_module, "_REVIVE_UNTIL", 1)
+    monkeypatch.setattr(trainer, "_PLAIN", 0.25)
+    monkeypatch.setattr(trainer, "_REVIVE_UNTIL", 1)
     config = TokenizerTrainConfig(24, batch_size=8, eval_freq=4, flip=True, lr=4e-3)
     train_tokenizer(Blobs(), MODEL, config, tmp_path / "whole", CPU)
     assert not (tmp_path / "whole" / "state.pth").exists()
-    real = train_module._losses
+    real = trainer.forward
     for killed_at in (5, 18):  # before the codebook starts, and before entries are revived
         steps = iter(range(1000))
 
@@ -169,7 +171,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path: Path, monkeypa
             return real(*args, **kwargs)
 
         folder = tmp_path / f"killed{killed_at}"
-        monkeypatch.setattr(train_module, "_losses", killed)
+        monkeypatch.setattr(trainer, "forward", killed)
         with pytest.raises(KeyboardInterrupt):
             train_tokenizer(Blobs(), MODEL, config, folder, CPU)
         shutil.copytree(folder, tmp_path / "other", dirs_exist_ok=True)
@@ -192,7 +194,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path: Path, monkeypa
     saved = json.loads(before["metrics.json"])
     del saved["tokenizer"]["img_size"]
     (tmp_path / "whole" / "metrics.json").write_text(json.dumps(saved))
-    monkeypatch.setattr(train_module, "_losses", None)  # nothing is left to do
+    monkeypatch.setattr(trainer, "forward", None)  # nothing is left to do
     again = train_tokenizer(Blobs(), MODEL, dataclasses.replace(config, num_workers=1), tmp_path / "whole", CPU)
     assert again == {name: saved[name] for name in again}
     assert "psnr_db" in again
@@ -205,10 +207,10 @@ def test_a_stop_signal_saves_and_the_same_call_resumes_exactly(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, told: signal.Signals, status: int, step: int
 ) -> None:
     """Guards against steps since the last measurement being lost, and a time limit below them that never gets on."""
-    monkeypatch.setattr(train_module, "_PLAIN", 0.25)
+    monkeypatch.setattr(trainer, "_PLAIN", 0.25)
     config = TokenizerTrainConfig(16, batch_size=8, eval_freq=100, flip=True, lr=4e-3)
     train_tokenizer(Blobs(), MODEL, config, tmp_path / "whole", CPU)
-    real = train_module._losses
+    real = trainer.forward
     steps = iter(range(1000))
 
     def signalled(*args: Any, **kwargs: Any) -> Any:
@@ -216,7 +218,7 @@ def test_a_stop_signal_saves_and_the_same_call_resumes_exactly(
             os.kill(os.getpid(), told)
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(train_module, "_losses", signalled)
+    monkeypatch.setattr(trainer, "forward", signalled)
     with pytest.raises(SystemExit) as stop:
         train_tokenizer(Blobs(), MODEL, config, tmp_path / "run", CPU)
     assert stop.value.code == status
@@ -273,7 +275,7 @@ def test_dead_entries_move_to_badly_served_features_and_live_ones_stay() -> None
     revival.count(codebook.nearest(features))
     used = codebook_use(torch.bincount(codebook.nearest(features), minlength=8))[1]
     alive = torch.bincount(codebook.nearest(features), minlength=8) > 0
-    assert revival.revive(features, optimizer) == 8 - int(alive.sum())
+    assert torch.equal(revival.revive(features, optimizer), (~alive).nonzero().flatten())
     assert torch.equal(codebook.embedding.weight[2], centres[0])
     assert codebook_use(torch.bincount(codebook.nearest(features), minlength=8))[1] > 2 * used
     moments = optimizer.state[codebook.embedding.weight]["exp_avg_sq"]
@@ -290,9 +292,9 @@ def test_revival_counts_from_zero_after_each_check() -> None:
     revival = DeadCodeRevival(codebook)
     features = F.normalize(torch.randn(100, 4), dim=1)
     revival.count(torch.arange(4).repeat(50))
-    assert revival.revive(features, optimizer) == 0
+    assert revival.revive(features, optimizer).tolist() == []
     revival.count(torch.tensor([0, 1, 2] * 50))
-    assert revival.revive(features, optimizer) == 1
+    assert revival.revive(features, optimizer).tolist() == [3]
     assert torch.equal(codebook.embedding.weight[:3], torch.eye(4)[:3])
 
 
@@ -392,7 +394,7 @@ def test_a_training_that_diverges_says_so_and_saves_nothing(
 
 
 def test_a_divergence_keeps_what_was_saved_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = train_module._losses
+    real = trainer.forward
     steps = iter(range(1000))
 
     def diverging(model: VQModel, *args: Any, **kwargs: Any) -> Any:
@@ -400,13 +402,13 @@ def test_a_divergence_keeps_what_was_saved_before(tmp_path: Path, monkeypatch: p
             model.decoder.conv_out.weight.data.fill_(float("nan"))
         return real(model, *args, **kwargs)
 
-    monkeypatch.setattr(train_module, "_losses", diverging)
+    monkeypatch.setattr(trainer, "forward", diverging)
     with pytest.raises(FloatingPointError, match="at step 8"):
         train_tokenizer(Blobs(), MODEL, TokenizerTrainConfig(12, batch_size=8, eval_freq=4), tmp_path, CPU)
     assert json.loads((tmp_path / "metrics.json").read_text())["step"] == 4
     saved = [
         load_tokenizer(tmp_path / "tokenizer.pt").state_dict(),
-        train_module.load_checkpoint(tmp_path / "state.pth")["model"],
+        trainer.load_checkpoint(tmp_path / "state.pth")["model"],
     ]
     assert all(weights.isfinite().all() for state in saved for weights in state.values())
 

@@ -45,8 +45,8 @@ class DeadCodeRevival:
         self.counts.index_add_(0, flat, torch.ones_like(flat, dtype=self.counts.dtype))
 
     @torch.no_grad()
-    def revive(self, features: Tensor, optimizer: torch.optim.Optimizer) -> int:
-        """Replace what was dead since the last call by members of ``features`` (N, K); returns how many.
+    def revive(self, features: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+        """Replace what was dead since the last call by members of ``features`` (N, K); returns which, int64 (n,).
 
         Features are drawn in proportion to their squared distance to the nearest entry (as in k-means++), and the
         optimizer forgets its moments of the replaced entries.
@@ -61,7 +61,7 @@ class DeadCodeRevival:
                 if weight in optimizer.state:
                     optimizer.state[weight][moment][dead] = 0
         self.counts.zero_()
-        return len(dead)
+        return dead
 
 
 def codebook_use(counts: Tensor) -> tuple[float, float]:

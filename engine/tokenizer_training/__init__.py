@@ -1,0 +1,1 @@
+"""Training of tokenizers on images; the command is ``python -m tokenizers.train``."""
