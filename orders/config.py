@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -62,3 +64,29 @@ class OrderConfig:
         known = asdict(spec) if self.lpd_order_file is None else drawn_with(self.lpd_order_file)
         thresholds = ("proximity_threshold", "repulsion_threshold")
         return {"order": known.get("kind"), **{name: known.get(name) for name in thresholds}}
+
+
+def parse_shares(words: Sequence[str]) -> dict[str, float]:
+    """How often orders of each kind are taken, by kind: 0.5 and 0.5 for the words ``random:0.5 lpd:0.5``.
+
+    Raises:
+        UserError: unless they are different kinds with positive shares that sum to 1 (to within 1e-6).
+    """
+    shares: dict[str, float] = {}
+    for word in words:
+        kind, _, number = word.partition(":")
+        try:
+            share = float(number)
+        except ValueError:
+            share = math.nan
+        if kind not in ORDER_KINDS or not 0 < share <= 1:
+            raise UserError(
+                f"{word!r} must be a kind of order and its share above 0, such as lpd:0.5; the kinds are "
+                f"{', '.join(ORDER_KINDS)}."
+            )
+        if kind in shares:
+            raise UserError(f"the kind of order {kind!r} is given twice in {' '.join(words)!r}; give each once.")
+        shares[kind] = share
+    if abs(sum(shares.values()) - 1) > 1e-6:
+        raise UserError(f"the shares of {' '.join(words)!r} sum to {sum(shares.values()):g}; they must sum to 1.")
+    return shares

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from engine.run_config import RunConfig
 from engine.training.trackers import TrackerConfig
+from orders.config import parse_shares
 from util.config import check, part, setting
 from util.errors import UserError
 from util.lr_sched import LR_SCHEDULES
@@ -60,6 +61,10 @@ class TrainConfig(RunConfig):
     group_sizes_list: Path | None = setting(
         None, "JSON file with a list of schedules to draw from (default: the published ones of the resolution)"
     )
+    train_orders: tuple[str, ...] = setting(
+        ("random:1",),
+        "kinds of training orders and their shares, such as random:0.5 lpd:0.5 (default: random:1, as published)",
+    )
     attention: str = setting("auto", "flex needs a GPU; auto: flex where it can be used", choices=ATTENTIONS)
     compile: bool | None = setting(None, "compile the training step (default: on a GPU, not on a CPU)")
     fsdp: bool = setting(False, "shard weights and optimizer over the processes (FSDP2): less memory")
@@ -80,6 +85,7 @@ class TrainConfig(RunConfig):
 
     def __post_init__(self) -> None:
         check(self)
+        parse_shares(self.train_orders)
         if self.warmup_epochs is None:
             object.__setattr__(self, "warmup_epochs", self.epochs / 9)
         if self.lr_decay_start_epoch is None:

@@ -18,6 +18,7 @@ from engine.evaluation.inputs import EvalInputs, open_inputs
 from engine.hub.remote import choose_tokenizer, choose_weights, own_tokenizer
 from engine.model_choice import check_tokenizer, class_names, load_pretrained
 from engine.named_files import TOKENIZER_MISSING, check_files, find_run, local_file
+from engine.training.batch import OrderMixture
 from engine.training.config import TrainConfig
 from engine.training.data import code_geometry, open_dataset
 from engine.training.resume import load_resumable
@@ -27,6 +28,7 @@ from engine.training.trackers import Tracker
 from engine.training.trainer import Trainer
 from models.lpd import LPD, LPDConfig, load_weights
 from orders import published_group_sizes, read_schedules
+from orders.config import parse_shares
 from tokenizers import VQModel, load_tokenizer
 from util.checkpoint import load_checkpoint, load_newest
 from util.config import record
@@ -203,10 +205,13 @@ def prepare_training(config: Config, dist: Dist, lock: FolderLock) -> PreparedTr
 
 
 def _schedules(training: TrainConfig, model: LPDConfig) -> list[tuple[int, ...]]:
-    """The schedules of group sizes to draw from."""
+    """The schedules of group sizes to draw from, which the kinds of training orders can follow."""
     if training.group_sizes_list is None:
-        return published_group_sizes(model.img_size, model.stride)
-    return read_schedules(training.group_sizes_list, model.num_tokens)
+        schedules = published_group_sizes(model.img_size, model.stride)
+    else:
+        schedules = read_schedules(training.group_sizes_list, model.num_tokens)
+    OrderMixture(parse_shares(training.train_orders), model.grid_size, schedules, training.seed)
+    return schedules
 
 
 def _resumed(config: Config, training: TrainConfig, dist: Dist) -> StartingPoint | None:

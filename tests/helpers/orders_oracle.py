@@ -6,6 +6,10 @@ import itertools
 import math
 from collections.abc import Callable
 
+import numpy as np
+
+from orders.order_states import TieKeys, order_states, sub_states, uniform_cells
+
 
 def slow_order(
     sizes: tuple[int, ...], grid: tuple[int, int], tau: float, rho: int, first: int, ties: Callable[[int], list[float]]
@@ -44,3 +48,15 @@ def slow_order(
         order += [y * w + x for y, x in group]
         selected |= set(group)
     return order
+
+
+def our_luck(grid: tuple[int, int], seed: int, index: int) -> tuple[int, Callable[[int], list[float]]]:
+    """The first cell and the tie keys that the fast version draws for an order."""
+    cells = grid[0] * grid[1]
+    states, keys = order_states(np.array([index]), seed), TieKeys(np, cells, 25)
+
+    def ties(step: int) -> list[float]:
+        out = np.empty((cells, 1), np.int32)
+        return keys.draw(sub_states(states, step), out, np.empty_like(out))[:, 0].tolist()
+
+    return int(uniform_cells(sub_states(states, 0), cells)[0]), ties

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -14,22 +13,10 @@ from orders.lpd_order import closeness, lpd_orders
 from orders.order_states import TieKeys, order_states, sub_states, uniform_cells
 from orders.schedule import cosine_group_sizes
 from orders.statistics import order_statistics
-from tests.helpers.orders_oracle import slow_order
+from tests.helpers.orders_oracle import our_luck, slow_order
 from util.errors import UserError
 
 Grid = tuple[int, int]
-
-
-def _our_luck(grid: Grid, seed: int, index: int) -> tuple[int, Callable[[int], list[float]]]:
-    """The first cell and the tie keys that the fast version draws for an order."""
-    cells = grid[0] * grid[1]
-    states, keys = order_states(np.array([index]), seed), TieKeys(np, cells, 25)
-
-    def ties(step: int) -> list[float]:
-        out = np.empty((cells, 1), np.int32)
-        return keys.draw(sub_states(states, step), out, np.empty_like(out))[:, 0].tolist()
-
-    return int(uniform_cells(sub_states(states, 0), cells)[0]), ties
 
 
 @pytest.mark.parametrize("tau", [0.0, 0.5, 1.0, 1.5, 2.0])
@@ -40,7 +27,7 @@ def test_same_as_the_slow_version_with_the_same_luck(tau: float, rho: int) -> No
         sizes = cosine_group_sizes(grid[0] * grid[1], steps)
         fast = generate_orders("lpd", 5, sizes, grid, tau, rho, seed=rho)
         for index, order in enumerate(fast.tolist()):
-            first, ties = _our_luck(grid, rho, index)
+            first, ties = our_luck(grid, rho, index)
             assert order == slow_order(sizes, grid, tau, rho, first, ties), (grid, index)
 
 
@@ -50,7 +37,7 @@ def test_same_as_the_slow_version_at_the_published_size(img_size: int) -> None:
     grid, steps, rho = ((16, 16), 20, 2) if img_size == 256 else ((32, 32), 48, 4)
     sizes = group_sizes(img_size, steps)
     order = generate_orders("lpd", 1, sizes, grid, 1.0, rho, seed=5, indices=[70_000])[0]
-    first, ties = _our_luck(grid, 5, 70_000)
+    first, ties = our_luck(grid, 5, 70_000)
     assert order.tolist() == slow_order(sizes, grid, 1.0, rho, first, ties)
 
 
