@@ -28,6 +28,10 @@ class DataConfig:
     use_cached: bool = setting(False, "train on the codes in --cached_path instead of images")
     cached_path: Path | None = setting(None, "code cache made by main_cache.py")
     skip_broken: bool = setting(False, "leave out images that cannot be read")
+    val_path: Path | None = setting(
+        None, "images that are not trained on, like --data_path: their loss is measured during training (val_loss)"
+    )
+    val_cached_path: Path | None = setting(None, "a code cache of such images instead")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +80,9 @@ class TrainConfig(RunConfig):
     keep_last: int = setting(2, "newest checkpoints to keep, should the last one get damaged", at_least=1)
     save_intermediate_freq: int = setting(0, "epochs between checkpoints that are kept; 0: none", at_least=0)
     online_eval: bool = setting(False, "evaluate during training and at its end")
+    val_freq: int = setting(
+        1, "epochs between measurements of the validation loss, after the last as well; 0: only then", at_least=0
+    )
     eval_freq: int = setting(40, "epochs between evaluations with --online_eval; 0: only at the end", at_least=0)
     sample_freq: int = setting(0, "epochs between pictures of the same samples; 0: none", at_least=0)
     max_steps: int = setting(

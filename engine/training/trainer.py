@@ -57,6 +57,9 @@ class Trainer:
         metadata: plain data stored in every checkpoint (flags, class names, tokenizer hash).
         evaluate: called as (model, epoch) every `eval_freq` epochs and after the last, on all processes; once more when
             a run is resumed just there, since it may have been killed in the middle.
+        validate: called as (model) at the end of every `val_freq` epochs and of the last, on all processes; the loss
+            that it returns is `val_loss` of the epoch's line in `metrics.jsonl`, that of the moving average (where
+            there is one) `val_loss_ema`.
         draw_grid: called as (model) every `sample_freq` epochs, on all processes; rank 0 returns the picture to keep.
         trackers: get what `metrics.jsonl` and the folder `samples` get, on rank 0.
 
@@ -77,11 +80,13 @@ class Trainer:
         resume: dict[str, Any] | None = None,
         metadata: dict[str, Any] | None = None,
         evaluate: Callable[[LPD, int], None] | None = None,
+        validate: Callable[[LPD], float] | None = None,
         draw_grid: Callable[[LPD], Image.Image | None] | None = None,
         trackers: Sequence[Tracker] = (),
     ) -> None:
         self.model, self.dataset, self.schedules, self.config, self.dist = model, dataset, schedules, config, dist
         self.metadata, self.evaluate, self.draw_grid, self.trackers = metadata or {}, evaluate, draw_grid, trackers
+        self.validate = validate
         self.encoder = None if isinstance(dataset, CodeDataset) else tokenizer
         self.global_batch = config.global_batch(dist.world_size)
         # What the number of a step means; a checkpoint counts its steps in these.
@@ -238,7 +243,7 @@ class Trainer:
         saving = finished or stopping or self._save_is_due(done)
         # Besides the agreement to stop, the only read-back from the device. Nothing is saved that isn't finite.
         if saving or done % self.steps_per_epoch == 0 or done % self.config.log_freq == 0:
-            self.monitor.report(lr)
+            self.monitor.report(lr, self._validate if self._validation_is_due(done) else None)
         if saving:
             self._save(done)
         if finished or stopping:
@@ -264,6 +269,17 @@ class Trainer:
             return True
         evaluating = self.evaluate is not None and self._is_due(epoch, self.config.eval_freq)
         return rest == 0 and (evaluating or self._is_due(epoch, self.config.save_last_freq) or self._keep_is_due(done))
+
+    def _validation_is_due(self, done: int) -> bool:
+        epoch, rest = divmod(done, self.steps_per_epoch)
+        return self.validate is not None and rest == 0 and self._is_due(epoch, self.config.val_freq)
+
+    def _validate(self) -> dict[str, float]:
+        assert self.validate is not None
+        values = {"val_loss": self.validate(self.train_step.evaluation_model(average=False))}
+        if self.train_step.ema is not None:
+            values["val_loss_ema"] = self.validate(self.train_step.evaluation_model())
+        return values
 
     def _save(self, done: int) -> None:
         state = self.train_step.state()  # by all processes
