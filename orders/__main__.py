@@ -17,7 +17,7 @@ from orders.statistics import order_statistics
 from util.cli import Parser, exit_on_user_error, from_args
 from util.errors import UserError
 
-_COMPARED = ("lpd", "lpd_near_only", "lpd_far_only", "random", "halton", "par", "raster", "zipar", "nar")
+_COMPARED = ("lpd", "lpd_near_only", "lpd_far_only", "random", "halton", "checkerboard", "par", "raster", "zipar", "nar")
 _ANIMATED = ("lpd", "random", "nar")
 
 
@@ -57,13 +57,13 @@ def stats(args: argparse.Namespace) -> None:
     described, numbers = _orders(args), _numbers(args)
     spec = described.spec
     orders = spec.draw(numbers) if described.rows is None else described.rows[: len(numbers)]
-    measured = order_statistics(orders, spec.group_sizes, spec.grid, spec.repulsion_threshold)
+    measured = order_statistics(orders, spec.group_sizes, spec.grid, spec.largest_repulsion)
     h, w = spec.grid
     print(
         f"{args.lpd_order_file or args.order}: {h}×{w} tokens, {len(spec.group_sizes)} steps, {len(orders)} orders\n"
         "near context: share of a group's tokens with a known token among their 8 neighbours\n"
         "proximity: sum of 1/distance over these known neighbours\n"
-        f"close pairs: share of a group's pairs within Chebyshev distance {spec.repulsion_threshold}\n"
+        f"close pairs: share of a group's pairs within Chebyshev distance {spec.largest_repulsion}\n"
         "nearest: Euclidean distance to the nearest other token of the group\n"
         f"{'step':>6}{'tokens':>8}{'near context':>14}{'proximity':>11}{'close pairs':>13}{'nearest':>9}"
     )

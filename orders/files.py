@@ -81,7 +81,7 @@ def _not_a_permutation(path: Path, row: int, num_cells: int) -> str:
 def read_spec(path: Path) -> OrderSpec | None:
     """What the orders of a file were drawn with, if it or the file beside it says."""
     values = _recorded(path)
-    return OrderSpec(**values | {name: tuple(values[name]) for name in ("grid", "group_sizes")}) if values else None
+    return OrderSpec(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}) if values else None
 
 
 def drawn_with(path: Path) -> dict[str, Any]:
