@@ -17,7 +17,10 @@ from orders.statistics import order_statistics
 from util.cli import Parser, exit_on_user_error, from_args
 from util.errors import UserError
 
-_COMPARED = ("lpd", "lpd_near_only", "lpd_far_only", "random", "halton", "checkerboard", "par", "raster", "zipar", "nar")
+_COMPARED = (
+    *("lpd", "lpd_near_only", "lpd_far_only", "random", "halton"),
+    *("checkerboard", "par", "raster", "zipar", "nar"),
+)
 _ANIMATED = ("lpd", "random", "nar")
 
 
@@ -127,7 +130,7 @@ def _parser() -> Parser:
     spec = Parser(add_help=False, parents=[size])
     steps = "decoding steps (default: 20 for 16×16 tokens, 48 for 32×32, else L / 12.8)"
     spec.add_argument("--steps", dest="generation_steps", metavar="STEPS", type=int, help=steps)
-    spec.add_config(OrderConfig, skip=("generation_steps", "order", "lpd_order_file"))
+    spec.add_config(OrderConfig, skip=("generation_steps", "order", "lpd_order_file", "schedule_file"))
     spec.add_argument("--seed", type=int, default=0, help="what the random numbers follow from")
 
     def command(run: Callable[[argparse.Namespace], None], parent: Parser, *flags: str) -> Callable:

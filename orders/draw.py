@@ -48,7 +48,7 @@ class OrderSpec:
     kind: str
     grid: tuple[int, int]
     group_sizes: tuple[int, ...]
-    proximity_threshold: float | None | tuple[float | None, ...]
+    proximity_threshold: float | tuple[float | None, ...] | None
     repulsion_threshold: int | tuple[int, ...]
     seed: int
 
@@ -159,8 +159,8 @@ def generate_orders(
     num: int,
     group_sizes: Sequence[int],
     grid_size: GridSize,
-    proximity_threshold: float | None | tuple[float | None, ...] = 1.0,
-    repulsion_threshold: int | None | tuple[int, ...] = None,
+    proximity_threshold: float | tuple[float | None, ...] | None = 1.0,
+    repulsion_threshold: int | tuple[int, ...] | None = None,
     seed: int = 0,
     *,
     indices: Sequence[int] | np.ndarray | None = None,

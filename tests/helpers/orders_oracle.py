@@ -10,7 +10,7 @@ from collections.abc import Callable
 def slow_order(
     sizes: tuple[int, ...],
     grid: tuple[int, int],
-    tau: float | None | tuple[float | None, ...],
+    tau: float | tuple[float | None, ...] | None,
     rho: int | tuple[int, ...],
     first: int,
     ties: Callable[[int], list[float]],
