@@ -148,6 +148,11 @@ class Orders:
         """Tokens per decoding step, summing to L."""
         return self.spec.group_sizes
 
+    def check_enough(self, count: int) -> None:
+        """UserError if these are the orders of a file that holds fewer."""
+        if self.rows is not None and len(self.rows) < count:
+            raise UserError(f"the file of orders holds {len(self.rows)}, too few: {count} are needed.")
+
     def of_images(self, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
         """The orders of the images with these numbers, int16 (B, L)."""
         numbers = np.asarray(numbers, np.int64)

@@ -138,7 +138,7 @@ class _Evaluation:
         )
         with bar, ThreadPoolExecutor() as pool:
             for turn, made in enumerate(self._make(batches[dist.rank :: dist.world_size], pool)):
-                self.partial.add(made)
+                self.partial.add(made.arrays())
                 bar.update(sum(map(len, batches[turn * dist.world_size : (turn + 1) * dist.world_size])))
         dist.barrier()
         self.made, self.wall_sec = len(missing), time.perf_counter() - start_time
