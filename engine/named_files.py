@@ -57,6 +57,7 @@ def _named_files(config: Config) -> Iterator[tuple[Path | str | None, str]]:
         f"a file of orders; draw one with python -m orders generate, or get the published ones of {ORDERS_REPO} to "
         f"{ORDERS_DIR} with: {COMMAND} orders",
     )
+    yield config.evaluation.orders.schedule_file, "a schedule; find one with python -m scripts.find_schedule"
     path = scoring.reference_statistics
     if path is not None:
         yield path, f"reference statistics; {statistics_origin(path)}"
