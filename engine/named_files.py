@@ -42,6 +42,7 @@ def _named_files(config: Config) -> Iterator[tuple[Path | str | None, str]]:
     if training is not None and config.data.use_cached:
         yield config.data.cached_path, f"codes of the training images; make them with: {cache_command(config)}"
     if training is not None:
+        yield config.data.val_cached_path, "codes of images that are not trained on; make them with main_cache.py"
         yield training.group_sizes_list, "schedules to train on, a JSON list of lists of group sizes"
     path = config.pretrained_ckpt
     if path is not None and hub_name(path) is None and not (training and find_run(config.output_dir, training.resume)):
@@ -56,6 +57,7 @@ def _named_files(config: Config) -> Iterator[tuple[Path | str | None, str]]:
         f"a file of orders; draw one with python -m orders generate, or get the published ones of {ORDERS_REPO} to "
         f"{ORDERS_DIR} with: {COMMAND} orders",
     )
+    yield config.evaluation.orders.schedule_file, "a schedule; find one with python -m scripts.find_schedule"
     path = scoring.reference_statistics
     if path is not None:
         yield path, f"reference statistics; {statistics_origin(path)}"

@@ -53,6 +53,8 @@ def parse(arguments: list[str] | None = None) -> Config:
     parser.set_defaults(**recipe)
     args = parser.parse_args(words)
     given = {word.partition("=")[0] for word in words}
+    if args.schedule_file is not None and "--repulsion_threshold" not in given:
+        args.repulsion_threshold = None  # the file's takes the place of a recipe's
     if args.evaluate and recipe and args.lpd_order_file is None and "--order" not in given:
         args.lpd_order_file = _published_orders(args, parser)
     args.pretrained_ckpt = _released_file(args.pretrained_ckpt)
@@ -74,7 +76,7 @@ def _chosen_recipe(words: list[str]) -> dict[str, Any]:
 
 def _published_orders(args: argparse.Namespace, parser: Parser) -> Path | None:
     """The file of the orders that a recipe's figures were published with, if it is there and the flags are its own."""
-    decisive = ("img_size", "generation_steps", "group_sizes", "repulsion_threshold", "proximity_threshold")
+    decisive = ("img_size", *(name for name in names(OrderConfig) if name not in ("order", "lpd_order_file")))
     own = all(getattr(args, name) == parser.get_default(name) for name in decisive)
     if not own or args.num_images > parser.get_default("num_images"):
         return None

@@ -17,7 +17,10 @@ from orders.statistics import order_statistics
 from util.cli import Parser, exit_on_user_error, from_args
 from util.errors import UserError
 
-_COMPARED = ("lpd", "lpd_near_only", "lpd_far_only", "random", "halton", "par", "raster", "zipar", "nar")
+_COMPARED = (
+    *("lpd", "lpd_near_only", "lpd_far_only", "random", "halton"),
+    *("checkerboard", "par", "raster", "zipar", "nar"),
+)
 _ANIMATED = ("lpd", "random", "nar")
 
 
@@ -57,13 +60,13 @@ def stats(args: argparse.Namespace) -> None:
     described, numbers = _orders(args), _numbers(args)
     spec = described.spec
     orders = spec.draw(numbers) if described.rows is None else described.rows[: len(numbers)]
-    measured = order_statistics(orders, spec.group_sizes, spec.grid, spec.repulsion_threshold)
+    measured = order_statistics(orders, spec.group_sizes, spec.grid, spec.largest_repulsion)
     h, w = spec.grid
     print(
         f"{args.lpd_order_file or args.order}: {h}×{w} tokens, {len(spec.group_sizes)} steps, {len(orders)} orders\n"
         "near context: share of a group's tokens with a known token among their 8 neighbours\n"
         "proximity: sum of 1/distance over these known neighbours\n"
-        f"close pairs: share of a group's pairs within Chebyshev distance {spec.repulsion_threshold}\n"
+        f"close pairs: share of a group's pairs within Chebyshev distance {spec.largest_repulsion}\n"
         "nearest: Euclidean distance to the nearest other token of the group\n"
         f"{'step':>6}{'tokens':>8}{'near context':>14}{'proximity':>11}{'close pairs':>13}{'nearest':>9}"
     )
@@ -127,7 +130,7 @@ def _parser() -> Parser:
     spec = Parser(add_help=False, parents=[size])
     steps = "decoding steps (default: 20 for 16×16 tokens, 48 for 32×32, else L / 12.8)"
     spec.add_argument("--steps", dest="generation_steps", metavar="STEPS", type=int, help=steps)
-    spec.add_config(OrderConfig, skip=("generation_steps", "order", "lpd_order_file"))
+    spec.add_config(OrderConfig, skip=("generation_steps", "order", "lpd_order_file", "schedule_file"))
     spec.add_argument("--seed", type=int, default=0, help="what the random numbers follow from")
 
     def command(run: Callable[[argparse.Namespace], None], parent: Parser, *flags: str) -> Callable:

@@ -84,12 +84,39 @@ def _mirrored_cells(numbers: np.ndarray, base: int, side: int) -> np.ndarray:
     return numerator * side // denominator
 
 
-FIXED_KINDS = ("halton", *_STEPS)
+def _checkerboard_order(grid: Grid) -> np.ndarray:
+    """Balanced progressive checkerboard (arXiv:2602.03811): every step is spread evenly over all quadtree cells.
+
+    Worked out from that property. The base-4 digits of a token's place in the order, the lowest first, are its
+    quadrants from the whole image down, opposite ones in turn. So any run of g places has g/4^k tokens, rounded up or
+    down, in each of the 4^k quadtree cells of level k, whatever the group sizes are. (It is the order of Bayer's
+    dither matrix.) Sides that are no powers of two are halved as evenly as they can be.
+    """
+    levels = (max(grid) - 1).bit_length()
+    rows, columns = _halves(grid[0], levels)[:, :, None], _halves(grid[1], levels)[:, None]
+    quadrants = 2 * (rows ^ columns) + rows  # 0 and 1 are opposite, 2 and 3 too
+    places = (quadrants << 2 * np.arange(levels)[:, None, None]).sum(0)
+    return np.argsort(places.ravel(), kind="stable")
+
+
+def _halves(side: int, levels: int) -> np.ndarray:
+    """In which half, 0 or 1, of a range halved again and again each of ``side`` numbers lies: (levels, side)."""
+    numbers, start, stop = np.arange(side), np.zeros(side, np.int64), np.full(side, side)
+    halves = np.zeros((levels, side), np.int64)
+    for half in halves:
+        middle = (start + stop + 1) // 2
+        half[:] = numbers >= middle
+        start, stop = np.where(half, middle, start), np.where(half, stop, middle)
+    return halves
+
+
+_SEQUENCES = {"halton": _halton_order, "checkerboard": _checkerboard_order}
+FIXED_KINDS = (*_SEQUENCES, *_STEPS)
 
 
 def fixed_order(kind: str, grid: Grid) -> np.ndarray:
     """The order of one of ``FIXED_KINDS``, the same for every image: int64 (L,)."""
-    return _halton_order(grid) if kind == "halton" else np.argsort(_STEPS[kind](grid), kind="stable")
+    return _SEQUENCES[kind](grid) if kind in _SEQUENCES else np.argsort(_STEPS[kind](grid), kind="stable")
 
 
 def random_orders(indices: np.ndarray, num_cells: int, seed: int) -> np.ndarray:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from orders.draw import ORDER_KINDS, Orders, OrderSpec, default_repulsion
-from orders.files import drawn_with, load_orders
+from orders.files import drawn_with, load_orders, load_schedule
 from orders.schedule import GridSize, grid_group_sizes, grid_shape, parse_group_sizes
 from util.config import check, setting
 from util.errors import UserError
@@ -23,6 +25,9 @@ class OrderConfig:
     )
     order: str = setting("lpd", "kind of the orders, drawn on the fly", choices=ORDER_KINDS)
     lpd_order_file: Path | None = setting(None, "file of orders instead of --order; image i uses order i")
+    schedule_file: Path | None = setting(
+        None, "file of scripts.find_schedule instead: group sizes, kind of the orders and thresholds"
+    )
     proximity_threshold: float = setting(1.0, "proximity that makes a position a candidate")
     repulsion_threshold: int | None = setting(None, "distance positions of a step keep (default: grid side / 8)")
 
@@ -33,6 +38,13 @@ class OrderConfig:
                 f"order {self.order!r} and the order file {self.lpd_order_file} exclude each other: the file decides "
                 "the orders; leave out one of them."
             )
+        if self.schedule_file is not None:
+            for name in ("group_sizes", "order", "lpd_order_file", "proximity_threshold", "repulsion_threshold"):
+                if getattr(self, name) != getattr(OrderConfig, name):
+                    raise UserError(
+                        f"{name} {getattr(self, name)} and the schedule file {self.schedule_file} exclude each other: "
+                        "the file decides it; leave out one of them."
+                    )
 
     def for_grid(self, grid_size: GridSize, seed: int, num_images: int = 0) -> Orders:
         """Schedule and orders on one grid, for images 0 … num_images − 1.
@@ -42,6 +54,8 @@ class OrderConfig:
                 another schedule or grid, or too short.
         """
         grid = grid_shape(grid_size)
+        if self.schedule_file is not None:
+            return Orders(load_schedule(self.schedule_file, grid, seed))
         if self.group_sizes is None:
             sizes = grid_group_sizes(grid, self.generation_steps)
         elif isinstance(self.group_sizes, str):
@@ -62,3 +76,29 @@ class OrderConfig:
         known = asdict(spec) if self.lpd_order_file is None else drawn_with(self.lpd_order_file)
         thresholds = ("proximity_threshold", "repulsion_threshold")
         return {"order": known.get("kind"), **{name: known.get(name) for name in thresholds}}
+
+
+def parse_shares(words: Sequence[str]) -> dict[str, float]:
+    """How often orders of each kind are taken, by kind: 0.5 and 0.5 for the words ``random:0.5 lpd:0.5``.
+
+    Raises:
+        UserError: unless they are different kinds with positive shares that sum to 1 (to within 1e-6).
+    """
+    shares: dict[str, float] = {}
+    for word in words:
+        kind, _, number = word.partition(":")
+        try:
+            share = float(number)
+        except ValueError:
+            share = math.nan
+        if kind not in ORDER_KINDS or not 0 < share <= 1:
+            raise UserError(
+                f"{word!r} must be a kind of order and its share above 0, such as lpd:0.5; the kinds are "
+                f"{', '.join(ORDER_KINDS)}."
+            )
+        if kind in shares:
+            raise UserError(f"the kind of order {kind!r} is given twice in {' '.join(words)!r}; give each once.")
+        shares[kind] = share
+    if abs(sum(shares.values()) - 1) > 1e-6:
+        raise UserError(f"the shares of {' '.join(words)!r} sum to {sum(shares.values()):g}; they must sum to 1.")
+    return shares

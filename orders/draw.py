@@ -20,7 +20,10 @@ from util.errors import UserError
 LPD_KINDS = ("lpd", "lpd_near_only", "lpd_far_only")
 
 #: Names of all orders, as the command lines' ``--order`` takes them.
-ORDER_KINDS: tuple[str, ...] = ("lpd", "raster", "random", "halton", "par", "zipar", "nar", *LPD_KINDS[1:])
+ORDER_KINDS: tuple[str, ...] = (
+    *("lpd", "raster", "random", "halton", "checkerboard", "par", "zipar", "nar"),
+    *LPD_KINDS[1:],
+)
 
 # Cells × orders of a chunk: its arrays fit a CPU's cache, or occupy a GPU.
 _CHUNK_CELLS = {"cpu": 1 << 19, "cuda": 1 << 24}
@@ -36,13 +39,17 @@ def default_repulsion(grid_size: GridSize) -> int:
 
 @dataclass(frozen=True)
 class OrderSpec:
-    """All that decides what order ``i`` is; checked on construction (``UserError``). See :func:`generate_orders`."""
+    """All that decides what order ``i`` is; checked on construction (``UserError``). See :func:`generate_orders`.
+
+    A threshold is one for all steps, or a tuple with one for each. A proximity threshold of None leaves proximity out:
+    ``lpd_far_only`` is ``lpd`` with None, ``lpd_near_only`` is ``lpd`` with proximity and repulsion thresholds of 0.
+    """
 
     kind: str
     grid: tuple[int, int]
     group_sizes: tuple[int, ...]
-    proximity_threshold: float
-    repulsion_threshold: int
+    proximity_threshold: float | tuple[float | None, ...] | None
+    repulsion_threshold: int | tuple[int, ...]
     seed: int
 
     def __post_init__(self) -> None:
@@ -54,12 +61,27 @@ class OrderSpec:
         object.__setattr__(self, "group_sizes", check_group_sizes(self.group_sizes, h * w))
         if self.kind in LPD_KINDS and self.group_sizes[0] != 1:
             raise UserError(f"order {self.kind!r} needs 1 as the first group size, got {self.group_sizes[0]}.")
-        if not math.isfinite(self.proximity_threshold):
-            raise UserError(f"proximity threshold {self.proximity_threshold} must be a finite number.")
-        if self.repulsion_threshold < 0 or self.repulsion_threshold != int(self.repulsion_threshold):
-            raise UserError(f"repulsion threshold {self.repulsion_threshold} must be a whole number, 0 or more.")
+        for proximity in self._of_steps(self.proximity_threshold, "proximity"):
+            if proximity is not None and not math.isfinite(proximity):
+                raise UserError(f"proximity threshold {proximity} must be a finite number.")
+        for repulsion in self._of_steps(self.repulsion_threshold, "repulsion"):
+            if repulsion < 0 or repulsion != int(repulsion):
+                raise UserError(f"repulsion threshold {repulsion} must be a whole number, 0 or more.")
         if not 0 <= self.seed < 1 << 63:
             raise UserError(f"seed {self.seed} must lie between 0 and 2^63 − 1.")
+
+    def _of_steps(self, threshold: Any, name: str) -> tuple[Any, ...]:
+        """A threshold for each step."""
+        steps = len(self.group_sizes)
+        thresholds = threshold if isinstance(threshold, tuple) else (threshold,) * steps
+        if len(thresholds) != steps:
+            raise UserError(f"{len(thresholds)} {name} thresholds are given for {steps} steps; give one for each.")
+        return thresholds
+
+    @property
+    def largest_repulsion(self) -> int:
+        """Of all steps."""
+        return max(self._of_steps(self.repulsion_threshold, "repulsion"))
 
     def draw(
         self, indices: np.ndarray, *, device: str = "cpu", workers: int | None = None, progress: bool = False
@@ -99,8 +121,10 @@ class OrderSpec:
             return fixed_order(self.kind, self.grid)
         if self.kind == "random":
             return random_orders(indices, self.grid[0] * self.grid[1], self.seed)
-        tau, rho = (0.0, 0) if self.kind == "lpd_near_only" else (self.proximity_threshold, self.repulsion_threshold)
-        rest = self.group_sizes, self.grid, tau, int(rho), self.seed, self.kind != "lpd_far_only"
+        fixed = {"lpd_near_only": (0.0, 0), "lpd_far_only": (None, self.repulsion_threshold)}
+        tau, rho = fixed.get(self.kind, (self.proximity_threshold, self.repulsion_threshold))
+        thresholds = self._of_steps(tau, "proximity"), tuple(map(int, self._of_steps(rho, "repulsion")))
+        rest = self.group_sizes, self.grid, *thresholds, self.seed
         if gpu is None:
             return lpd_orders(np, indices, *rest)
         import torch
@@ -124,6 +148,11 @@ class Orders:
         """Tokens per decoding step, summing to L."""
         return self.spec.group_sizes
 
+    def check_enough(self, count: int) -> None:
+        """UserError if these are the orders of a file that holds fewer."""
+        if self.rows is not None and len(self.rows) < count:
+            raise UserError(f"the file of orders holds {len(self.rows)}, too few: {count} are needed.")
+
     def of_images(self, numbers: Sequence[int] | np.ndarray) -> np.ndarray:
         """The orders of the images with these numbers, int16 (B, L)."""
         numbers = np.asarray(numbers, np.int64)
@@ -135,8 +164,8 @@ def generate_orders(
     num: int,
     group_sizes: Sequence[int],
     grid_size: GridSize,
-    proximity_threshold: float = 1.0,
-    repulsion_threshold: int | None = None,
+    proximity_threshold: float | tuple[float | None, ...] | None = 1.0,
+    repulsion_threshold: int | tuple[int, ...] | None = None,
     seed: int = 0,
     *,
     indices: Sequence[int] | np.ndarray | None = None,
@@ -157,9 +186,9 @@ def generate_orders(
         group_sizes: sizes that sum to L. The ``lpd`` kinds follow them and need 1 as the first.
         grid_size: side of a square grid, or (rows, columns); at most 128 per side.
         proximity_threshold: τ of ``lpd``: the proximity (Σ 1/distance over the selected of the eight neighbours) from
-            which a cell is a candidate.
+            which a cell is a candidate; None: all are, equally near. A tuple has one for each step.
         repulsion_threshold: ρ of ``lpd`` and ``lpd_far_only``: the Chebyshev distance within which the candidates of a
-            group exclude each other; :func:`default_repulsion` where it is None.
+            group exclude each other, or one for each step; :func:`default_repulsion` where it is None.
         seed: 0 … 2^63 − 1.
         indices: the ``num`` order numbers to draw, instead of 0 … num − 1: an evaluation process asks for its own.
         device: where the ``lpd`` kinds are computed: ``cpu`` (NumPy) or ``cuda[:k]`` (torch), with the same result,

@@ -31,6 +31,7 @@ TITLES = {
     "raster": "Raster",
     "random": "Random",
     "halton": "Halton (Halton-MaskGIT)",
+    "checkerboard": "Progressive checkerboard",
     "par": "Region-parallel (PAR)",
     "zipar": "Diagonal (ZipAR)",
     "nar": "From a corner (NAR)",
@@ -69,7 +70,7 @@ class SteppedOrder:
         near = np.lib.stride_tricks.sliding_window_view(np.pad(known, 1), (3, 3)).any(axis=(2, 3))
         cells = np.argwhere(now)
         distances = np.abs(cells[:, None] - cells[None]).max(axis=2)
-        pairs = np.argwhere(np.triu(distances <= self.spec.repulsion_threshold, 1))
+        pairs = np.argwhere(np.triu(distances <= self.spec.largest_repulsion, 1))
         return np.where(now, np.where(near, 2, 3), known), cells[pairs][:, :, ::-1]
 
 
@@ -111,7 +112,7 @@ def draw_comparison(path: Path, orders: Sequence[SteppedOrder]) -> None:
     Below are means over 400 orders of the kind. All have the same group sizes.
     """
     spec = orders[0].spec
-    sizes, (h, w), repulsion = spec.group_sizes, spec.grid, spec.repulsion_threshold
+    sizes, (h, w), repulsion = spec.group_sizes, spec.grid, spec.largest_repulsion
     # The first step that knows an eighth of the tokens: early enough for context to be scarce.
     step = min(len(sizes), int(np.searchsorted(np.cumsum(sizes), sum(sizes) / 8)) + 2)
     columns = min(3, len(orders))

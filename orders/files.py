@@ -1,5 +1,7 @@
 """Files of schedules, and of orders: as the published JSON, or in a binary form of half its size that loads at once.
 
+A file of one schedule with its order's kind and thresholds is JSON, as ``scripts.find_schedule`` writes it.
+
 The binary form is a safetensors file with one int16 tensor ``orders`` (num, L); its metadata says how the orders were
 drawn, so that a file for another grid or schedule is recognised. A JSON file is a list of lists of raster indices and
 has no room for that: it is written beside it, as ``NAME.json.settings``, and published names carry resolution and steps
@@ -10,7 +12,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from orders.schedule import GridSize, grid_shape
 from util.errors import UserError, reading
 from util.files import atomic_write, sha256, write_json
 
+SCHEDULE_FORMAT = "lpd-schedule"
 _SPEC = "settings"  # its key in the metadata and in the file beside a JSON file
 _FIRST, _NEXT = re.compile(r"\s*\[\s*(?=\[)"), re.compile(r"\s*,\s*(?=\[)")  # what stands before a list in a list
 _PUBLISHED_NAME = re.compile(r"res(\d+)_steps(\d+)(?:_repulsion(\d+))?\.(json|safetensors)")
@@ -81,7 +84,7 @@ def _not_a_permutation(path: Path, row: int, num_cells: int) -> str:
 def read_spec(path: Path) -> OrderSpec | None:
     """What the orders of a file were drawn with, if it or the file beside it says."""
     values = _recorded(path)
-    return OrderSpec(**values | {name: tuple(values[name]) for name in ("grid", "group_sizes")}) if values else None
+    return OrderSpec(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}) if values else None
 
 
 def drawn_with(path: Path) -> dict[str, Any]:
@@ -127,6 +130,34 @@ def save_orders(path: str | Path, orders: np.ndarray, spec: OrderSpec | None = N
             file.write(safetensors.numpy.save({"orders": np.ascontiguousarray(orders, np.int16)}, metadata))
     if path.suffix == ".json" and recorded:
         write_json(_beside(path), {_SPEC: recorded, "sha256": sha256(path)})
+
+
+def save_schedule(path: str | Path, spec: OrderSpec, found: Mapping[str, Any]) -> None:
+    """Write how orders are cut and drawn, whatever the seed, and how that was ``found``: plain data for the reader."""
+    fields = {name: value for name, value in asdict(spec).items() if name != "seed"}
+    write_json(path, {"format": SCHEDULE_FORMAT, **fields, "found": dict(found)})
+
+
+def load_schedule(path: str | Path, grid_size: GridSize, seed: int) -> OrderSpec:
+    """The orders with this seed that a file of :func:`save_schedule` describes.
+
+    Raises ``UserError``, naming the file, for another kind of file, another grid, or values out of range.
+    """
+    with reading("schedule file", path):
+        content = json.loads(Path(path).read_text())
+    known = ("kind", "grid", "group_sizes", "proximity_threshold", "repulsion_threshold")
+    if not isinstance(content, dict) or content.get("format") != SCHEDULE_FORMAT or set(known) - content.keys():
+        raise UserError(f"{path} is not a schedule file of scripts.find_schedule; a list goes to --group_sizes.")
+    h, w = grid_shape(grid_size)
+    if content["grid"] != [h, w]:
+        raise UserError(f"schedule file {path} is for grid {content['grid']}, but {[h, w]} is asked for.")
+    values = {name: tuple(v) if isinstance(v := content[name], list) else v for name in known}
+    try:
+        return OrderSpec(**values, seed=seed)
+    except TypeError:
+        raise UserError(f"schedule file {path} holds something other than numbers in its schedule.") from None
+    except UserError as error:
+        raise UserError(f"schedule file {path}: {error}") from None
 
 
 def _check_suffix(path: Path) -> None:

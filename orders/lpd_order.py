@@ -39,26 +39,28 @@ def lpd_orders(
     indices: Any,
     group_sizes: Sequence[int],
     grid: tuple[int, int],
-    proximity_threshold: float,
-    repulsion_threshold: int,
+    proximity_thresholds: Sequence[float | None],
+    repulsion_thresholds: Sequence[int],
     seed: int,
-    use_proximity: bool = True,
 ) -> Any:
     """The orders of these numbers, int16 (N, L), on the device of ``indices`` (N,), int64.
 
-    ``group_sizes`` starts with 1 and sums to L. Without ``use_proximity`` all cells count as equally close. The
-    arguments are taken as valid; :func:`orders.generate_orders` is the checked way in.
+    ``group_sizes`` starts with 1 and sums to L; the thresholds are those of each step. Where a proximity threshold is
+    None, all cells count as equally close. The arguments are taken as valid; :func:`orders.generate_orders` is the
+    checked way in.
     """
-    batch = _Batch(xp, len(indices), grid, repulsion_threshold, indices.device)
-    threshold = closeness(proximity_threshold) if use_proximity else 0
+    batch = _Batch(xp, len(indices), grid, max(repulsion_thresholds), indices.device)
     states = order_states(indices, seed)
     batch.orders[0] = uniform_cells(sub_states(states, 0), grid[0] * grid[1])
     batch.select(0, 1)
     first = 1
-    for step, size in enumerate(group_sizes[1:], 1):
-        levels = batch.closeness() if use_proximity else xp.zeros_like(batch.selected)
-        batch.rank(levels, threshold, sub_states(states, step))
-        batch.fill(first, size, batch.walk(first, size))
+    steps = zip(group_sizes, proximity_thresholds, repulsion_thresholds, strict=True)
+    for step, (size, proximity, repulsion) in enumerate(steps):
+        if step == 0:
+            continue
+        levels = xp.zeros_like(batch.selected) if proximity is None else batch.closeness()
+        batch.rank(levels, 0 if proximity is None else closeness(proximity), sub_states(states, step))
+        batch.fill(first, size, batch.walk(first, size, repulsion))
         batch.select(first, size)
         first += size
     return batch.orders.T
@@ -70,7 +72,7 @@ class _Batch:
     def __init__(self, xp: Any, num: int, grid: tuple[int, int], radius: int, device: Any) -> None:
         self.xp, self.num, (self.h, self.w) = xp, num, grid
         h, w, cells = self.h, self.w, self.h * self.w
-        self.radius = radius = min(radius, max(h, w) - 1)
+        self.radius = radius = min(radius, max(h, w) - 1)  # the largest of all steps
         self.ties = TieKeys(xp, cells, _TIE_BITS, device)
 
         def zeros(*shape: int, dtype: Any) -> Any:
@@ -87,8 +89,7 @@ class _Batch:
         self.numbers = xp.arange(num, dtype=xp.int64, device=device)
         self.rows = xp.arange(h, dtype=xp.int16, device=device)[:, None]
         self.cols = xp.arange(w, dtype=xp.int16, device=device)[:, None]
-        side = xp.arange(2 * radius + 1, dtype=xp.int64, device=device)
-        self.window = (side[:, None] * (w + 2 * radius) + side).reshape(-1, 1) * num + self.numbers
+        self._windows: dict[int, Any] = {}
         self._memory = {
             "keys": zeros(cells * num, dtype=xp.int32),
             "squares": zeros(cells * num, dtype=xp.int16),
@@ -143,10 +144,20 @@ class _Batch:
         self.keys[...] = candidates
         self.keys *= self.ranks
 
-    def walk(self, first: int, size: int) -> Any:
+    def window(self, radius: int) -> Any:
+        """What lies within ``radius`` of cell 0, as places in ``padded_keys``: ((2·radius + 1)², N)."""
+        radius = min(radius, self.radius)
+        if radius not in self._windows:
+            xp = self.xp
+            side = xp.arange(2 * radius + 1, dtype=xp.int64, device=self.numbers.device) + (self.radius - radius)
+            places = (side[:, None] * (self.w + 2 * self.radius) + side).reshape(-1, 1)
+            self._windows[radius] = places * self.num + self.numbers
+        return self._windows[radius]
+
+    def walk(self, first: int, size: int, radius: int) -> Any:
         """Take candidates, the closest first, that repel none taken before; returns how many were taken, (N,)."""
         xp = self.xp
-        keys = self.padded_keys.reshape(-1)
+        keys, window = self.padded_keys.reshape(-1), self.window(radius)
         counts = xp.zeros_like(self.numbers)
         for position in range(first, first + size):
             best = xp.amax(self.keys, axis=(0, 1))
@@ -156,7 +167,7 @@ class _Batch:
             cell = best & self.ties.index_mask  # 0 without candidates: clears that window, to no effect
             self.orders[position] = cell
             counts += found
-            keys[self.window + (cell + cell // self.w * (2 * self.radius)) * self.num] = 0
+            keys[window + (cell + cell // self.w * (2 * self.radius)) * self.num] = 0
         return counts
 
     def fill(self, first: int, size: int, counts: Any) -> None:

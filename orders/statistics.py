@@ -64,3 +64,52 @@ def order_statistics(
             nearest = np.where(itself, np.inf, np.hypot(dy, dx)).min(axis=2)
             sums[2:, step] += [close.sum() / (size * (size - 1)), nearest.mean(1).sum()]
     return OrderStatistics(*(sums / len(orders)))
+
+
+@dataclass(frozen=True)
+class ContextStatistics:
+    """Means over the orders for each of the n steps, float64 (n,); NaN where nothing is known yet."""
+
+    known: np.ndarray
+    """Share of the grid's cells that are known before the step."""
+    known_neighbours: np.ndarray
+    """Share of the eight neighbours (as far as the grid has them) of the group's cells that are known."""
+    nearest_known: np.ndarray
+    """Mean Euclidean distance of the group's cells to the nearest known cell."""
+    clustering: np.ndarray
+    """:func:`clustering` of the known cells: about ``known`` where they lie at random."""
+
+
+def _neighbours(grid_size: GridSize) -> np.ndarray:
+    """Which cells are among the eight neighbours of which: each row, of a cell, sums to 1; (L, L)."""
+    h, w = grid_shape(grid_size)
+    rows, cols = np.divmod(np.arange(h * w), w)
+    far = np.maximum(*(np.abs(x[:, None] - x[None, :]) for x in (rows, cols)))
+    return (far == 1) / np.maximum((far == 1).sum(1, keepdims=True), 1)
+
+
+def clustering(known: np.ndarray, grid_size: GridSize) -> np.ndarray:
+    """Mean share of the neighbours of known cells that are known: bool (N, L) to float64 (N,); NaN where none is."""
+    with np.errstate(invalid="ignore"):
+        return (known * (known @ _neighbours(grid_size).T)).sum(1) / known.sum(1)
+
+
+def context_statistics(orders: np.ndarray, group_sizes: Sequence[int], grid_size: GridSize) -> ContextStatistics:
+    """What is known when the groups of orders (num, L) are generated; num ≥ 1, the group sizes sum to L."""
+    h, w = grid_shape(grid_size)
+    rows, cols = np.divmod(np.arange(h * w), w)
+    apart = np.hypot(rows[:, None] - rows[None, :], cols[:, None] - cols[None, :])
+    share_of = _neighbours(grid_size).T
+    known = np.zeros((len(orders), h * w), bool)
+    nearest = np.full(known.shape, np.inf)  # distance of every cell to the nearest known one
+    images, first, measured = np.arange(len(orders))[:, None], 0, []
+    for size in group_sizes:
+        group = orders[:, first : first + size].astype(np.int64)
+        share = (known @ share_of)[images, group].mean()
+        distance = nearest[images, group].mean() if first else np.nan
+        measured.append((first / (h * w), share, distance, clustering(known, grid_size).mean()))
+        known[images, group] = True
+        first += size
+        for cells in group.T:
+            np.minimum(nearest, apart[cells], out=nearest)
+    return ContextStatistics(*np.array(measured).T)

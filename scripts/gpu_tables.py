@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.recipes import EVAL_RECIPES, EXPECTED
-from experiments.cifar10 import report
+from experiments.cifar10.report import REPORT
 from util.errors import UserError
 from util.files import atomic_write, write_json
 
@@ -75,7 +75,7 @@ def publish(folder: Path, name: str, root: Path) -> None:
         with atomic_write(results / f"kernels_{name}.txt") as file:
             file.write(b"\n".join(tables))
     if photos:
-        report.publish(folder / "photos" / "report", name, root)
+        REPORT.publish(folder / "photos" / "report", name, root)
     readme = root / "README.md"
     text = readme.read_text()
     for mark, table in (("status", status(published, summary["device"])), *blocks(groups, name, kernels)):

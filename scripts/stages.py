@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from engine.scoring.features import INCEPTION
@@ -131,6 +132,8 @@ def train_and_judge(
     flags: Mapping[str, Sequence[str]],
     chosen: Collection[str] = TRAINING_STAGES,
     inception: Path | None = None,
+    trainings: Mapping[str, Sequence[str]] = MappingProxyType({"lpd": ()}),
+    validation: str | None = None,
 ) -> None:
     """From images to a tokenizer, codes, a classifier as judge, statistics, scores of real images, and an LPD.
 
@@ -138,29 +141,38 @@ def train_and_judge(
 
     Args:
         train, test: images, as every command's --data_path takes them.
-        reference: `train` or `test`, against which images are scored; `floors/` gets the scores of the other one and
-            of what the tokenizer makes of `test`.
+        reference: images against which others are scored, `train` and `test` among them; `floors/` gets the scores of
+            `test` (of `train`, where `test` is the reference) and of what the tokenizer makes of `test`.
         common: flags of all commands.
         flags: further flags of a stage's command, by stage.
         chosen: stages to run.
         inception: its weights; statistics and scores in its features are made as well then.
+        trainings: further flags of each LPD training, by the name of its folder.
+        validation: images whose loss is measured while an LPD is trained.
     """
     tokenizer, classifier = out / "tokenizer" / "tokenizer.pt", out / "classifier.pt"
 
     def run(
-        stage: str, *words: str | Path, name: str = "", output: Path | None = None, stoppable: bool = False
+        stage: str,
+        *words: str | Path,
+        name: str = "",
+        output: Path | None = None,
+        stoppable: bool = False,
+        more: Sequence[str] = (),
     ) -> None:
         if stage in chosen:
-            words = (*words, *common, *flags.get(stage, ()))
+            words = (*words, *common, *flags.get(stage, ()), *more)
             stages.command(name or stage, *words, output=output, stoppable=stoppable)
 
     run(
         "tokenizer", "-m", "tokenizers.train", "--data_path", train, "--output_dir", tokenizer.parent, stoppable=True
     )  # fmt: skip
-    run(
-        "codes", "main_cache.py", "--data_path", train, "--vqgan_path", tokenizer, "--cached_path", out / "codes",
-        stoppable=True,
-    )  # fmt: skip
+    caches = {out / "codes": train} | ({out / "codes_validation": validation} if validation is not None else {})
+    for cache, images in caches.items():
+        run(
+            "codes", "main_cache.py", "--data_path", images, "--vqgan_path", tokenizer, "--cached_path", cache,
+            name=cache.name, stoppable=True,
+        )  # fmt: skip
     run(
         "classifier", "-m", "engine.classifier", "--data_path", train, "--test_path", test, "--output", classifier
     )  # fmt: skip
@@ -175,10 +187,12 @@ def train_and_judge(
         made = out / f"{name}.npz"
         words = ("-m", "engine.metrics", *extractor)
         run("reference", *words, "--data_path", reference, "--output", made, name=f"{name} statistics")
-        for floor, images in floors.items():
+        for floor, shown in floors.items():
             output = out / "floors" / f"{name}_{floor}.json"
-            run("floors", *words, *images, "--reference_statistics", made, name=f"floor {name} {floor}", output=output)
-    run(
-        "lpd", "main_lpd.py", "--use_cached", "--cached_path", out / "codes", "--vqgan_path", tokenizer,
-        "--output_dir", out / "lpd", stoppable=True,
-    )  # fmt: skip
+            run("floors", *words, *shown, "--reference_statistics", made, name=f"floor {name} {floor}", output=output)
+    measured = ("--val_cached_path", str(out / "codes_validation")) if validation is not None else ()
+    for name, words in trainings.items():
+        run(
+            "lpd", "main_lpd.py", "--use_cached", "--cached_path", out / "codes", "--vqgan_path", tokenizer,
+            "--output_dir", out / name, *measured, name=name, stoppable=True, more=words,
+        )  # fmt: skip

@@ -115,7 +115,8 @@ class _Evaluation:
     def _fingerprint(self) -> str:
         """What the images and features depend on: only an evaluation with the same one is resumed."""
         free = ("output_dir", "eval_bsz", "reference_statistics", "inception_path", "speed_runs", "generation_steps")
-        asked = util.config.record(self.config) | {"group_sizes": list(self.orders.group_sizes)}
+        free = (*free, "schedule_file")  # which is what the orders' spec says
+        asked = util.config.record(self.config) | {"orders": asdict(self.orders.spec)}
         depends_on = {name: value for name, value in asked.items() if name not in free}
         depends_on["lpd_order_file"] = self.order_file_sha256
         depends_on["feature_extractor"] = self.extractor and self.extractor.weights_hash
@@ -137,7 +138,7 @@ class _Evaluation:
         )
         with bar, ThreadPoolExecutor() as pool:
             for turn, made in enumerate(self._make(batches[dist.rank :: dist.world_size], pool)):
-                self.partial.add(made)
+                self.partial.add(made.arrays())
                 bar.update(sum(map(len, batches[turn * dist.world_size : (turn + 1) * dist.world_size])))
         dist.barrier()
         self.made, self.wall_sec = len(missing), time.perf_counter() - start_time

@@ -1,4 +1,4 @@
-"""What an evaluation has finished so far, on disk: a killed run is resumed from it by any number of processes.
+"""What has been finished of many images so far, on disk: a killed run is resumed by any number of processes.
 
 Each process appends files that are whole or absent; together they say which images are done. Nothing depends on which
 process made which image, so another batch size or number of processes may finish the run.
@@ -35,13 +35,18 @@ class BatchResult:
     timed_images: int  # 0 for a warm-up batch
     timed_sec: float
 
+    def arrays(self) -> dict[str, NDArray]:
+        """For :meth:`PartialResults.add`."""
+        arrays = {name: torch.as_tensor(getattr(self, name)).cpu().numpy() for name in ARRAYS}
+        return {"timing": np.array([[self.timed_images, self.timed_sec]]), **arrays}
+
 
 @dataclass
 class PartialResults:
-    """The part files of one evaluation in ``folder``."""
+    """The part files of one evaluation in ``folder``; each holds the ``indices`` of its images, and other arrays."""
 
     folder: Path
-    _pending: list[BatchResult] = field(default_factory=list)
+    _pending: list[dict[str, NDArray]] = field(default_factory=list)
     _last_save: float = field(default_factory=time.monotonic)
 
     def files(self) -> list[Path]:
@@ -51,8 +56,9 @@ class PartialResults:
         """Numbers of the finished images, sorted."""
         return np.sort(read_parts(self.files(), "indices")) if self.files() else np.empty(0, np.int64)
 
-    def add(self, batch: BatchResult) -> None:
-        self._pending.append(batch)
+    def add(self, arrays: dict[str, NDArray]) -> None:
+        """Arrays of the same names each time, which are concatenated; ``indices`` (B,) are those of finished images."""
+        self._pending.append(arrays)
 
     def due(self) -> bool:
         """Whether it is time to save."""
@@ -61,9 +67,9 @@ class PartialResults:
     def save(self) -> None:
         """Write what was added since the last save as one file."""
         if self._pending:
-            arrays: dict[str, Any] = {"timing": np.array([[b.timed_images, b.timed_sec] for b in self._pending])}
-            for name in ARRAYS:
-                arrays[name] = np.concatenate([torch.as_tensor(getattr(batch, name)).cpu() for batch in self._pending])
+            arrays: dict[str, Any] = {
+                name: np.concatenate([added[name] for added in self._pending]) for name in self._pending[0]
+            }
             # Every image is generated once, so its number makes the name unique among processes and restarts.
             with atomic_write(self.folder / f"part_{arrays['indices'][0]:08}.npz") as file:
                 np.savez(file, **arrays)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from engine.run_config import RunConfig
 from engine.training.trackers import TrackerConfig
+from orders.config import parse_shares
 from util.config import check, part, setting
 from util.errors import UserError
 from util.lr_sched import LR_SCHEDULES
@@ -27,6 +28,10 @@ class DataConfig:
     use_cached: bool = setting(False, "train on the codes in --cached_path instead of images")
     cached_path: Path | None = setting(None, "code cache made by main_cache.py")
     skip_broken: bool = setting(False, "leave out images that cannot be read")
+    val_path: Path | None = setting(
+        None, "images that are not trained on, like --data_path: their loss is measured during training (val_loss)"
+    )
+    val_cached_path: Path | None = setting(None, "a code cache of such images instead")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +65,10 @@ class TrainConfig(RunConfig):
     group_sizes_list: Path | None = setting(
         None, "JSON file with a list of schedules to draw from (default: the published ones of the resolution)"
     )
+    train_orders: tuple[str, ...] = setting(
+        ("random:1",),
+        "kinds of training orders and their shares, such as random:0.5 lpd:0.5 (default: random:1, as published)",
+    )
     attention: str = setting("auto", "flex needs a GPU; auto: flex where it can be used", choices=ATTENTIONS)
     compile: bool | None = setting(None, "compile the training step (default: on a GPU, not on a CPU)")
     fsdp: bool = setting(False, "shard weights and optimizer over the processes (FSDP2): less memory")
@@ -71,6 +80,9 @@ class TrainConfig(RunConfig):
     keep_last: int = setting(2, "newest checkpoints to keep, should the last one get damaged", at_least=1)
     save_intermediate_freq: int = setting(0, "epochs between checkpoints that are kept; 0: none", at_least=0)
     online_eval: bool = setting(False, "evaluate during training and at its end")
+    val_freq: int = setting(
+        1, "epochs between measurements of the validation loss, after the last as well; 0: only then", at_least=0
+    )
     eval_freq: int = setting(40, "epochs between evaluations with --online_eval; 0: only at the end", at_least=0)
     sample_freq: int = setting(0, "epochs between pictures of the same samples; 0: none", at_least=0)
     max_steps: int = setting(
@@ -80,6 +92,7 @@ class TrainConfig(RunConfig):
 
     def __post_init__(self) -> None:
         check(self)
+        parse_shares(self.train_orders)
         if self.warmup_epochs is None:
             object.__setattr__(self, "warmup_epochs", self.epochs / 9)
         if self.lr_decay_start_epoch is None:

@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from engine.config import Config
 from engine.recipes import TOKENIZER
+from engine.training.config import DataConfig
 from tokenizers import VQModel, picture_size
 from util.data.codes import CodeDataset, open_codes
 from util.data.images import ImageDataset, open_images
 from util.errors import UserError
 from util.files import sha256
+
+logger = logging.getLogger(__name__)
 
 # What the published cache layout, which has no header, was made with.
 PUBLISHED_STRIDE, PUBLISHED_VOCAB = 16, 16384
@@ -56,6 +62,54 @@ def open_dataset(
             "a cache of the published one, or your tokenizer as --vqgan_path."
         )
     return dataset
+
+
+def open_validation(
+    data: DataConfig,
+    training_data: CodeDataset | ImageDataset,
+    codes: CodeGeometry,
+    tokenizer: VQModel | None,
+    tokenizer_sha256: str | None,
+) -> CodeDataset | ImageDataset | None:
+    """The images, or their codes, that --val_path or --val_cached_path names, or None; labels as in the training data.
+
+    Raises:
+        UserError: where both are given, they cannot be read, or do not fit the training data.
+    """
+    path = data.val_cached_path or data.val_path
+    if path is None:
+        return None
+    if data.val_cached_path is None:
+        assert tokenizer is not None
+        dataset: CodeDataset | ImageDataset = open_images(path, codes.img_size, data.skip_broken)
+    elif data.val_path is not None:
+        raise UserError("--val_path and --val_cached_path are the same images in two forms; give one of them.")
+    else:
+        dataset = open_codes(path, img_size=codes.img_size, tokenizer_hash=tokenizer_sha256)
+        if (found := code_geometry(dataset, None)) != codes:
+            raise UserError(
+                f"cache {path} was made with another tokenizer (stride {found.stride}, {found.vocab_size} codes) than "
+                f"the training data (stride {codes.stride}, {codes.vocab_size} codes)."
+            )
+        dataset.vocab_size = codes.vocab_size
+    classes = training_data.classes
+    if unknown := sorted(set(dataset.classes) - set(classes)):
+        raise UserError(
+            f"{path} has classes that are not trained on ({', '.join(unknown[:3])}{', …' if unknown[3:] else ''}); "
+            "its class names must be among those of the training data."
+        )
+    dataset.labels = np.array([classes.index(name) for name in dataset.classes], np.int64)[dataset.labels]
+    images = _images_of(dataset)
+    if images is not None and images == _images_of(training_data):
+        logger.warning("%s holds the images that are trained on: its loss can't show overfitting", path)
+    return dataset
+
+
+def _images_of(dataset: CodeDataset | ImageDataset) -> tuple[str, str] | None:
+    """What tells the images of a data set from others, as a code cache records it; None where nothing does."""
+    if isinstance(dataset, ImageDataset):
+        return dataset.source, dataset.fingerprint()
+    return None if dataset.header is None else (dataset.header.source, dataset.header.source_sha256)
 
 
 def code_geometry(dataset: CodeDataset | ImageDataset, tokenizer: VQModel | None) -> CodeGeometry:

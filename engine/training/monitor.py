@@ -57,6 +57,7 @@ class Monitor:
     step, epoch, loss, lr, grad_norm (means since the line before, but for lr), images_per_sec (all processes, without
     evaluations), sec_per_step, data_wait_share (of the time, spent waiting for the loader), and on a GPU
     peak_memory_gib (of the run so far) and bf16_peak_share (of the data sheet's FLOP/s; left out for unknown GPUs).
+    What is measured for a line besides stands in it too: val_loss, and with a moving average val_loss_ema.
 
     Args:
         flops_per_image: to train on one image (:func:`models.flops.training_flops`).
@@ -117,8 +118,11 @@ class Monitor:
         self._norms.append(norm.double())
         self._bar.update()
 
-    def report(self, lr: float) -> None:
+    def report(self, lr: float, measure: Callable[[], dict[str, float]] | None = None) -> None:
         """Write a line about the steps since the last one; called by all processes after the same step.
+
+        Args:
+            measure: gives more figures for the line; its time doesn't count.
 
         Raises:
             FloatingPointError: on all processes, if a loss or a gradient was not finite.
@@ -141,6 +145,10 @@ class Monitor:
             shown["peak"] = f"{values['bf16_peak_share']:.0%}"
         if self._dist.device.type == "cuda":
             values["peak_memory_gib"] = round(torch.cuda.max_memory_allocated(self._dist.device) / 2**30, 2)
+        if measure is not None:
+            measured = measure()
+            values |= measured
+            shown |= {name: f"{value:.4f}" for name, value in measured.items()}
         self._bar.set_postfix(shown, refresh=False)
         if self._dist.is_main:
             self._write(values)

@@ -18,15 +18,18 @@ from engine.evaluation.inputs import EvalInputs, open_inputs
 from engine.hub.remote import choose_tokenizer, choose_weights, own_tokenizer
 from engine.model_choice import check_tokenizer, class_names, load_pretrained
 from engine.named_files import TOKENIZER_MISSING, check_files, find_run, local_file
+from engine.training.batch import OrderMixture
 from engine.training.config import TrainConfig
-from engine.training.data import code_geometry, open_dataset
+from engine.training.data import code_geometry, open_dataset, open_validation
 from engine.training.resume import load_resumable
 from engine.training.sample_grid import SampleGrid
 from engine.training.step import choose_attention
 from engine.training.trackers import Tracker
 from engine.training.trainer import Trainer
+from engine.training.validation import Validation
 from models.lpd import LPD, LPDConfig, load_weights
 from orders import published_group_sizes, read_schedules
+from orders.config import parse_shares
 from tokenizers import VQModel, load_tokenizer
 from util.checkpoint import load_checkpoint, load_newest
 from util.config import record
@@ -64,6 +67,7 @@ class PreparedTraining:
     dist: Dist
     model_config: LPDConfig
     dataset: CodeDataset | ImageDataset
+    validation: CodeDataset | ImageDataset | None
     steps_per_epoch: int
     schedules: Sequence[Sequence[int]]
     tokenizer: VQModel | None  # where images are encoded or decoded
@@ -85,6 +89,16 @@ class PreparedTraining:
                 logger.info("resuming from %s, step %d", start.path, start_step)
             else:
                 start.content.clear()
+        validate = None
+        if self.validation is not None:
+            validate = Validation(
+                self.validation,
+                self.schedules,
+                self.dist,
+                tokenizer=self.tokenizer,
+                bf16=self.training.bf16,
+                num_workers=self.training.num_workers,
+            )
         trackers: list[Tracker] = []
         if self.dist.is_main:
             trackers = self.training.trackers.open(self.config.output_dir, start_step, record(self.config))
@@ -103,6 +117,7 @@ class PreparedTraining:
                     "tokenizer_sha256": self.tokenizer_sha256,
                 },
                 evaluate=partial(self._evaluate, start_step, trackers) if self.eval_inputs is not None else None,
+                validate=validate,
                 draw_grid=self.draw_grid,
                 trackers=trackers,
             ).run()
@@ -144,7 +159,9 @@ def prepare_training(config: Config, dist: Dist, lock: FolderLock) -> PreparedTr
     if config.model.new_classes and config.pretrained_ckpt is None:
         raise UserError("--new_classes needs --pretrained_ckpt, the checkpoint whose other weights are kept.")
     check_files(config)
-    needs_tokenizer = not config.data.use_cached or training.online_eval or training.sample_freq > 0
+    data = config.data
+    reads_images = not data.use_cached or (data.val_path is not None and data.val_cached_path is None)
+    needs_tokenizer = reads_images or training.online_eval or training.sample_freq > 0
     tokenizer_path = config.vqgan_path or (own_tokenizer(config.pretrained_ckpt) if needs_tokenizer else None)
     download, tokenizer_file = not config.dry_run, None
     if tokenizer_path is not None:
@@ -161,6 +178,7 @@ def prepare_training(config: Config, dist: Dist, lock: FolderLock) -> PreparedTr
     codes = code_geometry(dataset, tokenizer)
     if isinstance(dataset, CodeDataset) and dataset.header is not None and tokenizer_file is None:
         tokenizer_sha256 = dataset.header.tokenizer_sha256
+    validation = open_validation(data, dataset, codes, tokenizer, tokenizer_sha256)
     resumed = start is not None and start.resumed
     if start is not None:
         check_tokenizer(start.content, start.path, tokenizer_sha256)
@@ -192,6 +210,7 @@ def prepare_training(config: Config, dist: Dist, lock: FolderLock) -> PreparedTr
         dist=dist,
         model_config=model_config,
         dataset=dataset,
+        validation=validation,
         steps_per_epoch=sampler.steps_per_epoch,
         schedules=_schedules(training, model_config),
         tokenizer=tokenizer,
@@ -203,10 +222,13 @@ def prepare_training(config: Config, dist: Dist, lock: FolderLock) -> PreparedTr
 
 
 def _schedules(training: TrainConfig, model: LPDConfig) -> list[tuple[int, ...]]:
-    """The schedules of group sizes to draw from."""
+    """The schedules of group sizes to draw from, which the kinds of training orders can follow."""
     if training.group_sizes_list is None:
-        return published_group_sizes(model.img_size, model.stride)
-    return read_schedules(training.group_sizes_list, model.num_tokens)
+        schedules = published_group_sizes(model.img_size, model.stride)
+    else:
+        schedules = read_schedules(training.group_sizes_list, model.num_tokens)
+    OrderMixture(parse_shares(training.train_orders), model.grid_size, schedules, training.seed)
+    return schedules
 
 
 def _resumed(config: Config, training: TrainConfig, dist: Dist) -> StartingPoint | None:

@@ -193,14 +193,18 @@ class TrainStep:
         elif "model_ema" in checkpoint:
             logger.warning("the moving average of the weights ends here: --ema is off, though the checkpoint holds one")
 
-    def evaluation_model(self) -> LPD:
+    def evaluation_model(self, average: bool = True) -> LPD:
         """The model to evaluate and to draw samples with: the moving average if there is one, never sharded.
 
         To be called on all processes.
+
+        Args:
+            average: if false, the weights themselves in any case.
         """
-        if self.ema is None and not self.config.fsdp:
+        ema = self.ema if average else None
+        if ema is None and not self.config.fsdp:
             return self.model
-        state = self.model.state_dict() if self.ema is None else self.ema.average
+        state = self.model.state_dict() if ema is None else ema.average
         with torch.device("meta"):
             model = LPD(self.model.config)
         model.load_state_dict({name: full_tensor(value.detach()) for name, value in state.items()}, assign=True)

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from engine.training.batch import Part, codes_of, draw_samples
+from engine.training.batch import OrderMixture, Part, codes_of, draw_samples
 from engine.training.checkpoint_writer import CheckpointWriter
 from engine.training.config import TrainConfig
 from engine.training.monitor import Monitor
@@ -28,6 +28,7 @@ from engine.training.stop import StopRequest
 from engine.training.trackers import Tracker
 from models.flops import training_flops
 from models.lpd import LPD
+from orders.config import parse_shares
 from tokenizers import VQModel
 from util.data.codes import CodeDataset
 from util.data.images import ImageDataset
@@ -41,9 +42,10 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer:
-    """One run, from its first step or a checkpoint to its end, on uniformly random orders (paper, section 3.2).
+    """One run, from its first step or a checkpoint to its end.
 
-    A schedule of group sizes is drawn per step. Rank 0 writes `checkpoint-last.pth` (and what it was before,
+    A schedule of group sizes is drawn per step; orders are uniformly random (paper, section 3.2), or what
+    `config.train_orders` says. Rank 0 writes `checkpoint-last.pth` (and what it was before,
     `checkpoint-last-1.pth` …), `checkpoint-<epoch>.pth`, `metrics.jsonl` and `samples/` into the output folder.
 
     Args:
@@ -55,6 +57,9 @@ class Trainer:
         metadata: plain data stored in every checkpoint (flags, class names, tokenizer hash).
         evaluate: called as (model, epoch) every `eval_freq` epochs and after the last, on all processes; once more when
             a run is resumed just there, since it may have been killed in the middle.
+        validate: called as (model) at the end of every `val_freq` epochs and of the last, on all processes; the loss
+            that it returns is `val_loss` of the epoch's line in `metrics.jsonl`, that of the moving average (where
+            there is one) `val_loss_ema`.
         draw_grid: called as (model) every `sample_freq` epochs, on all processes; rank 0 returns the picture to keep.
         trackers: get what `metrics.jsonl` and the folder `samples` get, on rank 0.
 
@@ -75,11 +80,13 @@ class Trainer:
         resume: dict[str, Any] | None = None,
         metadata: dict[str, Any] | None = None,
         evaluate: Callable[[LPD, int], None] | None = None,
+        validate: Callable[[LPD], float] | None = None,
         draw_grid: Callable[[LPD], Image.Image | None] | None = None,
         trackers: Sequence[Tracker] = (),
     ) -> None:
         self.model, self.dataset, self.schedules, self.config, self.dist = model, dataset, schedules, config, dist
         self.metadata, self.evaluate, self.draw_grid, self.trackers = metadata or {}, evaluate, draw_grid, trackers
+        self.validate = validate
         self.encoder = None if isinstance(dataset, CodeDataset) else tokenizer
         self.global_batch = config.global_batch(dist.world_size)
         # What the number of a step means; a checkpoint counts its steps in these.
@@ -89,6 +96,8 @@ class Trainer:
         self.last_step = min(self.total_steps, config.max_steps or self.total_steps)
         self.peak_lr = config.peak_lr(dist.world_size)
         self.min_lr = min(config.min_lr, self.peak_lr)
+        shares = parse_shares(config.train_orders)
+        self.orders = OrderMixture(shares, model.config.grid_size, schedules, config.seed)
         self.train_step = TrainStep(model, config, dist)
         self.start_step = 0 if resume is None else self._load(resume)
 
@@ -113,6 +122,7 @@ class Trainer:
                 f"--epochs is {self.config.epochs}, but the checkpoint was saved after "
                 f"{start_step / self.steps_per_epoch:.4g} epochs; give more epochs or another --output_dir."
             )
+        self._warn_of_other_orders(checkpoint.get("args") or {})
         self._warn_of_another_learning_rate(checkpoint.get("args") or {})
         self.train_step.load(checkpoint)
         checkpoint.clear()
@@ -130,6 +140,13 @@ class Trainer:
         if changed:
             kept = " ".join(f"--{name} {earlier[name]}" for name in changed)
             logger.warning("until now this run had another learning rate; to keep it, give: %s", kept)
+
+    def _warn_of_other_orders(self, earlier: dict[str, Any]) -> None:
+        before = tuple(earlier.get("train_orders", self.config.train_orders))
+        if before != self.config.train_orders:
+            logger.warning(
+                "until now this run had other orders; to keep them, give: --train_orders %s", " ".join(before)
+            )
 
     def run(self) -> int | None:
         """Train to the end.
@@ -203,9 +220,11 @@ class Trainer:
         draws = np.random.default_rng([self.config.seed, step])
         group_sizes = self.schedules[int(draws.integers(len(self.schedules)))]
         torch.manual_seed(int(draws.integers(2**62)) + self.dist.rank)  # dropout
-        self.monitor.add(*self.train_step(self._parts(step, data, labels), group_sizes, lr))
+        self.monitor.add(*self.train_step(self._parts(step, data, labels, group_sizes), group_sizes, lr))
 
-    def _parts(self, step: int, data: list[torch.Tensor], labels: torch.Tensor) -> Iterator[Part]:
+    def _parts(
+        self, step: int, data: list[torch.Tensor], labels: torch.Tensor, group_sizes: Sequence[int]
+    ) -> Iterator[Part]:
         """This process's samples of a step, a contiguous share of the global batch, in parts."""
         config, model = self.config, self.model.config
         first = self.dist.rank * len(labels)
@@ -216,7 +235,7 @@ class Trainer:
                 config.seed, step, rows, model.num_tokens, config.flip_prob, model.label_drop_prob, self.dist.device
             )
             codes = codes_of([tensor[part] for tensor in data], flip, self.encoder)
-            yield codes, labels[part], orders, label_drop
+            yield codes, labels[part], self.orders.mix(orders, step, rows, group_sizes), label_drop
 
     def _after_step(self, done: int, lr: float) -> bool:
         """Report, save and evaluate what is due after `done` steps; whether a signal ends the run here."""
@@ -224,7 +243,7 @@ class Trainer:
         saving = finished or stopping or self._save_is_due(done)
         # Besides the agreement to stop, the only read-back from the device. Nothing is saved that isn't finite.
         if saving or done % self.steps_per_epoch == 0 or done % self.config.log_freq == 0:
-            self.monitor.report(lr)
+            self.monitor.report(lr, self._validate if self._validation_is_due(done) else None)
         if saving:
             self._save(done)
         if finished or stopping:
@@ -250,6 +269,17 @@ class Trainer:
             return True
         evaluating = self.evaluate is not None and self._is_due(epoch, self.config.eval_freq)
         return rest == 0 and (evaluating or self._is_due(epoch, self.config.save_last_freq) or self._keep_is_due(done))
+
+    def _validation_is_due(self, done: int) -> bool:
+        epoch, rest = divmod(done, self.steps_per_epoch)
+        return self.validate is not None and rest == 0 and self._is_due(epoch, self.config.val_freq)
+
+    def _validate(self) -> dict[str, float]:
+        assert self.validate is not None
+        values = {"val_loss": self.validate(self.train_step.evaluation_model(average=False))}
+        if self.train_step.ema is not None:
+            values["val_loss_ema"] = self.validate(self.train_step.evaluation_model())
+        return values
 
     def _save(self, done: int) -> None:
         state = self.train_step.state()  # by all processes

@@ -2,49 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from experiments.cells import NAMES, Scale
 
-IMG_SIZE, STRIDE, GRID = 32, 2, 16  # 256 codes per image: the grid of the published 256 px models
-NAMES = {
-    "lpd": "locality-aware",
-    "random": "random",
-    "halton": "Halton",
-    "raster": "raster",
-    "par": "region-parallel",
-    "zipar": "diagonal",
-    "nar": "neighbouring",
-    "lpd_near_only": "near context only",
-    "lpd_far_only": "far apart only",
-}
-OWN_STEPS = ("par", "zipar", "nar")  # their geometry gives them a number of steps of their own
+IMG_SIZE, STRIDE = 32, 2  # 256 codes per image: the grid of the published 256 px models
 ABLATION_STEPS = 20
 PUBLISHED_ABLATION = (2, 1.0)  # repulsion and proximity that the paper finds best
-
-
-@dataclass(frozen=True)
-class Scale:
-    """The experiment at one scale."""
-
-    flags: dict[str, tuple[str, ...]]  # of the commands of the stages
-    orders: tuple[str, ...]
-    steps: tuple[int, ...]
-    num_images: int  # per cell
-    eval_bsz: int
-    cfgs: tuple[float, ...]  # guidance scales to choose from
-    tuning_images: int
-    tuning_steps: int
-    tuning_seed: int  # none of `seeds`
-    seeds: tuple[int, ...]  # the first for all cells, the others for `repeated`
-    repeated: tuple[tuple[str, int], ...]  # (order, steps) of the main rows
-    repulsions: tuple[int, ...]
-    proximities: tuple[float, ...]
-    subset: int | None = None  # photos per split; None: all
-
 
 _STATISTICS = {"reference": ("--batch_size", "250"), "floors": ("--batch_size", "250")}
 _MAIN = ("lpd", "random", "halton")
 
 FULL = Scale(
+    img_size=IMG_SIZE,
+    stride=STRIDE,
     flags={
         **_STATISTICS,
         "tokenizer": (
@@ -74,11 +43,14 @@ FULL = Scale(
         *((order, steps) for order in (*_MAIN, "raster") for steps in (256, 20)),
         *((order, steps) for order in _MAIN for steps in (32, 16, 12, 8)),
     ),
+    ablation_steps=(ABLATION_STEPS,),
     repulsions=(0, 1, 2, 3, 4),
     proximities=(0.0, 1.0, 2.0),
 )  # fmt: skip
 
 TINY = Scale(
+    img_size=IMG_SIZE,
+    stride=STRIDE,
     flags={
         **_STATISTICS,
         "tokenizer": (
@@ -103,6 +75,7 @@ TINY = Scale(
     tuning_seed=1000,
     seeds=(0, 1),
     repeated=(("lpd", 256), *((order, steps) for order in _MAIN for steps in (20, 8))),
+    ablation_steps=(ABLATION_STEPS,),
     repulsions=(0, 2),
     proximities=(1.0,),
     subset=200,

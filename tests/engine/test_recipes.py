@@ -261,6 +261,7 @@ def test_published_orders_are_used_where_they_are(tmp_path: Path, monkeypatch: p
     for flags in (
         ("--order", "lpd"), ("--order", "raster"), ("--generation_steps", "32"), ("--group_sizes", "1,255"),
         ("--repulsion_threshold", "2"), ("--proximity_threshold", "2"), ("--num_images", "60000"),
+        ("--schedule_file", "mine.json"),
     ):  # fmt: skip
         args = flags_of(parse([*recipe, *flags]))
         assert args.lpd_order_file is None

@@ -22,8 +22,12 @@ import torch.nn.functional as F
 from PIL import Image, ImageFilter
 
 from engine.scoring import features
-from experiments.cifar10 import page, report, run, sweep
+from experiments import cells, driver, sweep
+from experiments.cells import Cell, Model
+from experiments.cifar10 import page, run
+from experiments.cifar10.report import REPORT
 from experiments.cifar10.scales import FULL, TINY
+from experiments.pages import distances
 from scripts.stages import OutOfTime, Stages
 from tests.helpers.commands import ROOT
 from tests.helpers.commands import run as run_command
@@ -36,7 +40,7 @@ from util.files import write_json
 
 LOAD_FEATURE_EXTRACTOR = features.load_feature_extractor
 BLUE, OLIVE = (31, 119, 180), (188, 189, 34)  # of the first order in a plot, and of the last
-GUIDANCE = dict.fromkeys(FULL.orders, 2.0)
+GUIDANCE = {("lpd", order): 2.0 for order in FULL.orders}
 
 
 def write_photos(path: Path, train: int, test: int) -> None:
@@ -54,29 +58,31 @@ def write_photos(path: Path, train: int, test: int) -> None:
 
 def test_every_cell_of_the_table_is_there_once() -> None:
     """Guards against a forgotten row, and a reported seed on which guidance was tuned."""
-    cells = sweep.table_cells(FULL, GUIDANCE, fid=False)
-    assert len({cell.name for cell in cells}) == len(cells)
-    table = {(cell.order, cell.steps) for cell in cells if cell.kind == "table"}
+    reported = cells.table_cells(FULL, GUIDANCE, fid=False)
+    assert len({cell.name for cell in reported}) == len(reported)
+    table = {(cell.order, cell.steps) for cell in reported if cell.kind == "table"}
     assert table == {(order, steps) for order in FULL.orders for steps in (256, 64, 32, 20, 16, 12, 8)}
-    seeds = Counter((cell.order, cell.steps) for cell in cells if cell.kind in ("table", "repeat"))
+    seeds = Counter((cell.order, cell.steps) for cell in reported if cell.kind in ("table", "repeat"))
     main = [("lpd", 256), ("raster", 20), *((order, s) for order in ("lpd", "random", "halton") for s in (8, 20, 32))]
     assert all(seeds[cell] == 3 for cell in main)
-    assert {cell.num_images for cell in cells} == {10_000}
-    thresholds = {(cell.repulsion, cell.proximity) for cell in cells if cell.kind == "ablation"}
+    assert {cell.num_images for cell in reported} == {10_000}
+    thresholds = {(cell.repulsion, cell.proximity) for cell in reported if cell.kind == "ablation"}
     assert thresholds | {(2, 1.0)} == {(r, p) for r in range(5) for p in (0.0, 1.0, 2.0)}
-    assert {(cell.order, cell.steps) for cell in cells if cell.kind == "own"} == {
+    assert {(cell.order, cell.steps) for cell in reported if cell.kind == "own"} == {
         ("par", 31),
         ("zipar", 46),
         ("nar", 31),
     }
-    tuning = sweep.tuning_cells(FULL)
-    assert {cell.seed for cell in tuning}.isdisjoint({cell.seed for cell in cells})
-    assert all(sum(cell.group_sizes()) == 256 and len(cell.group_sizes()) == cell.steps for cell in [*cells, *tuning])
+    tuning = cells.tuning_cells(FULL)
+    assert {cell.seed for cell in tuning}.isdisjoint({cell.seed for cell in reported})
+    assert all(
+        sum(cell.group_sizes()) == 256 and len(cell.group_sizes()) == cell.steps for cell in [*reported, *tuning]
+    )
 
 
 def test_guidance_is_chosen_per_order_from_tuning_cells_alone() -> None:
     rows = [
-        {"kind": kind, "order": order, "cfg": cfg, "frechet_distance": distance}
+        {"kind": kind, "model": "lpd", "order": order, "cfg": cfg, "frechet_distance": distance}
         for order in FULL.orders
         for kind, cfg, distance in (
             ("tuning", 1.0, 3.0),
@@ -84,12 +90,12 @@ def test_guidance_is_chosen_per_order_from_tuning_cells_alone() -> None:
             ("table", 9.0, 0),
         )
     ]
-    assert sweep.best_guidance(FULL, rows) == GUIDANCE | {"lpd": 1.0}
+    assert cells.best_guidance(rows) == GUIDANCE | {("lpd", "lpd"): 1.0}
 
 
-def results(distance: Callable[[sweep.Cell], float]) -> dict[str, Any]:
+def results(distance: Callable[[Cell], float]) -> dict[str, Any]:
     """A full run's results with Fréchet distances made up."""
-    cells = [*sweep.tuning_cells(FULL), *sweep.table_cells(FULL, GUIDANCE, fid=False)]
+    found = [*cells.tuning_cells(FULL), *cells.table_cells(FULL, GUIDANCE, fid=False)]
     figures = {"class_accuracy": 0.75, "sec_per_image": 0.001, "images_per_sec": 900.0}
     floor = {"extractor": "net", "frechet_distance": 0.25, "class_accuracy": 0.9}
     return {
@@ -106,15 +112,15 @@ def results(distance: Callable[[sweep.Cell], float]) -> dict[str, Any]:
         },
         "classifier": {"test_accuracy": 0.9375},
         "floors": {"reference_real": floor, "reference_reconstructed": floor},
-        "training": {
+        "trainings": {"lpd": {
             "loss_curve": [{"step": 1, "epoch": 0.5, "loss": 6.5}, {"step": 2, "epoch": 1.0, "loss": 6.0}],
             "final_loss": 6.0, "epochs": 18,
-        },
-        "cells": [cell.row(figures | {"frechet_distance": distance(cell)}) for cell in cells],
+        }},
+        "cells": [cell.row(figures | {"frechet_distance": distance(cell)}) for cell in found],
     }  # fmt: skip
 
 
-def hoped_for(cell: sweep.Cell) -> float:
+def hoped_for(cell: Cell) -> float:
     """What the method claims: lpd stays level, the others rise as steps fall; seeds differ by 0.01."""
     penalty = 0.0 if cell.order == "lpd" else 40 / cell.steps
     penalty += 0.5 * abs(cell.repulsion - 2) + 0.5 * abs(cell.proximity - 1)
@@ -129,7 +135,7 @@ def test_answers_follow_the_data() -> None:
     """Guards against a page that says "holds" whatever was measured."""
     assert verdicts(results(hoped_for)) == [True] * (1 + 2 * 5 + 1)
 
-    def bad(cell: sweep.Cell) -> float:
+    def bad(cell: Cell) -> float:
         if (cell.kind, cell.repulsion) == ("ablation", 4):
             return 9.0
         return 10 + (cell.order == "lpd") * 20 / cell.steps
@@ -141,7 +147,7 @@ def test_answers_follow_the_data() -> None:
 
 
 def test_a_gain_within_the_spread_of_seeds_is_none() -> None:
-    def noisy(cell: sweep.Cell) -> float:
+    def noisy(cell: Cell) -> float:
         return 10 - 0.1 * (cell.order == "lpd") + cell.seed % 10
 
     found = results(noisy)
@@ -165,7 +171,7 @@ def test_page_and_plots_are_made_from_the_json_alone(tmp_path: Path) -> None:
     (folder / "images").mkdir(parents=True)
     found = results(hoped_for)
     (folder / "cifar10.json").write_text(json.dumps(found))
-    report.draw(folder)
+    REPORT.draw(folder)
     text = (folder / "cifar10.md").read_text()
     assert text.count("**holds**") == 12
     assert "| locality-aware | 10.010 ± 0.010 | 10.000 |" in text
@@ -177,23 +183,23 @@ def test_page_and_plots_are_made_from_the_json_alone(tmp_path: Path) -> None:
     loss, quality = (pixels_of(folder / "images" / f"cifar10_{name}.png") for name in ("loss", "quality"))
     assert_curve(loss[:, :700], BLUE, [6.5, 6.0])  # without the legend
     assert ink(quality, BLUE, 30).sum(1).max() > 300  # locality-aware stays level
-    report.publish(folder, "test", tmp_path / "repository")
+    REPORT.publish(folder, "test", tmp_path / "repository")
     assert (tmp_path / "repository" / "docs" / "cifar10.md").read_text() == text
     assert json.loads((tmp_path / "repository" / "benchmarks" / "results" / "cifar10_test.json").read_text()) == found
     found["settings"]["subset"] = 200
     (folder / "cifar10.json").write_text(json.dumps(found))
     with pytest.raises(UserError, match="--tiny"):
-        report.publish(folder, "test", tmp_path / "repository")
+        REPORT.publish(folder, "test", tmp_path / "repository")
 
 
-def write_cells(out: Path, cells: list[sweep.Cell], distance: float, lpd_distance: dict[float, float]) -> None:
+def write_cells(out: Path, written: list[Cell], distance: float, lpd_distance: dict[float, float]) -> None:
     """Results as the sweep leaves them, of the folder's present files."""
-    hashes = sweep.file_hashes(out)
-    for cell in cells:
+    hashes = cells.file_hashes(out, Model())
+    for cell in written:
         figure = lpd_distance.get(cell.cfg, distance) if (cell.kind, cell.order) == ("tuning", "lpd") else distance
-        written = {"frechet_distance": figure, "record": dataclasses.asdict(cell) | hashes}
+        content = {"frechet_distance": figure, "record": dataclasses.asdict(cell) | hashes}
         (out / "eval" / cell.name).mkdir(parents=True, exist_ok=True)
-        write_json(out / "eval" / cell.name / "results.json", written)
+        write_json(out / "eval" / cell.name / "results.json", content)
 
 
 def test_cells_of_an_older_model_are_left_out(tmp_path: Path) -> None:
@@ -201,29 +207,29 @@ def test_cells_of_an_older_model_are_left_out(tmp_path: Path) -> None:
     for name in ("lpd/checkpoint-last.pth", "tokenizer/tokenizer.pt", "classifier.pt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"first")
-    tuning = sweep.tuning_cells(FULL)
+    tuning = cells.tuning_cells(FULL)
 
-    def table(lpd_cfg: float) -> list[sweep.Cell]:
-        guidance = dict.fromkeys(FULL.orders, 1.0) | {"lpd": lpd_cfg}
-        return sweep.table_cells(FULL, guidance, fid=False)
+    def table(lpd_cfg: float) -> list[Cell]:
+        guidance = {("lpd", order): 1.0 for order in FULL.orders} | {("lpd", "lpd"): lpd_cfg}
+        return cells.table_cells(FULL, guidance, fid=False)
 
     write_cells(tmp_path, tuning, 10, {2.0: 9})
     write_cells(tmp_path, table(2.0), 10, {})
     write_cells(tmp_path, table(3.0), 7, {})  # of no tuned scale
-    rows = sweep.finished_rows(tmp_path, FULL)
+    rows = cells.finished_rows(tmp_path, FULL)
     assert len(rows) == len(tuning) + len(table(2.0))
-    assert page.distances(rows, "lpd", 64) == [10]
+    assert distances(rows, "lpd", 64) == [10]
 
     (tmp_path / "lpd" / "checkpoint-last.pth").write_bytes(b"trained again")
-    assert sweep.finished_rows(tmp_path, FULL) == []
+    assert cells.finished_rows(tmp_path, FULL) == []
     write_cells(tmp_path, tuning, 5, {3.0: 4})
     write_cells(tmp_path, [cell for cell in table(3.0) if cell.steps == 64], 5, {})
-    rows = sweep.finished_rows(tmp_path, FULL)
-    assert page.distances(rows, "lpd", 64) == [5]
-    assert page.distances(rows, "lpd", 32) == []
+    rows = cells.finished_rows(tmp_path, FULL)
+    assert distances(rows, "lpd", 64) == [5]
+    assert distances(rows, "lpd", 32) == []
     for name in ("tokenizer/tokenizer.pt", "classifier.pt"):
         (tmp_path / name).write_bytes(b"trained again")
-        assert sweep.finished_rows(tmp_path, FULL) == []
+        assert cells.finished_rows(tmp_path, FULL) == []
         (tmp_path / name).write_bytes(b"first")
 
 
@@ -290,7 +296,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
 
     def call(*arguments: object) -> tuple[int, str, str]:
         monkeypatch.chdir(ROOT)
-        return run_command(run.main, "--device", "cpu", *arguments), *capfd.readouterr()
+        return run_command(run.EXPERIMENT.main, "--device", "cpu", *arguments), *capfd.readouterr()
 
     return call
 
@@ -389,7 +395,7 @@ def test_recipe_from_photos_to_page_in_pieces(
         repulsions=(2, 3),
         subset=32,
     )
-    monkeypatch.setattr(run, "TINY", small)
+    monkeypatch.setattr(run, "EXPERIMENT", dataclasses.replace(run.EXPERIMENT, tiny=small))
     monkeypatch.setattr(Stages, "command", command_in_process)
     for module in (features, sweep):
         monkeypatch.setattr(module, "load_feature_extractor", load_with_fake_inception)
@@ -399,9 +405,9 @@ def test_recipe_from_photos_to_page_in_pieces(
     arguments += ("--inception_path", tmp_path / "inception.pth")
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "Stages", lambda out, _: StagesUntil(out, 1))
+        patch.setattr(driver, "Stages", lambda out, _: StagesUntil(out, 1))
         status, printed, errors = command(*arguments)
-    assert status == run.OUT_OF_TIME, errors[-3000:]
+    assert status == driver.OUT_OF_TIME, errors[-3000:]
     assert "before the stage 'codes'; run the same command again" in printed
     status, printed, errors = command(*arguments)
     assert status == 0, errors[-3000:]

@@ -56,6 +56,35 @@ def test_halton_visits_cells_as_the_sequence_does(grid: tuple[int, int]) -> None
     assert one_order("halton", grid) == list(visited)
 
 
+@pytest.mark.parametrize("side", [2, 8, 16])
+def test_checkerboard_is_spread_evenly_over_all_quadtree_cells(side: int) -> None:
+    """In any run of the order, so in every step of any schedule and in all that is known before it."""
+    rows, columns = np.divmod(np.array(one_order("checkerboard", (side, side))), side)
+    for level in range(1, side.bit_length()):
+        size = side >> level
+        cells = rows // size * 2**level + columns // size
+        of_cell = np.eye(4**level, dtype=int)[cells].cumsum(0)
+        for start, stop in itertools.combinations(range(side**2 + 1), 2) if side < 16 else ((0, 100), (37, 200)):
+            counts = of_cell[stop - 1] - (of_cell[start - 1] if start else 0)
+            assert counts.max() - counts.min() <= 1, (level, start, stop)
+
+
+def test_checkerboard_half_way_is_one() -> None:
+    order = np.array(one_order("checkerboard", (16, 16)))
+    assert set((order[:128] // 16 + order[:128] % 16) % 2) == {0}
+
+
+@pytest.mark.parametrize("grid", [(6, 10), (5, 3), (12, 12), (1, 7)])
+def test_checkerboard_halves_any_grid_evenly(grid: tuple[int, int]) -> None:
+    """A prefix of the order has in each quadrant the share of its cells, to within one cell more than in a square."""
+    rows, columns = np.divmod(np.array(one_order("checkerboard", grid)), grid[1])
+    quadrants = (rows >= (grid[0] + 1) // 2) * 2 + (columns >= (grid[1] + 1) // 2)
+    order = np.eye(4, dtype=int)[quadrants].cumsum(0)
+    for count in range(1, len(rows) // 2):
+        found = order[count - 1][order[-1] > 0]
+        assert found.max() - found.min() <= 1, count
+
+
 @pytest.mark.parametrize("grid", [(16, 16), (8, 12), (10, 7)])
 def test_par_takes_one_token_of_each_region(grid: tuple[int, int]) -> None:
     """First the corners one by one, then the same place of every region at once (those that have it)."""

@@ -11,8 +11,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from orders import generate_orders, load_orders, save_orders
+from orders.config import OrderConfig
 from orders.draw import OrderSpec
-from orders.files import read_spec
+from orders.files import load_schedule, read_spec, save_schedule
 from util.errors import UserError
 
 SIZES = (1, 3, 5, 7)
@@ -35,6 +36,49 @@ def test_round_trip(form: str, orders: np.ndarray, tmp_path: Path) -> None:
     assert read_spec(path) == SPEC
     save_orders(path, orders.astype(np.int64))  # without a spec, another dtype, over the old file
     assert (load_orders(path, (4, 4)) == orders).all()
+
+
+MIXED = OrderSpec("lpd", (4, 4), SIZES, (1.0, None, 0.0, 2.0), (1, 2, 0, 1), 5)
+
+
+@pytest.mark.parametrize("spec", [SPEC, MIXED, OrderSpec("random", (4, 4), SIZES, 1.0, 1, 0)])
+def test_a_schedule_file_is_taken_as_it_is(spec: OrderSpec, tmp_path: Path) -> None:
+    """Group sizes, kind and the thresholds of each step; the seed is the run's."""
+    save_schedule(tmp_path / "schedule.json", spec, {"bits_per_token": 3.0})
+    orders = OrderConfig(schedule_file=tmp_path / "schedule.json").for_grid(4, seed=spec.seed)
+    assert orders.spec == spec
+    save_orders(tmp_path / "orders.json", spec.draw(np.arange(2)), spec)
+    assert read_spec(tmp_path / "orders.json") == spec
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grid": [8, 8]}, r"is for grid \[8, 8\], but \[4, 4\] is asked for"),
+        ({"format": "other"}, "is not a schedule file"),
+        ({"group_sizes": [1, 3]}, "sum to 4"),
+        ({"group_sizes": "1,3,5,7"}, "positive"),
+        ({"proximity_threshold": [1.0]}, "1 proximity thresholds are given for 4 steps"),
+        ({"proximity_threshold": "near"}, "something other than numbers"),
+        ({"repulsion_threshold": None}, "something other than numbers"),
+        ({"kind": "spiral"}, "spiral"),
+    ],
+)
+def test_wrong_schedule_files(change: dict[str, object], message: str, tmp_path: Path) -> None:
+    path = tmp_path / "schedule.json"
+    save_schedule(path, SPEC, {})
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    with pytest.raises(UserError, match=message) as caught:
+        load_schedule(path, 4, 0)
+    assert "schedule.json" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "also", [{"group_sizes": "1,15"}, {"order": "raster"}, {"proximity_threshold": 2.0}, {"repulsion_threshold": 1}]
+)
+def test_a_schedule_file_decides_alone(also: dict[str, object]) -> None:
+    with pytest.raises(UserError, match="exclude each other"):
+        OrderConfig(schedule_file=Path("schedule.json"), **also)  # type: ignore[arg-type]
 
 
 def test_json_is_the_published_form(orders: np.ndarray, tmp_path: Path) -> None:

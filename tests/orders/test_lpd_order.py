@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -14,22 +13,10 @@ from orders.lpd_order import closeness, lpd_orders
 from orders.order_states import TieKeys, order_states, sub_states, uniform_cells
 from orders.schedule import cosine_group_sizes
 from orders.statistics import order_statistics
-from tests.helpers.orders_oracle import slow_order
+from tests.helpers.orders_oracle import our_luck, slow_order
 from util.errors import UserError
 
 Grid = tuple[int, int]
-
-
-def _our_luck(grid: Grid, seed: int, index: int) -> tuple[int, Callable[[int], list[float]]]:
-    """The first cell and the tie keys that the fast version draws for an order."""
-    cells = grid[0] * grid[1]
-    states, keys = order_states(np.array([index]), seed), TieKeys(np, cells, 25)
-
-    def ties(step: int) -> list[float]:
-        out = np.empty((cells, 1), np.int32)
-        return keys.draw(sub_states(states, step), out, np.empty_like(out))[:, 0].tolist()
-
-    return int(uniform_cells(sub_states(states, 0), cells)[0]), ties
 
 
 @pytest.mark.parametrize("tau", [0.0, 0.5, 1.0, 1.5, 2.0])
@@ -40,7 +27,7 @@ def test_same_as_the_slow_version_with_the_same_luck(tau: float, rho: int) -> No
         sizes = cosine_group_sizes(grid[0] * grid[1], steps)
         fast = generate_orders("lpd", 5, sizes, grid, tau, rho, seed=rho)
         for index, order in enumerate(fast.tolist()):
-            first, ties = _our_luck(grid, rho, index)
+            first, ties = our_luck(grid, rho, index)
             assert order == slow_order(sizes, grid, tau, rho, first, ties), (grid, index)
 
 
@@ -50,8 +37,27 @@ def test_same_as_the_slow_version_at_the_published_size(img_size: int) -> None:
     grid, steps, rho = ((16, 16), 20, 2) if img_size == 256 else ((32, 32), 48, 4)
     sizes = group_sizes(img_size, steps)
     order = generate_orders("lpd", 1, sizes, grid, 1.0, rho, seed=5, indices=[70_000])[0]
-    first, ties = _our_luck(grid, 5, 70_000)
+    first, ties = our_luck(grid, 5, 70_000)
     assert order.tolist() == slow_order(sizes, grid, 1.0, rho, first, ties)
+
+
+def test_thresholds_of_each_step_are_those_of_the_slow_version() -> None:
+    """A mixture of thresholds, proximity left out in some steps: a window of another step's radius would show."""
+    taus, rhos = (1.0, None, 0.0, 2.0, None, 1.0, 0.5), (2, 3, 0, 1, 2, 0, 4)
+    for grid in ((7, 7), (5, 9), (1, 12)):
+        sizes = cosine_group_sizes(grid[0] * grid[1], 7)
+        fast = generate_orders("lpd", 5, sizes, grid, taus, rhos, seed=9)
+        for index, order in enumerate(fast.tolist()):
+            first, ties = _our_luck(grid, 9, index)
+            assert order == slow_order(sizes, grid, taus, rhos, first, ties), (grid, index)
+
+
+def test_the_ablations_are_thresholds() -> None:
+    """A searched schedule can be any of them in any step."""
+    sizes = cosine_group_sizes(64, 8)
+    for kind, tau, rho in (("lpd_far_only", None, 2), ("lpd_near_only", 0.0, 0), ("lpd", (1.0,) * 8, (2,) * 8)):
+        same = generate_orders("lpd", 20, sizes, 8, tau, rho, seed=3)
+        assert (same == generate_orders(kind, 20, sizes, 8, 1.0, 2, seed=3)).all()
 
 
 def test_statistics_of_the_published_algorithm() -> None:
@@ -147,14 +153,18 @@ def test_stored_orders_never_change() -> None:
     ]
 
 
-@pytest.mark.parametrize("kind", ["lpd", "lpd_near_only", "lpd_far_only"])
-def test_torch_draws_what_numpy_draws(kind: str) -> None:
+@pytest.mark.parametrize("thresholds", ["lpd", "near only", "far only", "mixed"])
+def test_torch_draws_what_numpy_draws(thresholds: str) -> None:
     """The code that a GPU runs, on torch's CPU tensors: same bits, types and shapes."""
     sizes = cosine_group_sizes(63, 8)
-    tau, rho = (0.0, 0) if kind == "lpd_near_only" else (2.0, 2)
-    near = kind != "lpd_far_only"
-    ours = lpd_orders(np, np.arange(40), sizes, (7, 9), tau, rho, 4, use_proximity=near)
-    theirs = lpd_orders(torch, torch.arange(40), sizes, (7, 9), tau, rho, 4, use_proximity=near)
+    taus, rhos = {
+        "lpd": ((2.0,) * 8, (2,) * 8),
+        "near only": ((0.0,) * 8, (0,) * 8),
+        "far only": ((None,) * 8, (2,) * 8),
+        "mixed": ((None, 1.0) * 4, (0, 1, 2, 3) * 2),
+    }[thresholds]
+    ours = lpd_orders(np, np.arange(40), sizes, (7, 9), taus, rhos, 4)
+    theirs = lpd_orders(torch, torch.arange(40), sizes, (7, 9), taus, rhos, 4)
     assert theirs.dtype == torch.int16
     assert (ours == theirs.numpy()).all()
 
@@ -188,6 +198,8 @@ def test_near_only_takes_the_closest_cells_and_far_only_ignores_them() -> None:
         ({"grid_size": 129, "group_sizes": (1, 129 * 129 - 1)}, "128"),
         ({"grid_size": 0}, "grid size"),
         ({"proximity_threshold": float("nan")}, "nan"),
+        ({"proximity_threshold": (1.0,)}, "1 proximity thresholds are given for 2 steps"),
+        ({"repulsion_threshold": (1, 1, 1)}, "3 repulsion thresholds are given for 2 steps"),
         ({"repulsion_threshold": -1}, "-1"),
         ({"repulsion_threshold": 1.5}, "1.5"),
         ({"seed": -1}, "-1"),

@@ -27,6 +27,7 @@ from engine.scoring.metrics import score
 from engine.scoring.statistics import FeatureStatistics, load_reference_statistics
 from orders import generate_orders, save_orders
 from orders.draw import OrderSpec
+from orders.files import save_schedule
 from tests.helpers.commands import ROOT
 from tests.helpers.evaluation_case import (
     CLASSES,
@@ -254,6 +255,12 @@ def test_results_say_which_orders_were_used(output_dir: Path) -> None:
     assert used(lpd_order_file=recorded) == ["lpd_near_only", 0.5, 2]
     assert used(lpd_order_file=bare) == [None, None, None]
     assert used(lpd_order_file=published) == ["lpd", 1.0, 3]
+    mixed = OrderSpec("lpd", (SIZE // 4, SIZE // 4), (1, 5, 10), (1.0, None, 2.0), (0, 1, 2), seed=8)
+    save_schedule(output_dir.parent / "schedule.json", mixed, {})
+    schedule = {"schedule_file": output_dir.parent / "schedule.json", "group_sizes": None}
+    assert used(**schedule) == ["lpd", [1.0, None, 2.0], [0, 1, 2]]
+    settings = json.loads((output_dir / "results.json").read_text())["settings"]
+    assert (settings["group_sizes"], settings["generation_steps"]) == ([1, 5, 10], 3)
 
 
 @pytest.mark.parametrize(("num", "classes"), [(50_000, 1000), (23, 5), (3, 10), (10, 10), (1, 1)])

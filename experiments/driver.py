@@ -1,0 +1,204 @@
+"""The command of an experiment: stage after stage, each resumable, in one call or in several."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import io
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+
+from experiments.cells import Scale, plan
+from experiments.reports import Report, collect
+from experiments.sweep import run_sweep
+from models import model_config
+from models.flops import training_flops
+from scripts.stages import TRAINING_STAGES, OutOfTime, Stages, train_and_judge
+from util.checkpoint import LAST
+from util.cli import Parser
+from util.data.images import CIFAR10_FOLDER, open_images, write_image_archive
+from util.dist import DeviceConfig, Dist, resolve_device
+from util.errors import UserError
+from util.files import check_output_dir
+from util.logger import setup_logging
+from util.signals import REQUEUE_STATUS
+
+OUT_OF_TIME = REQUEUE_STATUS  # exit status: not finished, run the same command again
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a stage of an experiment's own works with."""
+
+    out: Path
+    scale: Scale
+    dist: Dist
+    stages: Stages
+    train: str  # as every command's --data_path takes it
+    test: str
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment on photographs.
+
+    Args:
+        about: what ``--help`` says. ``classes``, ``photos``, ``codes``: of the data and the tokenizer, for ``--plan``.
+        more_stages: by name, what comes between the sweep and the report; each knows itself what is done already.
+        prepare: gives (training images, test images, the images that statistics are taken of) and may write files; by
+            default those of --data, scored against the test images.
+        validation: whether the loss on the test images is measured during training.
+    """
+
+    report: Report
+    full: Scale
+    tiny: Scale
+    about: str
+    classes: int
+    photos: int
+    codes: int
+    more_stages: Mapping[str, Callable[[Call], None]] = field(default_factory=dict)
+    prepare: Callable[[Path, tuple[str, str], Scale], tuple[str, str, str]] | None = None
+    validation: bool = False
+
+    @property
+    def name(self) -> str:
+        return self.report.name
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        return (*TRAINING_STAGES, "sweep", *self.more_stages, "report")
+
+    def main(self) -> None:
+        args = self._parse()
+        scale = self.tiny if args.tiny else self.full
+        if args.epochs is not None:
+            lpd = (*scale.flags["lpd"], "--epochs", str(args.epochs))
+            scale = dataclasses.replace(scale, flags=scale.flags | {"lpd": lpd})
+        if args.plan:
+            return self._print_plan(scale, args.inception_path is not None)
+        setup_logging()
+        try:
+            self._run_stages(args, scale)
+        except OutOfTime as reason:
+            print(f"\n{reason}; run the same command again to resume.", flush=True)
+            raise SystemExit(OUT_OF_TIME) from None
+
+    def _parse(self) -> argparse.Namespace:
+        parser = Parser(prog=f"python -m experiments.{self.name}.run", description=self.about)
+        add, epochs = parser.add_argument, "--epochs"
+        add("--data", type=Path, required=True, help="photos.npz with both splits, a folder with train/ and test/, or "
+            f"torchvision's {CIFAR10_FOLDER}")  # fmt: skip
+        add("--download", action="store_true", help=f"let torchvision download --data, a folder named {CIFAR10_FOLDER}")
+        add("--output_dir", type=Path, default=Path("runs") / self.name, help="everything that is made")
+        add("--stage", nargs="+", choices=self.stages, default=list(self.stages), help="only these stages")
+        add("--time_limit", type=float, help="seconds after which no stage or cell is begun, and training saves and "
+            "stops")  # fmt: skip
+        add("--tiny", action="store_true", help="a few photos and tiny models: only see that everything runs")
+        add(epochs, type=int, help="of the LPD training, for a faster or slower machine (default: "
+            f"{self.full.lpd_flag(epochs)}, with --tiny {self.tiny.lpd_flag(epochs)})")  # fmt: skip
+        add("--inception_path", type=Path, help="Inception weights: FID as well, for one seed (doubles the table's "
+            "time)")  # fmt: skip
+        parser.add_config(DeviceConfig)
+        add("--plan", action="store_true", help="print how much work it is and stop")
+        return parser.parse_args()
+
+    def _print_plan(self, scale: Scale, fid: bool) -> None:
+        """The work to come, in cells and in floating point operations."""
+        name, epochs = scale.lpd_flag("--model"), int(scale.lpd_flag("--epochs"))
+        size = {"img_size": scale.img_size, "stride": scale.stride}
+        model = model_config(name, **size, class_num=self.classes, vocab_size=self.codes)
+        pflop = epochs * self.photos * training_flops(model) / 1e15
+        for training in scale.trainings:
+            print(f"training {training}: {name}, {epochs} epochs of {self.photos:,} photos, {pflop:.4g} PFLOP")
+        for kind, cells, images, pflop in plan(scale, model, fid):
+            print(f"{kind}: {cells} cells, {images:,} images, {pflop:.4g} PFLOP")
+
+    def _run_stages(self, args: argparse.Namespace, scale: Scale) -> None:
+        check_epochs(args.output_dir, scale)
+        splits = self._open_data(args, scale)
+        out, inception, stages = args.output_dir, args.inception_path, Stages(args.output_dir, args.time_limit)
+        train, test, scored = (*splits, splits[1]) if self.prepare is None else self.prepare(out, splits, scale)
+        dist = Dist(0, 1, resolve_device(args.device))
+        bf16 = ("--bf16",) if dist.device.type == "cuda" else ()
+        more = {"tokenizer": ("--test_path", test, *bf16), "lpd": bf16}
+        flags = {stage: (*more.get(stage, ()), *words) for stage, words in scale.flags.items()}
+        common = ("--img_size", str(scale.img_size), "--device", args.device)
+        validation = splits[1] if self.validation else None
+        train_and_judge(
+            stages, out, train, test, scored, common, flags, args.stage, inception, scale.trainings, validation
+        )
+        call = Call(out, scale, dist, stages, train, test)
+        if "sweep" in args.stage:
+            action = partial(run_sweep, out, scale, dist, inception, stages)
+            stages.run("sweep", action, "the cells of experiments/cells.py", always=True)
+        for name, stage in self.more_stages.items():
+            if name in args.stage:
+                stages.run(name, partial(stage, call), f"{stage.__module__}.{stage.__name__}", always=True)
+        if "report" in args.stage:
+            seconds = {name: state["seconds"] for name, state in stages.states().items()}
+            self.report.write(out, collect(out, scale, seconds, splits))
+
+    def _open_data(self, args: argparse.Namespace, scale: Scale) -> tuple[str, str]:
+        """Check everything that the flags name, make the output folder, and give the paths of both splits."""
+        if args.time_limit is not None and args.time_limit <= 0:
+            raise UserError(f"--time_limit {args.time_limit} must be positive.")
+        if args.inception_path is not None and not args.inception_path.is_file():
+            raise UserError(f"--inception_path {args.inception_path} does not exist.")
+        if args.download:
+            if args.data.name != CIFAR10_FOLDER:
+                raise UserError(f"--download needs --data to end in {CIFAR10_FOLDER}, not {args.data}.")
+            from torchvision.datasets import CIFAR10
+
+            CIFAR10(args.data.parent, download=True)
+        check_output_dir(args.output_dir)
+        splits = split_paths(args.data)
+        for path in splits:
+            open_images(path, scale.img_size)
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        if scale.subset is None:
+            return splits
+        path = args.output_dir / f"subset{scale.subset}.npz"
+        if not path.exists():
+            write_subset(splits, scale, path)
+        return split_paths(path)
+
+
+def split_paths(data: Path) -> tuple[str, str]:
+    """Training and test images of what --data names, as every command's --data_path takes them."""
+    if data.suffix == ".npz" or data.name == CIFAR10_FOLDER:
+        return f"{data}:train", f"{data}:test"
+    return str(data / "train"), str(data / "test")
+
+
+def write_subset(splits: tuple[str, str], scale: Scale, path: Path) -> None:
+    """``scale.subset`` photos of each split, evenly spread over the split, as an image archive."""
+    assert scale.subset is not None
+    files, labels, numbers = [], [], []
+    for number, source in enumerate(splits):
+        images = open_images(source, scale.img_size)
+        for index in np.linspace(0, len(images) - 1, min(scale.subset, len(images))).astype(int).tolist():
+            file = io.BytesIO()
+            images.read(index).save(file, "PNG")
+            files.append(file.getvalue())
+            labels.append(int(images.labels[index]))
+            numbers.append(number)
+    write_image_archive(path, files, labels, images.classes, numbers)
+
+
+def check_epochs(out: Path, scale: Scale) -> None:
+    """Raise UserError if an LPD of the folder was trained for another number of epochs."""
+    wanted = int(scale.lpd_flag("--epochs"))
+    for training in scale.trainings:
+        path = (out / training / LAST).with_suffix(".json")
+        trained = json.loads(path.read_text())["args"]["epochs"] if path.exists() else wanted
+        if trained != wanted:
+            raise UserError(
+                f"{out} holds an LPD trained with --epochs {trained}, not {wanted}; resume with {trained} or give "
+                "another --output_dir."
+            )

@@ -1,0 +1,124 @@
+"""The results of an experiment: everything measured in one JSON file, its page, and where the repository keeps both."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from experiments.cells import Scale, classifier_path, finished_rows, tokenizer_path
+from experiments.pages import PICTURES, chosen
+from util.checkpoint import LAST, load_checkpoint
+from util.cli import Parser
+from util.data.images import open_images
+from util.errors import UserError
+from util.files import write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def collect(out: Path, scale: Scale, seconds: dict[str, float], data: tuple[str, str]) -> dict[str, Any]:
+    """Everything measured in an output folder; UserError before the first cell is."""
+    rows = finished_rows(out, scale)
+    if not rows:
+        raise UserError(f"{out} has no evaluated cells yet; run the stage sweep before the report.")
+    first = json.loads((out / "eval" / rows[0]["name"] / "results.json").read_text())
+    images = {name: open_images(path, scale.img_size) for name, path in zip(("train", "test"), data, strict=True)}
+    trained = [name for name in scale.trainings if (out / name / LAST).exists()]
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "data": {
+            name: {"source": Path(photos.source).name, "images": len(photos), "sha256": photos.fingerprint()}
+            for name, photos in images.items()
+        },
+        "settings": asdict(scale),
+        "environment": first["environment"],
+        "decode_path": first["settings"]["decode_path"],
+        "model": first["model"],
+        "hashes": {name: value for name, value in first["record"].items() if name.endswith("sha256")},
+        "stage_sec": seconds,
+        "tokenizer": json.loads((tokenizer_path(out).parent / "metrics.json").read_text()),
+        "classifier": load_checkpoint(classifier_path(out))["metadata"],
+        "floors": {path.stem: json.loads(path.read_text()) for path in sorted((out / "floors").glob("*.json"))},
+        "trainings": {name: training(out / name) for name in trained},
+        "cells": rows,
+    }
+
+
+def training(folder: Path) -> dict[str, Any]:
+    """Losses and length of an LPD training."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    kept = ("step", "epoch", "loss", "val_loss")
+    return {
+        "loss_curve": [{name: line[name] for name in kept if name in line} for line in lines],
+        "final_loss": lines[-1]["loss"],
+        "epochs": json.loads((folder / LAST).with_suffix(".json").read_text())["epoch"],
+    }
+
+
+@dataclass(frozen=True)
+class Report:
+    """How the results of an experiment become a page.
+
+    Args:
+        page: the page as Markdown, from the results alone. ``plot``: draws their plots into a folder.
+        samples: numbers of steps whose grid of pictures (locality-aware, first seed, first model) stands on the page.
+    """
+
+    name: str
+    page: Callable[[dict[str, Any]], str]
+    plot: Callable[[dict[str, Any], Path], None]
+    samples: tuple[int, ...]
+
+    def write(self, out: Path, results: dict[str, Any]) -> None:
+        """Page, plots, pictures and results, into the subfolder ``report`` of an output folder."""
+        folder = out / "report"
+        write_json(folder / f"{self.name}.json", {"experiment": self.name} | results)
+        (folder / PICTURES).mkdir(exist_ok=True)
+        first = results["cells"][0]["model"]
+        for row in chosen(results["cells"], "table", order="lpd", model=first):
+            if row["steps"] in self.samples:
+                grid = out / "eval" / row["name"] / "grid.png"
+                shutil.copy(grid, folder / PICTURES / f"{self.name}_samples_{row['steps']}.png")
+        self.draw(folder)
+        print(f"results: {folder / self.name}.json, page: {folder / self.name}.md")
+
+    def draw(self, folder: Path) -> None:
+        """Page and plots of a report folder, from its JSON file."""
+        path = folder / f"{self.name}.json"
+        if not path.is_file():
+            raise UserError(f"{folder} has no {path.name}; it is written by the stage report.")
+        results = json.loads(path.read_text())
+        self.plot(results, folder / PICTURES)
+        path.with_suffix(".md").write_text(self.page(results))
+
+    def publish(self, folder: Path, name: str, root: Path = ROOT) -> None:
+        """Copy a report to where the repository keeps pages, pictures and measurements.
+
+        Raises:
+            UserError: for a test run's.
+        """
+        path = folder / f"{self.name}.json"
+        if json.loads(path.read_text())["settings"]["subset"] is not None:
+            raise UserError(f"{folder} is of a --tiny run, whose figures mean nothing; only a full one is published.")
+        (root / "benchmarks" / "results").mkdir(parents=True, exist_ok=True)
+        shutil.copytree(folder / PICTURES, root / "docs" / PICTURES, dirs_exist_ok=True)
+        shutil.copy(path, root / "benchmarks" / "results" / f"{self.name}_{name}.json")
+        shutil.copy(path.with_suffix(".md"), root / "docs" / f"{self.name}.md")
+
+    def main(self) -> None:
+        """The command that makes page and plots of a report folder again and may publish them."""
+        text = "Page and plots of a report folder again, from its JSON file; --publish puts them into this repository."
+        parser = Parser(prog=f"python -m experiments.{self.name}.report", description=text)
+        parser.add_argument("folder", type=Path, help="report folder of a run")
+        parser.add_argument(
+            "--publish", metavar="NAME", help=f"copy to docs/ and benchmarks/results/{self.name}_NAME.json"
+        )
+        args = parser.parse_args()
+        self.draw(args.folder)
+        if args.publish:
+            self.publish(args.folder, args.publish)
