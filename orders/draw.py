@@ -61,17 +61,17 @@ class OrderSpec:
         object.__setattr__(self, "group_sizes", check_group_sizes(self.group_sizes, h * w))
         if self.kind in LPD_KINDS and self.group_sizes[0] != 1:
             raise UserError(f"order {self.kind!r} needs 1 as the first group size, got {self.group_sizes[0]}.")
-        for proximity in self._of_steps(self.proximity_threshold, "proximity"):
+        for proximity in self.of_steps(self.proximity_threshold, "proximity"):
             if proximity is not None and not math.isfinite(proximity):
                 raise UserError(f"proximity threshold {proximity} must be a finite number.")
-        for repulsion in self._of_steps(self.repulsion_threshold, "repulsion"):
+        for repulsion in self.of_steps(self.repulsion_threshold, "repulsion"):
             if repulsion < 0 or repulsion != int(repulsion):
                 raise UserError(f"repulsion threshold {repulsion} must be a whole number, 0 or more.")
         if not 0 <= self.seed < 1 << 63:
             raise UserError(f"seed {self.seed} must lie between 0 and 2^63 − 1.")
 
-    def _of_steps(self, threshold: Any, name: str) -> tuple[Any, ...]:
-        """A threshold for each step."""
+    def of_steps(self, threshold: Any, name: str) -> tuple[Any, ...]:
+        """A threshold, of the spec or for it, for each step; UserError for another number of them."""
         steps = len(self.group_sizes)
         thresholds = threshold if isinstance(threshold, tuple) else (threshold,) * steps
         if len(thresholds) != steps:
@@ -81,7 +81,7 @@ class OrderSpec:
     @property
     def largest_repulsion(self) -> int:
         """Of all steps."""
-        return max(self._of_steps(self.repulsion_threshold, "repulsion"))
+        return max(self.of_steps(self.repulsion_threshold, "repulsion"))
 
     def draw(
         self, indices: np.ndarray, *, device: str = "cpu", workers: int | None = None, progress: bool = False
@@ -123,7 +123,7 @@ class OrderSpec:
             return random_orders(indices, self.grid[0] * self.grid[1], self.seed)
         fixed = {"lpd_near_only": (0.0, 0), "lpd_far_only": (None, self.repulsion_threshold)}
         tau, rho = fixed.get(self.kind, (self.proximity_threshold, self.repulsion_threshold))
-        thresholds = self._of_steps(tau, "proximity"), tuple(map(int, self._of_steps(rho, "repulsion")))
+        thresholds = self.of_steps(tau, "proximity"), tuple(map(int, self.of_steps(rho, "repulsion")))
         rest = self.group_sizes, self.grid, *thresholds, self.seed
         if gpu is None:
             return lpd_orders(np, indices, *rest)
