@@ -39,16 +39,14 @@ def open_dataset(
     """The training data, at --img_size or else the size that the checkpoint records; images at the tokenizer's else.
 
     Raises:
-        UserError: where no data is named, it cannot be read, or its codes are of another tokenizer.
+        UserError: where it cannot be read, or its codes are of another tokenizer.
     """
     data, recorded_size = config.data, recorded.get("img_size")
     img_size = recorded_size if config.model.img_size is None else config.model.img_size
     if not data.use_cached:
-        if data.data_path is None:
-            raise UserError("give training data: --data_path IMAGES, or --use_cached --cached_path CODES.")
+        assert data.data_path is not None
         return open_images(data.data_path, picture_size(img_size, tokenizer), data.skip_broken)
-    if data.cached_path is None:
-        raise UserError("--use_cached needs --cached_path, a code cache made by main_cache.py.")
+    assert data.cached_path is not None
     # The published runs (--recipe) need no tokenizer but name one: codes of another are refused as far as can be told.
     published = config.recipe is not None and tokenizer_sha256 is None
     if published and Path(TOKENIZER).is_file():
@@ -74,7 +72,7 @@ def open_validation(
     """The images, or their codes, that --val_path or --val_cached_path names, or None; labels as in the training data.
 
     Raises:
-        UserError: where both are given, they cannot be read, or do not fit the training data.
+        UserError: where they cannot be read, or do not fit the training data.
     """
     path = data.val_cached_path or data.val_path
     if path is None:
@@ -82,8 +80,6 @@ def open_validation(
     if data.val_cached_path is None:
         assert tokenizer is not None
         dataset: CodeDataset | ImageDataset = open_images(path, codes.img_size, data.skip_broken)
-    elif data.val_path is not None:
-        raise UserError("--val_path and --val_cached_path are the same images in two forms; give one of them.")
     else:
         dataset = open_codes(path, img_size=codes.img_size, tokenizer_hash=tokenizer_sha256)
         if (found := code_geometry(dataset, None)) != codes:
