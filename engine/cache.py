@@ -26,6 +26,8 @@ from tqdm import tqdm
 
 from tokenizers import exact_precision, load_tokenizer, picture_size
 from util.config import check, setting
+from util.config import part as config_part
+from util.data.classes import ClassChoice
 from util.data.codes import HEADER, PARTS, CacheHeader, NpzCodes, write_codes
 from util.data.images import ImageDataset, open_images
 from util.data.loading import load_batches
@@ -53,7 +55,9 @@ class CacheConfig(DeviceConfig):
 
     vqgan_path: Path = setting(help="tokenizer file, such as vq_ds16_c2i.pt")
     cached_path: Path = setting(help="folder of the cache: a new one, or an unfinished one to resume")
-    data_path: str | None = setting(None, "images: one subfolder per class, or photos.npz:train")
+    data_path: str | None = setting(
+        None, "images: a folder with a subfolder per class, a list photos.csv, or photos.npz[:train] (docs/training.md)"
+    )
     convert_from: str | None = setting(
         None, "instead of images, a cache with one .npz per image, made with this tokenizer at this size"
     )
@@ -63,6 +67,7 @@ class CacheConfig(DeviceConfig):
     batch_size: int = setting(32, f"images encoded at once per process, at most {PART_SIZE}", at_least=1)
     num_workers: int = setting(4, "reading processes per process", at_least=0)
     skip_broken: bool = setting(False, "leave out files that cannot be read; the cache's header lists them")
+    choice: ClassChoice = config_part(default_factory=ClassChoice)
 
     def __post_init__(self) -> None:
         check(self)
@@ -127,7 +132,8 @@ class _Builder:
         if config.data_path is not None:
             if size % stride:
                 raise UserError(f"--img_size {size} must be a multiple of the tokenizer's stride, {stride}.")
-            source, blank = open_images(config.data_path, size), torch.zeros(size, size, 3, dtype=torch.uint8)
+            source = open_images(config.data_path, size, choice=config.choice)
+            blank = torch.zeros(size, size, 3, dtype=torch.uint8)
         else:
             source = NpzCodes(Path(str(config.convert_from)))
             grid = source.grid_size

@@ -11,6 +11,7 @@ from engine.hub.remote import Choice, find_file, hub_name, own_tokenizer
 from engine.recipes import TOKENIZER
 from engine.scoring.features import INCEPTION, INCEPTION_INSTEAD, INCEPTION_URL, inception_cache
 from util.checkpoint import find_checkpoints
+from util.data.classes import ClassChoice
 from util.dist import Dist
 from util.errors import UserError, refuse
 
@@ -60,6 +61,8 @@ def _unnamed_files(config: Config) -> Iterator[str]:
             yield "--use_cached needs --cached_path, a code cache made by main_cache.py."
         elif not data.use_cached and data.data_path is None:
             yield "give training data: --data_path IMAGES, or --use_cached --cached_path CODES."
+        if data.use_cached and data.val_path is None and data.choice != ClassChoice():
+            yield "--classes and --class_names choose among images; give them to main_cache.py, which makes the codes."
         if data.val_path is not None and data.val_cached_path is not None:
             yield "--val_path and --val_cached_path are the same images in two forms; give one of them."
         if config.model.new_classes and config.pretrained_ckpt is None:

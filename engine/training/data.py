@@ -13,6 +13,7 @@ from engine.config import Config
 from engine.recipes import TOKENIZER
 from engine.training.config import DataConfig
 from tokenizers import VQModel, picture_size
+from util.data.classes import tell
 from util.data.codes import CodeDataset, open_codes
 from util.data.images import ImageDataset, open_images
 from util.errors import UserError
@@ -45,13 +46,14 @@ def open_dataset(
     img_size = recorded_size if config.model.img_size is None else config.model.img_size
     if not data.use_cached:
         assert data.data_path is not None
-        return open_images(data.data_path, picture_size(img_size, tokenizer), data.skip_broken)
+        return open_images(data.data_path, picture_size(img_size, tokenizer), data.skip_broken, choice=data.choice)
     assert data.cached_path is not None
     # The published runs (--recipe) need no tokenizer but name one: codes of another are refused as far as can be told.
     published = config.recipe is not None and tokenizer_sha256 is None
     if published and Path(TOKENIZER).is_file():
         tokenizer_sha256 = sha256(TOKENIZER)
     dataset = open_codes(data.cached_path, img_size=img_size, tokenizer_hash=tokenizer_sha256)
+    tell(str(data.cached_path), dataset.classes, len(dataset))
     found = code_geometry(dataset, None)
     if published and (found.stride, found.vocab_size) != (PUBLISHED_STRIDE, PUBLISHED_VOCAB):
         raise UserError(
@@ -79,7 +81,7 @@ def open_validation(
         return None
     if data.val_cached_path is None:
         assert tokenizer is not None
-        dataset: CodeDataset | ImageDataset = open_images(path, codes.img_size, data.skip_broken)
+        dataset: CodeDataset | ImageDataset = open_images(path, codes.img_size, data.skip_broken, choice=data.choice)
     else:
         dataset = open_codes(path, img_size=codes.img_size, tokenizer_hash=tokenizer_sha256)
         if (found := code_geometry(dataset, None)) != codes:

@@ -292,6 +292,19 @@ def test_command_line(images: Path, vqgan: Path, tmp_path: Path, capsys: pytest.
     assert "list of files" in capsys.readouterr().err  # --cached_path holds the cache made from images
 
 
+def test_chosen_and_renamed_classes_are_cached(images: Path, vqgan: Path, tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("dog Hund\ncat Katze\n")
+    flags = ["--vqgan_path", vqgan, "--num_workers=0", "--device=cpu", "--data_path", images, "--img_size", SIZE]
+    assert run(main_cache.main, *flags, "--cached_path", tmp_path / "all", "--class_names", names) == 0
+    assert (
+        run(main_cache.main, *flags, "--cached_path", tmp_path / "dog", "--class_names", names, "--classes", "dog") == 0
+    )
+    whole, dogs = open_codes(tmp_path / "all"), open_codes(tmp_path / "dog")
+    assert (whole.classes, dogs.classes, dogs.labels.tolist()) == (["Katze", "Hund"], ["Hund"], [0] * 5)
+    assert torch.equal(dogs.get_batch(range(5))[0], whole.get_batch(range(6, 11))[0])
+
+
 def test_a_published_command_line_runs_as_it_is(
     images: Path, vqgan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
