@@ -26,6 +26,7 @@ from engine.scoring.classifier import (
 )
 from util.cli import Parser, exit_on_user_error, from_args
 from util.config import part, record, setting
+from util.data.classes import ClassChoice
 from util.data.images import open_images
 from util.data.loading import load_all
 from util.dist import DeviceConfig, resolve_device
@@ -39,19 +40,22 @@ logger = logging.getLogger(__name__)
 class ClassifierRunConfig(DeviceConfig):
     """Which classifier is trained on which images, and where it is written."""
 
-    data_path: Path = setting(help="training images: a folder per class, or photos.npz:train")
+    data_path: Path = setting(help="training images: a folder per class, a list photos.csv, or photos.npz:train")
     test_path: Path = setting(help="held-out images of the same classes, likewise")
     output: Path = setting(help="classifier file to write (.pt)")
     arch: str = setting("test_resnet", "timm architecture; test_resnet has 0.4M parameters and 96 features")
     img_size: int = setting(32, "side of the centre crops, pixels")
     input_size: int | None = setting(None, "side the network sees (default: --img_size); larger suits deep networks")
+    choice: ClassChoice = part(default_factory=ClassChoice)
     train: ClassifierTrainConfig = part(default_factory=ClassifierTrainConfig)
 
 
 def run(config: ClassifierRunConfig) -> None:
     """Train, measure on the held-out images, write the classifier and print what is recorded with it as JSON."""
     device = resolve_device(config.device)
-    train_set, test_set = open_images(config.data_path, config.img_size), open_images(config.test_path, config.img_size)
+    train_set, test_set = (
+        open_images(path, config.img_size, choice=config.choice) for path in (config.data_path, config.test_path)
+    )
     if train_set.classes != test_set.classes:
         raise UserError(f"--test_path has classes {', '.join(test_set.classes)}, which are not those of --data_path.")
     torch.manual_seed(config.train.seed)

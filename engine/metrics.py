@@ -24,6 +24,7 @@ from engine.scoring.statistics import FeatureStatistics, load_reference_statisti
 from tokenizers import VQModel, load_tokenizer
 from util.cli import Parser, exit_on_user_error, from_args
 from util.config import check, part, setting
+from util.data.classes import ClassChoice
 from util.data.images import ImageDataset, open_images
 from util.data.loading import image_batches
 from util.dist import DeviceConfig, resolve_device
@@ -39,11 +40,12 @@ logger = logging.getLogger(__name__)
 class MetricsConfig(DeviceConfig):
     """Which images are measured, and what becomes of their statistics."""
 
-    data_path: Path = setting(help="folder of images, in subfolders or not, or photos.npz:test")
+    data_path: Path = setting(help="folder of images, in subfolders or not, a list photos.csv, or photos.npz:test")
     img_size: int = setting(help="side of the centre crops, pixels: the size that is generated", at_least=1)
     vqgan_path: Path | None = setting(None, "score what this tokenizer makes of the images")
     output: Path | None = setting(None, "write the statistics to this npz")
     batch_size: int = setting(64, "images per batch", at_least=1)
+    choice: ClassChoice = part(default_factory=ClassChoice)
     scoring: ScoringConfig = part(default_factory=ScoringConfig)
 
     def __post_init__(self) -> None:
@@ -83,7 +85,7 @@ def run(config: MetricsConfig) -> None:
     assert scoring.feature_extractor is not None
     path = scoring.reference_statistics
     reference = None if path is None else load_reference_statistics(path)
-    images = open_images(config.data_path, config.img_size, labelled=False)
+    images = open_images(config.data_path, config.img_size, labelled=False, choice=config.choice)
     device = resolve_device(config.device)
     extractor = load_feature_extractor(scoring.feature_extractor, device, scoring.inception_path)
     if reference is not None:

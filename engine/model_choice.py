@@ -14,11 +14,23 @@ from util.config import check, part, setting
 from util.errors import UserError
 
 
+def _sizes() -> str:
+    """What the named sizes are."""
+    return ", ".join(
+        f"{name} {depth}×{width} ({12 * depth * width**2 / 1e6:.1f}M)"
+        for name, (width, depth, _) in MODEL_SIZES.items()
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class ModelChoice:
     """What the flags say; None leaves it to the checkpoint or the data."""
 
-    model: str | None = setting(None, "size (default: lpd_l)", choices=tuple(MODEL_SIZES))
+    model: str | None = setting(
+        None,
+        f"size, in layers × width and weights of the layers: {_sizes()}; codes and classes add theirs (default: lpd_l)",
+        choices=tuple(MODEL_SIZES),
+    )
     img_size: int | None = setting(
         None, "pixels; a multiple of the tokenizer's stride (default: the code cache's or the tokenizer's, else 256)"
     )

@@ -7,22 +7,23 @@ from pathlib import Path
 
 from engine.config import Config
 from engine.hub.download import COMMAND, DOWNLOADS, GUIDED_DIFFUSION, OPENAI_STATISTICS, ORDERS_DIR, ORDERS_REPO
-from engine.hub.remote import Choice, find_file, hub_name
+from engine.hub.remote import Choice, find_file, hub_name, own_tokenizer
 from engine.recipes import TOKENIZER
 from engine.scoring.features import INCEPTION, INCEPTION_INSTEAD, INCEPTION_URL, inception_cache
 from util.checkpoint import find_checkpoints
+from util.data.classes import ClassChoice
 from util.dist import Dist
-from util.errors import UserError
-
-TOKENIZER_MISSING = "--vqgan_path is missing; give the tokenizer (LlamaGen's vq_ds16_c2i.pt or one of your own)."
+from util.errors import UserError, refuse
 
 
 def check_files(config: Config) -> None:
-    """Look for every file that the flags name, before anything else is done.
+    """Look for every file that the flags name, or should name, before anything else is done.
 
     Raises:
-        UserError: naming all that are missing, where each comes from, where it belongs and how to get it.
+        UserError: naming all flags that are missing, and all files: where each comes from, where it belongs and how to
+            get it.
     """
+    unnamed = list(_unnamed_files(config))
     missing = [f"{path}: {what}" for path, what in _named_files(config) if path is not None and not Path(path).exists()]
     # Inception is downloaded when it is needed; it is named where something has to be fetched anyway.
     if missing and config.evaluate and config.evaluation.scoring.needs_download:
@@ -30,10 +31,44 @@ def check_files(config: Config) -> None:
             f"{inception_cache()}: the Inception weights of {INCEPTION_URL}; get them with: {COMMAND} inception; "
             f"{INCEPTION_INSTEAD}"
         )
-    if len(missing) == 1:
-        raise UserError(f"missing file {missing[0]}")
+    if unnamed or len(missing) == 1:
+        refuse([*unnamed, *(f"missing file {file}" for file in missing)], " on the command line")
     if missing:
         raise UserError("\n  ".join([f"{len(missing)} files are missing:", *missing]))
+
+
+def tokenizer_named(config: Config) -> Path | None:
+    """The tokenizer that a run uses, a file or where it is looked for; None where it needs none or none is named."""
+    return config.vqgan_path or (own_tokenizer(config.pretrained_ckpt) if needs_tokenizer(config) else None)
+
+
+def needs_tokenizer(config: Config) -> bool:
+    """Whether a run encodes or decodes images."""
+    if config.training is None:
+        return True
+    encodes = not config.data.use_cached or config.data.val_path is not None
+    return encodes or config.training.online_eval or config.training.sample_freq > 0
+
+
+def _unnamed_files(config: Config) -> Iterator[str]:
+    """A sentence for each flag that this run lacks, or has beside another one that excludes it."""
+    data = config.data
+    if config.training is None:
+        if config.pretrained_ckpt is None:
+            yield "--evaluate needs --pretrained_ckpt, the checkpoint to evaluate."
+    else:
+        if data.use_cached and data.cached_path is None:
+            yield "--use_cached needs --cached_path, a code cache made by main_cache.py."
+        elif not data.use_cached and data.data_path is None:
+            yield "give training data: --data_path IMAGES, or --use_cached --cached_path CODES."
+        if data.use_cached and data.val_path is None and data.choice != ClassChoice():
+            yield "--classes and --class_names choose among images; give them to main_cache.py, which makes the codes."
+        if data.val_path is not None and data.val_cached_path is not None:
+            yield "--val_path and --val_cached_path are the same images in two forms; give one of them."
+        if config.model.new_classes and config.pretrained_ckpt is None:
+            yield "--new_classes needs --pretrained_ckpt, the checkpoint whose other weights are kept."
+    if needs_tokenizer(config) and tokenizer_named(config) is None:
+        yield "--vqgan_path is missing; give the tokenizer (LlamaGen's vq_ds16_c2i.pt or one of your own)."
 
 
 def _named_files(config: Config) -> Iterator[tuple[Path | str | None, str]]:

@@ -21,7 +21,9 @@ class OrderConfig:
 
     generation_steps: int = setting(20, "decoding steps per image")
     group_sizes: str | tuple[int, ...] | None = setting(
-        None, "tokens per step instead: '1,3,5', '[1]*256', 'uniform:STEPS', a JSON list, or a file with one"
+        None,
+        "tokens of each step instead of --generation_steps, which sum to those of an image: '1,3,5,7' for 16 tokens, "
+        "'[1]*10+[2]*3', 'uniform:STEPS', a JSON list, or a file (.json, .txt) with one",
     )
     order: str = setting("lpd", "kind of the orders, drawn on the fly", choices=ORDER_KINDS)
     lpd_order_file: Path | None = setting(None, "file of orders instead of --order; image i uses order i")

@@ -377,11 +377,19 @@ def test_more_classes_than_the_data_has(workspace: Path) -> None:
     assert "class_accuracy" not in json.loads((folder / "eval" / "results.json").read_text())  # it knows two classes
 
 
-def test_missing_inputs_are_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+def test_missing_inputs_are_asked_for_all_at_once(capsys: pytest.CaptureFixture[str]) -> None:
+    tokenizer = "--vqgan_path is missing; give the tokenizer"
     for arguments, named in (
-        ((), "give training data: --data_path"),
-        (("--use_cached",), "--use_cached needs --cached_path"),
-        (("--evaluate",), "--evaluate needs --pretrained_ckpt"),
+        ((), ["give training data: --data_path", tokenizer]),
+        (("--use_cached", "--new_classes"), ["--use_cached needs --cached_path", "--new_classes needs --pretrained"]),
+        (("--use_cached",), ["--use_cached needs --cached_path"]),
+        (("--vqgan_path", "nowhere.pt"), ["give training data: --data_path", "missing file nowhere.pt: a tokenizer"]),
+        (("--evaluate",), ["--evaluate needs --pretrained_ckpt", tokenizer]),
     ):
         assert run(main_lpd.main, *arguments) == 2
-        assert capsys.readouterr().err.startswith(f"error: {named}")
+        error, *lines = capsys.readouterr().err.splitlines()
+        if len(named) > 1:
+            assert error == f"error: {len(named)} errors on the command line:"
+        else:
+            lines = [error.removeprefix("error: ")]
+        assert [line.strip().startswith(start) for line, start in zip(lines, named, strict=True)] == [True] * len(named)

@@ -172,7 +172,10 @@ def test_a_published_training_draws_from_the_schedules_of_its_file(place: Path) 
 
 def test_the_published_name_of_the_program_runs_it() -> None:
     ours = subprocess.run([sys.executable, ROOT / "main.py", "--epochs", "0"], capture_output=True, text=True)
-    assert (ours.returncode, ours.stderr) == (2, "error: --epochs is 0; it must be at least 1.\n")
+    assert (ours.returncode, ours.stderr) == (
+        2,
+        "error: --epochs is 0; it must be at least 1; --help explains the flags.\n",
+    )
 
 
 @pytest.mark.parametrize(("value", "status"), [("[1]*256", 0), ("__import__('os').abort()", 2), ("[1]*10**9", 2)])

@@ -5,14 +5,18 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, Field
+from difflib import get_close_matches
+from functools import partial
 from typing import Any, NoReturn, TypeVar
 
-from util.config import parts_of, settings_of, value_type
-from util.errors import DISK_FULL, UserError
+from util.config import parts_of, problems_of, settings_of, value_type
+from util.errors import DISK_FULL, UserError, refuse
 
 C = TypeVar("C")
+
+_INVALID = object()  # stands for a value that could not be read
 
 
 class HelpFormatter(argparse.HelpFormatter):
@@ -27,13 +31,103 @@ class HelpFormatter(argparse.HelpFormatter):
 
 
 class Parser(argparse.ArgumentParser):
-    """Says what is wrong in one sentence, once for all processes, without the list of all flags."""
+    """Says all that is wrong with a command line, once for all processes, without the list of all flags.
 
-    def __init__(self, **options: Any) -> None:
+    Args:
+        problems: where a command among several (``add_subparsers``) collects them with its parent.
+    """
+
+    def __init__(self, *, problems: list[str] | None = None, **options: Any) -> None:
         super().__init__(allow_abbrev=False, **{"formatter_class": HelpFormatter, **options})
+        self._is_command, self._problems = problems is not None, [] if problems is None else problems
+        self._waived: list[argparse.Action] = []
+
+    def add_subparsers(self, **options: Any) -> Any:
+        return super().add_subparsers(**{"parser_class": partial(type(self), problems=self._problems), **options})
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help explains the flags.")
+        """Where parsing can't go on; raises UserError for this and all that was found before."""
+        self._problems.append(f"{message.removeprefix('argument ')}.")
+        self._refuse()
+        raise AssertionError
+
+    def _refuse(self) -> None:
+        problems = self._problems[:]
+        self._problems.clear()
+        if len(problems) == 1:
+            raise UserError(f"{problems[0].rstrip('.')}; --help explains the flags.")
+        refuse(problems, " on the command line (--help explains the flags)")
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse's; UserError for all flags that don't exist, are missing, or whose values are out of range."""
+        self._problems.clear()
+        parsed, unknown = self.parse_known_args(args, namespace)
+        self._problems += self._unknown(unknown)
+        self._refuse()
+        return parsed
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        # argparse would stop at a required flag that is missing, before it sees those that don't exist.
+        self._waived = [action for action in self._actions if action.required and action.option_strings]
+        self._require(False)
+        try:
+            parsed, unknown = super().parse_known_args(args, namespace)
+        finally:
+            self._require(True)
+        for action in self._actions:
+            value = getattr(parsed, action.dest, None)
+            if action in self._waived and value is None:
+                self._problems.append(f"{action.option_strings[0]} is missing.")
+            elif value is not _INVALID and hasattr(action, "setting"):
+                self._problems += problems_of(action.option_strings[0], value, action.setting)
+        if self._is_command:
+            self._problems += self._unknown(unknown)
+            unknown = []
+        return parsed, unknown
+
+    def _require(self, required: bool) -> None:
+        for action in self._waived:
+            action.required = required
+
+    def format_help(self) -> str:
+        self._require(True)  # --help acts in the middle of parsing
+        return super().format_help()
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        try:
+            return super()._get_value(action, arg_string)
+        except argparse.ArgumentError as error:
+            kinds: dict[Any, str] = {int: "a whole number", float: "a number"}
+            name = action.option_strings[0] if action.option_strings else action.metavar or action.dest
+            if action.type in kinds:
+                self._problems.append(f"{name} is {arg_string!r}; it must be {kinds[action.type]}.")
+            else:
+                self._problems.append(f"{name}: {error.message.rstrip('.')}.")
+            return _INVALID
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        if action.choices is None or value in action.choices or value is _INVALID:
+            return
+        name = action.option_strings[0] if action.option_strings else action.metavar or action.dest
+        choices = [str(choice) for choice in action.choices]
+        message = f"{name} is {value!r}; choose one of {', '.join(choices)}{_meant(value, choices)}"
+        if isinstance(action, argparse._SubParsersAction):
+            self.error(message)
+        self._problems.append(f"{message}.")
+
+    def _unknown(self, words: list[str]) -> list[str]:
+        """A sentence for each of the words that no flag takes; values behind flags that don't exist go with them."""
+        spoken = [name for act in self._actions if act.help != argparse.SUPPRESS for name in act.option_strings]
+        problems, follows = [], False
+        for word in words:
+            is_flag = word.startswith("-") and not word[1:2].isdigit()
+            if is_flag:
+                name = word.partition("=")[0]
+                problems.append(f"there is no flag {name}{_meant(name, spoken)}.")
+            elif not follows:
+                problems.append(f"{word!r} belongs to no flag.")
+            follows = is_flag or follows
+        return problems
 
     def add_config(self, cls: type, defaults: Mapping[str, Any] | None = None, skip: Collection[str] = ()) -> None:
         """Add a flag for every setting of a configuration; those of its parts under headings.
@@ -72,6 +166,12 @@ class _Unused(argparse.Action):
             print(f"note: {flag} of the published code is not used here: {self.const}.", file=sys.stderr)
 
 
+def _meant(word: str, names: Sequence[str]) -> str:
+    """What to add to a message about a word that is none of the names; nothing where none is like it."""
+    like = [name for name in names if len(word) > 2 and name.startswith(word)] or get_close_matches(word, names, 1)
+    return f" (did you mean {like[0]}?)" if like else ""
+
+
 def _add_flag(group: argparse._ActionsContainer, cls: type, field: Field[Any], default: Any) -> None:
     kind, many = value_type(cls, field)
     given = field.metadata
@@ -85,7 +185,8 @@ def _add_flag(group: argparse._ActionsContainer, cls: type, field: Field[Any], d
         options["action"] = argparse.BooleanOptionalAction
     else:
         options["type"] = kind if given["parse"] is None else _flag_type(given["parse"])
-    group.add_argument(f"--{field.name}", *given["aliases"], dest=field.name, **options)
+    action = group.add_argument(f"--{field.name}", *given["aliases"], dest=field.name, **options)
+    action.setting = given  # type: ignore[attr-defined]  # the parser checks the range
 
 
 def _flag_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
@@ -107,13 +208,19 @@ def from_args(cls: type[C], args: argparse.Namespace, **given: Any) -> C:
         given: values of settings and parts that are no flags.
 
     Raises:
-        UserError: for a setting out of its range.
+        UserError: for settings out of their range, or that contradict each other, of all parts at once.
     """
     values = {field.name: getattr(args, field.name) for field in settings_of(cls) if hasattr(args, field.name)}
     values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
-    parts: dict[str, Any] = {
-        field.name: from_args(kind, args) for field, kind in parts_of(cls) if field.name not in given
-    }
+    parts: dict[str, Any] = {}
+    problems = []
+    for field, kind in parts_of(cls):
+        if field.name not in given:
+            try:
+                parts[field.name] = from_args(kind, args)
+            except UserError as error:
+                problems.append(str(error))
+    refuse(problems, " on the command line")
     return cls(**values | parts | given)
 
 

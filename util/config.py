@@ -15,7 +15,7 @@ from pathlib import Path
 from types import NoneType
 from typing import Any, get_args, get_origin, get_type_hints
 
-from util.errors import UserError
+from util.errors import refuse
 
 
 def setting(
@@ -72,21 +72,33 @@ def value_type(config: Any, field: Field[Any]) -> tuple[type, bool]:
 
 
 def check(config: Any, prefix: str = "--") -> None:
-    """Raise UserError for the first setting, or element of one, out of its range. For ``__post_init__``.
+    """Raise UserError for all settings, or elements of one, out of their range. For ``__post_init__``.
 
     Args:
         prefix: what stands before the name in messages: "" where the configuration belongs to a library.
     """
-    for field in settings_of(config):
-        value = getattr(config, field.name)
-        for one in value if isinstance(value, tuple) else (value,):
-            if one is not None:
-                _check_value(f"{prefix}{field.name}", one, field.metadata)
+    refuse(
+        [
+            problem
+            for field in settings_of(config)
+            for problem in problems_of(f"{prefix}{field.name}", getattr(config, field.name), field.metadata)
+        ]
+    )
 
 
-def _check_value(name: str, value: Any, given: Mapping[str, Any]) -> None:
+def problems_of(name: str, value: Any, given: Mapping[str, Any]) -> list[str]:
+    """A sentence for the value, or each element of it, that is out of the range of a setting; ``given``: its metadata.
+
+    None is never out of range.
+    """
+    values = value if isinstance(value, tuple | list) else (value,)
+    problems = [_problem_of(name, one, given) for one in values if one is not None]
+    return [problem for problem in problems if problem is not None]
+
+
+def _problem_of(name: str, value: Any, given: Mapping[str, Any]) -> str | None:
     if given["choices"] and value not in given["choices"]:
-        raise UserError(f"{name} is {value!r}; choose one of {', '.join(given['choices'])}.")
+        return f"{name} is {value!r}; choose one of {', '.join(given['choices'])}."
     limits = {words: limit for words, limit in given["limits"].items() if limit is not None}
     within = {
         "at least": lambda limit: value >= limit,
@@ -95,10 +107,11 @@ def _check_value(name: str, value: Any, given: Mapping[str, Any]) -> None:
         "below": lambda limit: value < limit,
     }
     infinite = isinstance(value, float) and not math.isfinite(value)
-    if infinite or not all(within[words](limit) for words, limit in limits.items()):
-        wanted = " and ".join(f"{words} {_figure(limit)}" for words, limit in limits.items()) or "a finite number"
-        note = f" ({given['note']})" if given["note"] else ""
-        raise UserError(f"{name} is {value}; it must be {wanted}{note}.")
+    if not infinite and all(within[words](limit) for words, limit in limits.items()):
+        return None
+    wanted = " and ".join(f"{words} {_figure(limit)}" for words, limit in limits.items()) or "a finite number"
+    note = f" ({given['note']})" if given["note"] else ""
+    return f"{name} is {value}; it must be {wanted}{note}."
 
 
 def _figure(limit: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
@@ -16,6 +16,18 @@ class UserError(ValueError):
     Command-line programs print the sentence and exit with status 2 (:func:`util.cli.exit_on_user_error`); library
     callers see an ordinary ``ValueError``.
     """
+
+
+def refuse(problems: Sequence[str], heading: str = "") -> None:
+    """Raise one UserError for all that is wrong at once, each in a sentence of its own; nothing where nothing is.
+
+    Args:
+        heading: what the list is headed by, where there are several, after their number.
+    """
+    if len(problems) == 1:
+        raise UserError(problems[0])
+    if problems:
+        raise UserError("\n  ".join([f"{len(problems)} errors{heading}:", *problems]))
 
 
 def reason_of(error: Exception) -> str:

@@ -12,15 +12,14 @@ from typing import Any
 from engine.config import Config
 from engine.evaluation.evaluate import evaluate
 from engine.evaluation.inputs import EvalInputs, open_inputs
-from engine.hub.remote import choose_tokenizer, choose_weights, own_tokenizer
+from engine.hub.remote import choose_tokenizer, choose_weights
 from engine.model_choice import check_tokenizer, class_names, load_pretrained
-from engine.named_files import TOKENIZER_MISSING, check_files, local_file
+from engine.named_files import check_files, local_file, tokenizer_named
 from engine.options import recipe_changes
 from engine.recipes import EXPECTED
 from models.lpd import LPD, LPDConfig, load_weights
 from tokenizers import VQModel, load_tokenizer
 from util.dist import Dist
-from util.errors import UserError
 from util.files import check_output_dir, sha256
 from util.folder_lock import FolderLock
 
@@ -72,13 +71,11 @@ def prepare_evaluation(config: Config, dist: Dist, lock: FolderLock) -> Prepared
     Raises:
         UserError: for a file that is missing or damaged, or settings and files that do not fit each other.
     """
-    if config.pretrained_ckpt is None:
-        raise UserError("--evaluate needs --pretrained_ckpt, the checkpoint to evaluate.")
-    tokenizer_path = config.vqgan_path or own_tokenizer(config.pretrained_ckpt)
-    if tokenizer_path is None:
-        raise UserError(TOKENIZER_MISSING)
     check_output_dir(config.output_dir)
     check_files(config)
+    tokenizer_path = tokenizer_named(config)
+    assert config.pretrained_ckpt is not None
+    assert tokenizer_path is not None
     if not config.dry_run:
         dist.on_main(lock.acquire)
     download = not config.dry_run

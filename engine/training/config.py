@@ -12,6 +12,7 @@ from engine.run_config import RunConfig
 from engine.training.trackers import TrackerConfig
 from orders.config import parse_shares
 from util.config import check, part, setting
+from util.data.classes import ClassChoice
 from util.errors import UserError
 from util.lr_sched import LR_SCHEDULES
 
@@ -23,7 +24,7 @@ class DataConfig:
     """What a training reads."""
 
     data_path: Path | None = setting(
-        None, "folder with a subfolder per class, or photos.npz[:train] (util/data/images.py)"
+        None, "images: a folder with a subfolder per class, a list photos.csv, or photos.npz[:train] (docs/training.md)"
     )
     use_cached: bool = setting(False, "train on the codes in --cached_path instead of images")
     cached_path: Path | None = setting(None, "code cache made by main_cache.py")
@@ -32,6 +33,7 @@ class DataConfig:
         None, "images that are not trained on, like --data_path: their loss is measured during training (val_loss)"
     )
     val_cached_path: Path | None = setting(None, "a code cache of such images instead")
+    choice: ClassChoice = part(default_factory=ClassChoice)
 
 
 @dataclass(frozen=True, kw_only=True)

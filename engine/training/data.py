@@ -13,6 +13,7 @@ from engine.config import Config
 from engine.recipes import TOKENIZER
 from engine.training.config import DataConfig
 from tokenizers import VQModel, picture_size
+from util.data.classes import tell
 from util.data.codes import CodeDataset, open_codes
 from util.data.images import ImageDataset, open_images
 from util.errors import UserError
@@ -39,21 +40,20 @@ def open_dataset(
     """The training data, at --img_size or else the size that the checkpoint records; images at the tokenizer's else.
 
     Raises:
-        UserError: where no data is named, it cannot be read, or its codes are of another tokenizer.
+        UserError: where it cannot be read, or its codes are of another tokenizer.
     """
     data, recorded_size = config.data, recorded.get("img_size")
     img_size = recorded_size if config.model.img_size is None else config.model.img_size
     if not data.use_cached:
-        if data.data_path is None:
-            raise UserError("give training data: --data_path IMAGES, or --use_cached --cached_path CODES.")
-        return open_images(data.data_path, picture_size(img_size, tokenizer), data.skip_broken)
-    if data.cached_path is None:
-        raise UserError("--use_cached needs --cached_path, a code cache made by main_cache.py.")
+        assert data.data_path is not None
+        return open_images(data.data_path, picture_size(img_size, tokenizer), data.skip_broken, choice=data.choice)
+    assert data.cached_path is not None
     # The published runs (--recipe) need no tokenizer but name one: codes of another are refused as far as can be told.
     published = config.recipe is not None and tokenizer_sha256 is None
     if published and Path(TOKENIZER).is_file():
         tokenizer_sha256 = sha256(TOKENIZER)
     dataset = open_codes(data.cached_path, img_size=img_size, tokenizer_hash=tokenizer_sha256)
+    tell(str(data.cached_path), dataset.classes, len(dataset))
     found = code_geometry(dataset, None)
     if published and (found.stride, found.vocab_size) != (PUBLISHED_STRIDE, PUBLISHED_VOCAB):
         raise UserError(
@@ -74,16 +74,14 @@ def open_validation(
     """The images, or their codes, that --val_path or --val_cached_path names, or None; labels as in the training data.
 
     Raises:
-        UserError: where both are given, they cannot be read, or do not fit the training data.
+        UserError: where they cannot be read, or do not fit the training data.
     """
     path = data.val_cached_path or data.val_path
     if path is None:
         return None
     if data.val_cached_path is None:
         assert tokenizer is not None
-        dataset: CodeDataset | ImageDataset = open_images(path, codes.img_size, data.skip_broken)
-    elif data.val_path is not None:
-        raise UserError("--val_path and --val_cached_path are the same images in two forms; give one of them.")
+        dataset: CodeDataset | ImageDataset = open_images(path, codes.img_size, data.skip_broken, choice=data.choice)
     else:
         dataset = open_codes(path, img_size=codes.img_size, tokenizer_hash=tokenizer_sha256)
         if (found := code_geometry(dataset, None)) != codes:

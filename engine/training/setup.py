@@ -15,9 +15,9 @@ import torch
 from engine.config import Config
 from engine.evaluation.evaluate import evaluate
 from engine.evaluation.inputs import EvalInputs, open_inputs
-from engine.hub.remote import choose_tokenizer, choose_weights, own_tokenizer
+from engine.hub.remote import choose_tokenizer, choose_weights
 from engine.model_choice import check_tokenizer, class_names, load_pretrained
-from engine.named_files import TOKENIZER_MISSING, check_files, find_run, local_file
+from engine.named_files import check_files, find_run, local_file, needs_tokenizer, tokenizer_named
 from engine.training.batch import OrderMixture
 from engine.training.config import TrainConfig
 from engine.training.data import code_geometry, open_dataset, open_validation
@@ -156,13 +156,8 @@ def prepare_training(config: Config, dist: Dist, lock: FolderLock) -> PreparedTr
     assert training is not None
     training.trackers.require_packages()
     check_output_dir(config.output_dir)
-    if config.model.new_classes and config.pretrained_ckpt is None:
-        raise UserError("--new_classes needs --pretrained_ckpt, the checkpoint whose other weights are kept.")
     check_files(config)
-    data = config.data
-    reads_images = not data.use_cached or (data.val_path is not None and data.val_cached_path is None)
-    needs_tokenizer = reads_images or training.online_eval or training.sample_freq > 0
-    tokenizer_path = config.vqgan_path or (own_tokenizer(config.pretrained_ckpt) if needs_tokenizer else None)
+    tokenizer_path = tokenizer_named(config)
     download, tokenizer_file = not config.dry_run, None
     if tokenizer_path is not None:
         tokenizer_file = local_file(tokenizer_path, choose_tokenizer, dist, download)
@@ -171,14 +166,15 @@ def prepare_training(config: Config, dist: Dist, lock: FolderLock) -> PreparedTr
     start = _resumed(config, training, dist) or _pretrained(config, dist)
     recorded = None if start is None else start.content.get("config")
     tokenizer_sha256 = None if tokenizer_file is None else sha256(tokenizer_file)
-    tokenizer = load_tokenizer(tokenizer_file, dist.device) if needs_tokenizer and tokenizer_file is not None else None
+    tokenizer = None
+    if needs_tokenizer(config):
+        assert tokenizer_file is not None
+        tokenizer = load_tokenizer(tokenizer_file, dist.device)
     dataset = open_dataset(config, tokenizer, tokenizer_sha256, recorded or {})
-    if needs_tokenizer and tokenizer is None:
-        raise UserError(TOKENIZER_MISSING)
     codes = code_geometry(dataset, tokenizer)
     if isinstance(dataset, CodeDataset) and dataset.header is not None and tokenizer_file is None:
         tokenizer_sha256 = dataset.header.tokenizer_sha256
-    validation = open_validation(data, dataset, codes, tokenizer, tokenizer_sha256)
+    validation = open_validation(config.data, dataset, codes, tokenizer, tokenizer_sha256)
     resumed = start is not None and start.resumed
     if start is not None:
         check_tokenizer(start.content, start.path, tokenizer_sha256)

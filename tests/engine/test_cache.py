@@ -245,8 +245,8 @@ def test_other_work_does_not_continue_or_replace_a_cache(images: Path, vqgan: Pa
             _cache(images, cache, vqgan, img_size=6)
         with pytest.raises(UserError, match="tokenizer file"):
             _cache(images, cache, other_tokenizer)
-        with pytest.raises(UserError, match="list of files"):
-            _cache(other_images, cache, vqgan)
+    with pytest.raises(UserError, match=r"8 images that are not among those of .*, such as cat/0003\.png"):
+        _cache(other_images, finished, vqgan)
     with pytest.raises(UserError, match="is not a cache"):
         _cache(images, images, vqgan)
 
@@ -289,7 +289,128 @@ def test_command_line(images: Path, vqgan: Path, tmp_path: Path, capsys: pytest.
     npz = _npz_layout(images, vqgan, tmp_path / "npz")
     capsys.readouterr()
     assert run(main_cache.main, *flags, f"--convert_from={npz}", f"--img_size={SIZE}") == 2
-    assert "list of files" in capsys.readouterr().err  # --cached_path holds the cache made from images
+    assert "11 images that are not among those of" in capsys.readouterr().err  # the cache made from images
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many pictures were encoded, call by call."""
+    calls: list[int] = []
+    encode = VQModel.encode
+
+    def counted(self: VQModel, x: torch.Tensor) -> torch.Tensor:
+        calls.append(len(x))
+        return encode(self, x)
+
+    monkeypatch.setattr(VQModel, "encode", counted)
+    return calls
+
+
+def _with_more(images: Path, to: Path) -> Path:
+    """16 images: a class before the others, one between them, and some at the end."""
+    shutil.copytree(images, to)
+    _write_images(to.with_name("more"), {"ant": 2, "cow": 2, "dog": 1})
+    for path in to.with_name("more").glob("*/*.png"):
+        (to / path.parent.name).mkdir(exist_ok=True)
+        path.rename(to / path.parent.name / f"new{path.name}")
+    return to
+
+
+def test_new_images_are_added_to_a_finished_cache(
+    images: Path, vqgan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoded: list[int]
+) -> None:
+    """Guards against encoding all again, against labels of the old classes, and a cache lost on the way."""
+    more, cache = _with_more(images, tmp_path / "images"), tmp_path / "cache"
+    _cache(more, tmp_path / "whole", vqgan)
+    _cache(images, cache, vqgan)
+    before = _contents(cache)
+    encoded.clear()
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_module._Builder, "_join_parts", lambda self: None)  # killed
+        _cache(more, cache, vqgan)
+    assert sum(encoded) == 2 * 5
+    assert _contents(cache) == before
+    assert open_codes(cache).classes == ["cat", "dog"]  # as good as ever
+    header = _cache(more, cache, vqgan)
+    assert sum(encoded) == 2 * 5
+    assert header.classes == ["ant", "cat", "cow", "dog"]
+    assert _contents(cache) == _contents(tmp_path / "whole")
+    assert _cache(more, cache, vqgan) == header
+    assert not (cache / PARTS).exists()
+
+
+def test_new_images_are_added_to_an_unfinished_cache(
+    images: Path, vqgan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoded: list[int]
+) -> None:
+    more, cache = _with_more(images, tmp_path / "images"), tmp_path / "cache"
+    with monkeypatch.context() as patch:
+        patch.setattr(cache_module._Builder, "_join_parts", lambda self: None)
+        _cache(images, cache, vqgan)
+    (cache / PARTS / "000000004.npz").unlink()
+    _cache(more, tmp_path / "whole", vqgan)
+    encoded.clear()
+    _cache(more, cache, vqgan)
+    assert sum(encoded) == 2 * (5 + 4)
+    assert _contents(cache) == _contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("moved", range(5))
+def test_a_cache_whose_files_were_not_all_in_place_is_finished(
+    images: Path, vqgan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, encoded: list[int], moved: int
+) -> None:
+    """Killed while old files make way for new ones: between them they would be a cache of wrong codes."""
+    more, cache = _with_more(images, tmp_path / "images"), tmp_path / "cache"
+    _cache(images, cache, vqgan)
+    replace, left = os.replace, [moved]
+
+    def stopping(source: Path, target: Path) -> None:
+        if Path(source).parent.name == cache_module.NEW and Path(target).parent == cache:
+            if left[0] == 0:
+                raise KeyboardInterrupt
+            left[0] -= 1
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            _cache(more, cache, vqgan)
+    with pytest.raises(UserError, match="unfinished"):
+        open_codes(cache)
+    encoded.clear()
+    assert _cache(more, cache, vqgan).num_images == 16
+    assert not encoded
+    verify_cache(cache)
+    assert len(open_codes(cache)) == 16
+
+
+def test_repaired_images_are_added(images: Path, vqgan: Path, tmp_path: Path, encoded: list[int]) -> None:
+    """Together with a new one; a cache whose list of images is the same is left alone."""
+    broken, cache = tmp_path / "broken", tmp_path / "cache"
+    shutil.copytree(images, broken)
+    good = (broken / "cat" / "0002.png").read_bytes()
+    (broken / "cat" / "0002.png").write_bytes(b"")
+    _cache(broken, cache, vqgan, skip_broken=True)
+    (broken / "cat" / "0002.png").write_bytes(good)
+    shutil.copy(broken / "cat" / "0002.png", broken / "cat" / "9999.png")
+    encoded.clear()
+    header = _cache(broken, cache, vqgan)
+    assert (header.num_images, header.skipped, sum(encoded)) == (12, [], 2 * 2)
+
+
+def test_chosen_and_renamed_classes_are_cached(images: Path, vqgan: Path, tmp_path: Path) -> None:
+    names = tmp_path / "names.txt"
+    names.write_text("dog Hund\ncat Katze\n")
+    flags = ["--vqgan_path", vqgan, "--num_workers=0", "--device=cpu", "--data_path", images, "--img_size", SIZE]
+    assert run(main_cache.main, *flags, "--cached_path", tmp_path / "all", "--class_names", names) == 0
+    assert (
+        run(main_cache.main, *flags, "--cached_path", tmp_path / "dog", "--class_names", names, "--classes", "dog") == 0
+    )
+    whole, dogs = open_codes(tmp_path / "all"), open_codes(tmp_path / "dog")
+    assert (whole.classes, dogs.classes, dogs.labels.tolist()) == (["Katze", "Hund"], ["Hund"], [0] * 5)
+    assert torch.equal(dogs.get_batch(range(5))[0], whole.get_batch(range(6, 11))[0])
+    names.write_text("dog hound\n")  # names may change later
+    assert run(main_cache.main, *flags, "--cached_path", tmp_path / "all", "--class_names", names) == 0
+    assert open_codes(tmp_path / "all").classes == ["cat", "hound"]
 
 
 def test_a_published_command_line_runs_as_it_is(

@@ -3,6 +3,7 @@
 A code cache, written by :mod:`engine.cache`, is a folder of
     ``codes.npy``, ``codes_flip.npy``   (N, L) uint16: raster codes of each cropped image and of its mirror image
     ``labels.npy``                      (N,) int64
+    ``images.json``                     names of the images, a list of N strings, where they have names
     ``header.json``                     see :class:`CacheHeader`; written last, so a cache without it is unfinished
 The published layout, one ``<class>/<image>.npz`` per image with ``indices`` and ``indices_flip``, is read as well.
 """
@@ -31,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 HEADER = "header.json"
 PARTS = ".parts"  # subfolder of an unfinished cache; hidden, so that it is not taken for a class
-CODES, CODES_FLIP, LABELS = "codes.npy", "codes_flip.npy", "labels.npy"
+CODES, CODES_FLIP, LABELS, NAMES = "codes.npy", "codes_flip.npy", "labels.npy", "images.json"
 CACHE_FORMAT, CACHE_VERSION = "lpd-codes", 1
 
 CodeBatch = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -69,13 +70,19 @@ class CacheHeader:
 
 
 def write_codes(
-    cache: Path, codes: np.ndarray, codes_flip: np.ndarray, labels: np.ndarray, header: CacheHeader
+    cache: Path,
+    codes: np.ndarray,
+    codes_flip: np.ndarray,
+    labels: np.ndarray,
+    header: CacheHeader,
+    names: list[str] | None = None,
 ) -> CacheHeader:
     """Write the files of a code cache, the header last; ``num_images``, ``max_code`` and ``files`` follow from them.
 
     Args:
         codes, codes_flip: (N, L) uint16.
         labels: (N,) int64.
+        names: of the images, by which a cache that grows knows them again.
 
     Returns:
         The header as it was written.
@@ -84,11 +91,13 @@ def write_codes(
     for name, array in arrays.items():
         with atomic_write(cache / name) as file:
             np.save(file, array)
+    if names is not None:
+        write_json(cache / NAMES, names)
     header = dataclasses.replace(
         header,
         num_images=len(labels),
         max_code=int(max(codes.max(), codes_flip.max())),
-        files={name: sha256(cache / name) for name in arrays},
+        files={name: sha256(cache / name) for name in [*arrays, *([] if names is None else [NAMES])]},
     )
     write_json(cache / HEADER, dataclasses.asdict(header))
     return header

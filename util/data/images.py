@@ -1,8 +1,9 @@
-"""Images as training, caching and scoring read them: from a folder, an image archive, or torchvision's CIFAR-10.
+"""Images as training, caching and scoring read them: from a folder, a list, an archive, or torchvision's CIFAR-10.
 
 :func:`open_images` is the one way in; what the path points at decides.
 
-An *image folder* is ``root/<class>/…/<image>``; class folders in sorted order are labels 0, 1, 2, …
+An *image folder* is ``root/<class>/…/<image>``; class folders in sorted order are labels 0, 1, 2, … A *list of images*
+is described in :mod:`util.data.classes`.
 
 An *image archive* is an ``.npz`` that holds the image files themselves, for sets of many small pictures:
     ``data``      (bytes,) uint8: all JPEG or PNG files, one after the other
@@ -32,6 +33,7 @@ from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
 from util.crop import center_crop_arr
+from util.data.classes import LISTS, ClassChoice, read_image_list, tell
 from util.errors import UserError
 from util.files import atomic_write
 
@@ -39,6 +41,7 @@ logger = logging.getLogger(__name__)
 
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"})
 SPLITS = ("train", "test")  # by the number that stands for them in an image archive
+NO_CLASSES = frozenset({"__MACOSX"})  # what archivers leave; hidden folders neither
 CIFAR10_FOLDER = "cifar-10-batches-py"  # as torchvision unpacks it
 
 
@@ -77,6 +80,19 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int]], abc.ABC):
     def fingerprint(self) -> str:
         """Hex SHA-256 that tells this list of images from another."""
 
+    @abc.abstractmethod
+    def _take(self, rows: NDArray[np.int64]) -> None:
+        """Keep only these images."""
+
+    def choose(self, choice: ClassChoice) -> None:
+        """Keep only the images of the chosen classes, under the names that are chosen for them."""
+        kept, names = choice.apply(self.classes, self.source)
+        rows = np.flatnonzero(np.isin(self.labels, kept))
+        if len(rows) < len(self):
+            self._take(rows)
+            self.labels = np.searchsorted(np.array(kept, np.int64), self.labels[rows])
+        self.classes = names
+
     def load(self, index: int) -> torch.Tensor:
         """The crop of image ``index``, uint8 (img_size, img_size, 3); raises UserError if it is broken."""
         return torch.from_numpy(np.array(center_crop_arr(self.read(index), self.img_size), dtype=np.uint8))
@@ -93,7 +109,43 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int]], abc.ABC):
         raise UserError(f"none of the {len(self)} images of {self.source} can be read.")
 
 
-class ImageFolder(ImageDataset):
+class ImageFiles(ImageDataset):
+    """Image files in a folder, ``root``; ``paths``, relative to it, are in the order of the images."""
+
+    root: Path
+    paths: list[str]
+
+    def read(self, index: int) -> Image.Image:
+        return load_rgb(self.root / self.paths[index])
+
+    def fingerprint(self) -> str:
+        """Of the sorted list of relative paths."""
+        return hash_names(self.paths)
+
+    def _take(self, rows: NDArray[np.int64]) -> None:
+        self.paths = [self.paths[row] for row in rows]
+
+
+class ImageList(ImageFiles):
+    """The images of a list of images, sorted by class and path; UserError if a line or a file is amiss."""
+
+    def __init__(self, path: str | Path, img_size: int, skip_broken: bool = False) -> None:
+        self.root = Path(path).parent
+        paths, names = read_image_list(Path(path), IMAGE_EXTENSIONS)
+        order = sorted(range(len(paths)), key=lambda i: (names[i], paths[i]))
+        self.paths = [paths[i] for i in order]
+        missing = [path for path in self.paths if not (self.root / path).is_file()]
+        if missing:
+            raise UserError(f"{path} lists {len(missing)} files that do not exist, such as {self.root / missing[0]}.")
+        classes, labels = np.unique([names[i] for i in order], return_inverse=True)
+        super().__init__(path, classes.tolist(), labels, img_size, skip_broken)
+
+    def fingerprint(self) -> str:
+        """Of the paths and their labels."""
+        return hash_names([f"{path}\t{label}" for path, label in zip(self.paths, self.labels, strict=True)])
+
+
+class ImageFolder(ImageFiles):
     """A folder of image files, one subfolder per class.
 
     Args:
@@ -116,13 +168,6 @@ class ImageFolder(ImageDataset):
             found, labels = np.unique([""] * len(names) if "" in names else names, return_inverse=True)
             classes = found.tolist()
         super().__init__(root, classes, labels, img_size, skip_broken)
-
-    def read(self, index: int) -> Image.Image:
-        return load_rgb(self.root / self.paths[index])
-
-    def fingerprint(self) -> str:
-        """Of the sorted list of relative paths."""
-        return hash_names(self.paths)
 
 
 class ImageArchive(ImageDataset):
@@ -153,6 +198,9 @@ class ImageArchive(ImageDataset):
         """Of all bytes, and of which images and labels are chosen."""
         return _hash_arrays(self._data, self._offsets, self._numbers, self.labels)
 
+    def _take(self, rows: NDArray[np.int64]) -> None:
+        self._numbers = self._numbers[rows]
+
 
 class Cifar10(ImageDataset):
     """A split of CIFAR-10 (Krizhevsky, 2009) as torchvision unpacks it.
@@ -176,19 +224,42 @@ class Cifar10(ImageDataset):
     def fingerprint(self) -> str:
         return _hash_arrays(self._pixels, self.labels)
 
+    def _take(self, rows: NDArray[np.int64]) -> None:
+        self._pixels = self._pixels[rows]
 
-def open_images(path: str | Path, img_size: int, skip_broken: bool = False, *, labelled: bool = True) -> ImageDataset:
-    """The images that ``path`` points at, as ``img_size`` crops.
+
+def open_images(
+    path: str | Path,
+    img_size: int,
+    skip_broken: bool = False,
+    *,
+    labelled: bool = True,
+    choice: ClassChoice | None = None,
+) -> ImageDataset:
+    """The images that ``path`` points at, as ``img_size`` crops; what was found is logged.
 
     Args:
-        path: an image folder; an image archive, ``photos.npz``, or a split of it, ``photos.npz:train`` or ``:test``; or
-            torchvision's ``cifar-10-batches-py``, likewise with a split (the training images without one).
+        path: an image folder; a list of images, ``photos.csv``; an image archive, ``photos.npz``, or a split of it,
+            ``photos.npz:train`` or ``:test``; or torchvision's ``cifar-10-batches-py``, likewise with a split (the
+            training images without one).
         skip_broken: see :class:`ImageDataset`.
         labelled: false where classes are not needed: see :class:`ImageFolder`.
+        choice: which classes are taken, and their names.
 
     Raises:
         UserError: if there is no such thing, or it is damaged or incomplete.
     """
+    images = _open(path, img_size, skip_broken, labelled)
+    if choice is not None:
+        images.choose(choice)
+    if labelled:
+        tell(images.source, images.classes, len(images), images.paths if isinstance(images, ImageFolder) else ())
+    else:
+        logger.info("%s: %d images", images.source, len(images))
+    return images
+
+
+def _open(path: str | Path, img_size: int, skip_broken: bool, labelled: bool) -> ImageDataset:
     name, split = Path(path), None
     if not name.exists():
         head, colon, tail = str(path).rpartition(":")
@@ -198,6 +269,8 @@ def open_images(path: str | Path, img_size: int, skip_broken: bool = False, *, l
         raise UserError(f"{path} asks for split {split!r}; the splits are {' and '.join(SPLITS)}.")
     if name.name == CIFAR10_FOLDER and name.is_dir():
         return Cifar10(name, img_size, skip_broken, split or "train")
+    if name.suffix in LISTS and split is None:
+        return ImageList(name, img_size, skip_broken)
     if name.suffix == ".npz":
         return ImageArchive(name, img_size, skip_broken, split)
     if split is not None:
@@ -265,12 +338,13 @@ def hash_names(paths: list[str]) -> str:
 
 
 def list_class_folders(root: Path, extensions: Collection[str], kind: str) -> tuple[list[str], list[str], np.ndarray]:
-    """(class names, file paths relative to ``root``, int64 labels), all in sorted order; hidden entries are ignored."""
+    """(class names, file paths relative to ``root``, int64 labels), all in sorted order; hidden ones are ignored."""
     if not root.is_dir():
         raise UserError(f"{root} is not a folder; expected a folder with one subfolder of {kind} per class.")
-    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not entry.name.startswith("."))
+    classes = sorted(entry.name for entry in os.scandir(root) if entry.is_dir() and not _is_ignored(entry.name))
     if not classes:
-        raise UserError(f"{root} has no class folders; expected one subfolder of {kind} per class.")
+        holds = next((f" but {kind}; name the folder above it" for _ in _find_files(root, extensions)), "")
+        raise UserError(f"{root} has no class folders{holds}; expected one subfolder of {kind} per class.")
     files = [[f"{name}/{path}" for path in sorted(_find_files(root / name, extensions))] for name in classes]
     counts, paths = list(map(len, files)), list(itertools.chain(*files))
     if not paths:
@@ -281,9 +355,14 @@ def list_class_folders(root: Path, extensions: Collection[str], kind: str) -> tu
     return classes, paths, np.repeat(np.arange(len(classes), dtype=np.int64), counts)
 
 
+def _is_ignored(folder: str) -> bool:
+    return folder.startswith(".") or folder in NO_CLASSES
+
+
 def _find_files(root: Path, extensions: Collection[str]) -> Iterator[str]:
     """Paths, relative to ``root``, of the files in it and its subfolders; hidden ones are left out."""
-    for folder, _, names in os.walk(root, followlinks=True):
+    for folder, folders, names in os.walk(root, followlinks=True):
+        folders[:] = [name for name in folders if not _is_ignored(name)]
         for name in names:
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in extensions:
                 yield os.path.relpath(os.path.join(folder, name), root)

@@ -144,12 +144,13 @@ def test_images_and_their_codes_give_the_same_loss(tmp_path: Path, capsys: pytes
         measured = Validation(codes, [[1, 15]], ALONE)(model)
         assert (measured == pytest.approx(losses[0], rel=1e-6)) == same
     capsys.readouterr()
-    for flags, message in (
+    refused: tuple[tuple[tuple[object, ...], str], ...] = (
         (("--val_path", tmp_path / "other"), "classes that are not trained on (c)"),
         (("--val_path", tmp_path / "val", "--val_cached_path", tmp_path / "val_codes"), "give one of them"),
         (("--val_cached_path", tmp_path / "missing"), "missing file"),
-    ):
-        assert run(main_lpd.main, *base, *flags, "--output_dir", tmp_path / "refused", "--dry_run") == 2
+    )
+    for words, message in refused:
+        assert run(main_lpd.main, *base, *words, "--output_dir", tmp_path / "refused", "--dry_run") == 2
         assert message in capsys.readouterr().err
     assert run(main_lpd.main, *base, "--val_path", tmp_path / "train", "--output_dir", tmp_path / "x", "--dry_run") == 0
     assert "can't show overfitting" in capsys.readouterr().err
