@@ -15,6 +15,8 @@ from util.data.classes import ClassChoice
 from util.dist import Dist
 from util.errors import UserError, refuse
 
+TOKENIZER_MISSING = "--vqgan_path is missing; give the tokenizer (LlamaGen's vq_ds16_c2i.pt or one of your own)."
+
 
 def check_files(config: Config) -> None:
     """Look for every file that the flags name, or should name, before anything else is done.
@@ -68,7 +70,7 @@ def _unnamed_files(config: Config) -> Iterator[str]:
         if config.model.new_classes and config.pretrained_ckpt is None:
             yield "--new_classes needs --pretrained_ckpt, the checkpoint whose other weights are kept."
     if needs_tokenizer(config) and tokenizer_named(config) is None:
-        yield "--vqgan_path is missing; give the tokenizer (LlamaGen's vq_ds16_c2i.pt or one of your own)."
+        yield TOKENIZER_MISSING
 
 
 def _named_files(config: Config) -> Iterator[tuple[Path | str | None, str]]:

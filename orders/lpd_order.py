@@ -42,18 +42,23 @@ def lpd_orders(
     proximity_thresholds: Sequence[float | None],
     repulsion_thresholds: Sequence[int],
     seed: int,
+    known: Sequence[int] = (),
 ) -> Any:
     """The orders of these numbers, int16 (N, L), on the device of ``indices`` (N,), int64.
 
     ``group_sizes`` starts with 1 and sums to L; the thresholds are those of each step. Where a proximity threshold is
-    None, all cells count as equally close. The arguments are taken as valid; :func:`orders.generate_orders` is the
-    checked way in.
+    None, all cells count as equally close. Where cells are ``known`` beforehand, they are the first group, whatever
+    their number, and the first step after them already counts the proximity to them. The arguments are taken as valid;
+    :func:`orders.generate_orders` and :class:`orders.draw.OrderSpec` are the checked ways in.
     """
     batch = _Batch(xp, len(indices), grid, max(repulsion_thresholds), indices.device)
     states = order_states(indices, seed)
-    batch.orders[0] = uniform_cells(sub_states(states, 0), grid[0] * grid[1])
-    batch.select(0, 1)
-    first = 1
+    first = group_sizes[0]
+    if known:
+        batch.orders[:first] = xp.asarray(known, dtype=xp.int16, device=indices.device)[:, None]
+    else:
+        batch.orders[0] = uniform_cells(sub_states(states, 0), grid[0] * grid[1])
+    batch.select(0, first)
     steps = zip(group_sizes, proximity_thresholds, repulsion_thresholds, strict=True)
     for step, (size, proximity, repulsion) in enumerate(steps):
         if step == 0:

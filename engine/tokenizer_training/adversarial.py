@@ -19,9 +19,9 @@ _MAX_WEIGHT = 1e4
 
 
 class PatchDiscriminator(nn.Sequential):
-    """Images (B, 3, H, W), sides of at least MIN_SIZE → one logit per overlapping patch of 70 pixels (B, 1, H/8 - 2, W/8 - 2).
+    """Images (B, 3, H, W), sides of at least MIN_SIZE → a logit for each patch of 70 pixels (B, 1, H/8 - 2, W/8 - 2).
 
-    High where a patch looks real.
+    Patches overlap; a logit is high where the patch looks real.
     """
 
     def __init__(self, width: int) -> None:
