@@ -27,6 +27,7 @@ def generate(
     top_k: int = 0,
     top_p: float = 1.0,
     seeds: torch.Tensor | None = None,
+    codes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Generate the codes of B images, `group_sizes[s]` of each at step s.
 
@@ -43,6 +44,8 @@ def generate(
         temperature, top_k, top_p: applied in this order; top_k 0 and top_p 1 are off.
         seeds: integer (B,). An image's draws follow its seed and nothing else in the batch. By default drawn from
             torch's generator.
+        codes: integer (B, L) in raster order, of which those of the first group are kept and all others are generated;
+            None generates all.
 
     Returns:
         int64 (B, L) codes in raster order.
@@ -50,7 +53,8 @@ def generate(
     Raises:
         UserError: for settings, labels or shapes that do not fit the model.
     """
-    return _generate(model, labels, orders, group_sizes, Sampling(cfg, cfg_schedule, temperature, top_k, top_p), seeds)
+    sampling = Sampling(cfg, cfg_schedule, temperature, top_k, top_p)
+    return _generate(model, labels, orders, group_sizes, sampling, seeds, codes)
 
 
 def _generate(
@@ -60,6 +64,7 @@ def _generate(
     group_sizes: Sequence[int],
     sampling: Sampling,
     seeds: torch.Tensor | None,
+    codes: torch.Tensor | None = None,
 ) -> torch.Tensor:
     device = model.pos_embed.device
     sampling.check_top_k(model.config.vocab_size)
@@ -68,13 +73,14 @@ def _generate(
         raise UserError("the model is in training mode; call model.eval() before generating.")
     if seeds is None:
         seeds = torch.randint(2**62, (len(orders),))
-    check_batch(model, labels, orders, seeds, sampling.guided)
+    check_batch(model, labels, orders, seeds, sampling.guided, codes)
+    codes = None if codes is None else codes.to(device, torch.int64)
     labels = None if labels is None else labels.to(device, torch.int64)
     orders, seeds = orders.to(device, torch.int64), seeds.to(device, torch.int64)
     if torch.is_autocast_enabled(device.type):
         model = narrow_copy(model, torch.get_autocast_dtype(device.type), type(model))
     cache = make_cache(model, len(orders) * (2 if sampling.guided else 1))
-    return decode(model, labels, orders, seeds, group_sizes, sampling, cache)
+    return decode(model, labels, orders, seeds, group_sizes, sampling, cache, codes_BL=codes)
 
 
 def generate_images(

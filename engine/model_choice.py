@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -121,14 +121,3 @@ def check_tokenizer(checkpoint: dict[str, Any], source: Path, tokenizer_sha256: 
             f"{source} was trained on codes of another tokenizer (SHA-256 {trained_with[:12]}…) than the one given "
             f"({tokenizer_sha256[:12]}…)."
         )
-
-
-def class_names(model: LPDConfig, known: Sequence[str] | None) -> list[str] | None:
-    """Names for all classes of a model: `known` ones of its checkpoint or data set, or ImageNet's for 1000 classes."""
-    if known is None and model.class_num == 1000:
-        from torchvision.models import ResNet18_Weights
-
-        # Sorted WordNet ids, the order of ImageNet's labels.
-        known = ResNet18_Weights.IMAGENET1K_V1.meta["categories"]
-    # A model may have more classes than the data it was last trained on.
-    return None if known is None else [*known, *(f"class {i}" for i in range(len(known), model.class_num))]

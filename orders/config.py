@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from orders.draw import ORDER_KINDS, Orders, OrderSpec, default_repulsion
 from orders.files import drawn_with, load_orders
-from orders.schedule import GridSize, grid_group_sizes, grid_shape, parse_group_sizes
+from orders.schedule import GridSize, grid_shape, hole_group_sizes, parse_group_sizes
 from util.config import check, setting
 from util.errors import UserError
 
@@ -34,22 +35,32 @@ class OrderConfig:
                 "the orders; leave out one of them."
             )
 
-    def for_grid(self, grid_size: GridSize, seed: int, num_images: int = 0) -> Orders:
+    def for_grid(self, grid_size: GridSize, seed: int, num_images: int = 0, known: Sequence[int] = ()) -> Orders:
         """Schedule and orders on one grid, for images 0 … num_images − 1.
+
+        Args:
+            known: cells (raster indices) that are known beforehand. They are the first group; `group_sizes` are those
+                of the others then, and `generation_steps` those of a whole picture, of which the others take a part
+                (:func:`orders.schedule.hole_group_sizes`).
 
         Raises:
             UserError: for a schedule or a threshold that does not fit the grid, or a file that is missing, made for
                 another schedule or grid, or too short.
         """
         grid = grid_shape(grid_size)
+        hole = grid[0] * grid[1] - len(known)
+        if known and self.lpd_order_file is not None:
+            raise UserError(f"{self.lpd_order_file} holds orders of whole pictures; a part needs orders of its own.")
         if self.group_sizes is None:
-            sizes = grid_group_sizes(grid, self.generation_steps)
+            sizes = hole_group_sizes(grid, self.generation_steps, hole)
         elif isinstance(self.group_sizes, str):
-            sizes = parse_group_sizes(self.group_sizes, grid[0] * grid[1])
+            sizes = parse_group_sizes(self.group_sizes, hole)
         else:
             sizes = self.group_sizes
+        if known:
+            sizes = (len(known), *sizes)
         repulsion = default_repulsion(grid) if self.repulsion_threshold is None else self.repulsion_threshold
-        spec = OrderSpec(self.order, grid, sizes, self.proximity_threshold, repulsion, seed)
+        spec = OrderSpec(self.order, grid, sizes, self.proximity_threshold, repulsion, seed, tuple(known))
         rows = None if self.lpd_order_file is None else load_orders(self.lpd_order_file, grid, spec.group_sizes)
         if rows is not None and len(rows) < num_images:
             raise UserError(f"{self.lpd_order_file} holds {len(rows)} orders, too few for {num_images} images.")

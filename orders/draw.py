@@ -44,6 +44,8 @@ class OrderSpec:
     proximity_threshold: float
     repulsion_threshold: int
     seed: int
+    known: tuple[int, ...] = ()
+    """Cells known beforehand: the first group of every order. The others are ordered as if these had just come."""
 
     def __post_init__(self) -> None:
         h, w = self.grid
@@ -52,7 +54,10 @@ class OrderSpec:
         if max(h, w) > MAX_SIDE:
             raise UserError(f"grid {h}×{w} is larger than {MAX_SIDE}×{MAX_SIDE}.")
         object.__setattr__(self, "group_sizes", check_group_sizes(self.group_sizes, h * w))
-        if self.kind in LPD_KINDS and self.group_sizes[0] != 1:
+        object.__setattr__(self, "known", tuple(sorted(map(int, self.known))))
+        if self.known:
+            self._check_known()
+        elif self.kind in LPD_KINDS and self.group_sizes[0] != 1:
             raise UserError(f"order {self.kind!r} needs 1 as the first group size, got {self.group_sizes[0]}.")
         if not math.isfinite(self.proximity_threshold):
             raise UserError(f"proximity threshold {self.proximity_threshold} must be a finite number.")
@@ -60,6 +65,13 @@ class OrderSpec:
             raise UserError(f"repulsion threshold {self.repulsion_threshold} must be a whole number, 0 or more.")
         if not 0 <= self.seed < 1 << 63:
             raise UserError(f"seed {self.seed} must lie between 0 and 2^63 − 1.")
+
+    def _check_known(self) -> None:
+        h, w = self.grid
+        if len(set(self.known)) < len(self.known) or self.known[0] < 0 or self.known[-1] >= h * w:
+            raise UserError(f"known cells must be different cells of the grid, 0 to {h * w - 1}, got {self.known}.")
+        if self.group_sizes[0] != len(self.known):
+            raise UserError(f"{len(self.known)} cells are known, but the first group has {self.group_sizes[0]}.")
 
     def draw(
         self, indices: np.ndarray, *, device: str = "cpu", workers: int | None = None, progress: bool = False
@@ -96,16 +108,23 @@ class OrderSpec:
     def _draw_chunk(self, indices: np.ndarray, gpu: Any) -> np.ndarray:
         """The same at once, with NumPy or on a torch device."""
         if self.kind in FIXED_KINDS:
-            return fixed_order(self.kind, self.grid)
+            return self._known_first(fixed_order(self.kind, self.grid)[None])
         if self.kind == "random":
-            return random_orders(indices, self.grid[0] * self.grid[1], self.seed)
+            return self._known_first(random_orders(indices, self.grid[0] * self.grid[1], self.seed))
         tau, rho = (0.0, 0) if self.kind == "lpd_near_only" else (self.proximity_threshold, self.repulsion_threshold)
-        rest = self.group_sizes, self.grid, tau, int(rho), self.seed, self.kind != "lpd_far_only"
+        rest = self.group_sizes, self.grid, tau, int(rho), self.seed, self.kind != "lpd_far_only", self.known
         if gpu is None:
             return lpd_orders(np, indices, *rest)
         import torch
 
         return lpd_orders(torch, torch.from_numpy(indices).to(gpu), *rest).cpu().numpy()
+
+    def _known_first(self, orders: np.ndarray) -> np.ndarray:
+        """Orders (N, L) with the known cells moved to the front."""
+        if not self.known:
+            return orders
+        unknown = orders[~np.isin(orders, self.known)].reshape(len(orders), -1)
+        return np.concatenate([np.broadcast_to(self.known, (len(orders), len(self.known))), unknown], axis=1)
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from PIL import Image
 
 from orders.draw import OrderSpec
 from orders.statistics import order_statistics
+from util.animation import save_animation
 from util.files import atomic_write
 from util.plots import save_figure
 
@@ -157,8 +158,6 @@ def animate(path: Path, orders: Sequence[SteppedOrder], milliseconds: int = 450)
         figure.suptitle(f"step {done} of {last} · {sum(sizes[:done])} of {sum(sizes)} tokens")
         figure.canvas.draw()
         pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3]  # type: ignore[attr-defined]
-        frames.append(Image.fromarray(pixels).quantize(64, dither=Image.Dither.NONE))
+        frames.append(Image.fromarray(pixels.copy()))
     plt.close(figure)
-    durations = [milliseconds] * last + [5 * milliseconds]
-    with atomic_write(path) as file:
-        frames[0].save(file, format="GIF", save_all=True, append_images=frames[1:], duration=durations, loop=0)
+    save_animation(path, frames, milliseconds)

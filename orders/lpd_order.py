@@ -43,18 +43,24 @@ def lpd_orders(
     repulsion_threshold: int,
     seed: int,
     use_proximity: bool = True,
+    known: Sequence[int] = (),
 ) -> Any:
     """The orders of these numbers, int16 (N, L), on the device of ``indices`` (N,), int64.
 
-    ``group_sizes`` starts with 1 and sums to L. Without ``use_proximity`` all cells count as equally close. The
-    arguments are taken as valid; :func:`orders.generate_orders` is the checked way in.
+    ``group_sizes`` starts with 1 and sums to L. Without ``use_proximity`` all cells count as equally close. Where cells
+    are ``known`` beforehand, they are the first group, whatever their number, and the first step after them already
+    counts the proximity to them. The arguments are taken as valid; :func:`orders.generate_orders` and
+    :class:`orders.draw.OrderSpec` are the checked ways in.
     """
     batch = _Batch(xp, len(indices), grid, repulsion_threshold, indices.device)
     threshold = closeness(proximity_threshold) if use_proximity else 0
     states = order_states(indices, seed)
-    batch.orders[0] = uniform_cells(sub_states(states, 0), grid[0] * grid[1])
-    batch.select(0, 1)
-    first = 1
+    first = group_sizes[0]
+    if known:
+        batch.orders[:first] = xp.asarray(known, dtype=xp.int16, device=indices.device)[:, None]
+    else:
+        batch.orders[0] = uniform_cells(sub_states(states, 0), grid[0] * grid[1])
+    batch.select(0, first)
     for step, size in enumerate(group_sizes[1:], 1):
         levels = batch.closeness() if use_proximity else xp.zeros_like(batch.selected)
         batch.rank(levels, threshold, sub_states(states, step))

@@ -85,6 +85,20 @@ def default_steps(grid_size: GridSize) -> int:
     return {(16, 16): 20, (32, 32): 48}.get(grid, min(tokens, max(2, round(tokens * 20 / 256))))
 
 
+def hole_group_sizes(grid_size: GridSize, steps: int, hole: int) -> tuple[int, ...]:
+    """The same for ``hole`` cells that are generated into a picture whose other cells are known; () for none.
+
+    Args:
+        steps: those of a whole picture. A hole takes as many of them as its side is long in the picture's:
+            steps · √(hole / L), rounded up, since neighbours within it cannot come at once however small it is.
+    """
+    h, w = grid_shape(grid_size)
+    _check_steps(h * w, steps)
+    if not 0 < hole < h * w:
+        return grid_group_sizes(grid_size, steps) if hole else ()
+    return cosine_group_sizes(hole, min(hole, math.ceil(steps * math.sqrt(hole / (h * w)))))
+
+
 def published_group_sizes(img_size: int, stride: int = 16) -> list[tuple[int, ...]]:
     """The schedules that training draws from, uniformly, at this resolution: most steps first.
 

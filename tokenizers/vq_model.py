@@ -94,15 +94,17 @@ class VQModel(nn.Module):
         return self.quantize.nearest(self.features(images))
 
     def decode(self, indices: Tensor) -> Tensor:
-        """Code indices (B, L) in [0, V), L a square number → images (B, 3, H, H), about [-1, 1] but not clipped.
+        """Code indices in [0, V), (B, L) with L a square number or (B, h, w) → images (B, 3, H, W), about [-1, 1] but
+        not clipped.
 
-        Raises UserError for a shape that is not a square grid. The caller must see to the range: checking it here would
-        read a value back from the GPU.
+        Raises UserError for another shape. The caller must see to the range: checking it here would read a value back
+        from the GPU.
         """
-        if indices.ndim != 2 or indices.is_floating_point() or math.isqrt(indices.shape[1]) ** 2 != indices.shape[1]:
+        square = indices.ndim == 2 and math.isqrt(indices.shape[1]) ** 2 == indices.shape[1]
+        if indices.is_floating_point() or not (square or indices.ndim == 3):
             raise UserError(
                 f"Code indices of shape {tuple(indices.shape)} and type {indices.dtype} can't be decoded; they must be "
-                "integers of shape (batch, side*side)."
+                "integers of shape (batch, side*side) or (batch, rows, columns)."
             )
         return self.decode_features(self.quantize.lookup(indices))
 
@@ -118,10 +120,10 @@ class VQModel(nn.Module):
         return _unit(self.quant_conv(self.encoder(images)).flatten(2).transpose(1, 2))
 
     def decode_features(self, features: Tensor) -> Tensor:
-        """Codebook vectors (B, L, K) in raster order → images (B, 3, H, H)."""
-        side = math.isqrt(features.shape[1])
-        weight = self.post_quant_conv.weight
-        grid = features.to(weight.dtype).transpose(1, 2).unflatten(2, (side, side))
+        """Codebook vectors (B, L, K) of a square grid in raster order, or (B, h, w, K) → images (B, 3, H, W)."""
+        if features.ndim == 3:
+            features = features.unflatten(1, (math.isqrt(features.shape[1]),) * 2)
+        grid = features.to(self.post_quant_conv.weight.dtype).permute(0, 3, 1, 2)
         return self.decoder(self.post_quant_conv(grid))
 
 

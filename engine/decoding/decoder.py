@@ -81,6 +81,7 @@ class Decoder:
         path: str = "auto",
         bf16: bool = False,
         with_class: bool = True,
+        with_known: bool = False,
     ) -> None:
         """
         Args:
@@ -89,6 +90,8 @@ class Decoder:
             tokenizer: decodes the pictures; None gives codes only.
             bf16: bfloat16 autocast; logits (of bfloat16 factors), guidance and noise are float32 all the same.
             with_class: False decodes without labels (then `sampling.cfg` must be 1).
+            with_known: the codes of the first group are known: each call is given them and generates the others. How
+                many are known is part of the schedule, as the shapes of a graph are.
 
         Raises:
             UserError: for settings that do not fit the model or the device.
@@ -116,11 +119,14 @@ class Decoder:
         model.check_inputs(orders, group_sizes)
         check_batch(model, labels, orders, seeds, sampling.guided)
         # One piece of memory, filled by one copy. Orders and seeds, which compiled code reads, are aligned for it.
-        tensors = [orders, seeds] if labels is None else [orders, seeds, labels]
+        codes = torch.zeros_like(orders) if with_known else None
+        tensors = [tensor for tensor in (orders, seeds, labels, codes) if tensor is not None]
         self._inputs = torch.empty(sum(map(torch.numel, tensors)), dtype=torch.int64, device=self.device)
         pieces = self._inputs.split([tensor.numel() for tensor in tensors])
-        self.orders, self.seeds = pieces[0].view_as(orders), pieces[1]
-        self.labels = None if labels is None else pieces[2]
+        self._buffers = [piece.view_as(tensor) for piece, tensor in zip(pieces, tensors, strict=True)]
+        self.orders, self.seeds = self._buffers[:2]
+        self.labels = None if labels is None else self._buffers[2]
+        self.codes = None if codes is None else self._buffers[-1]
         self._copy_in(tensors)
         self._weights = [Weights(module) for module in (model, tokenizer) if module is not None]
         while not self._prepare(model, tokenizer, falls_back=path == "auto"):
@@ -186,13 +192,15 @@ class Decoder:
             if isinstance(self._turns, GraphTurns):
                 self._capture(self._turns.capture_stream)
 
-    def __call__(self, labels: Tensor | None, orders: Tensor, seeds: Tensor) -> Decoded:
+    def __call__(self, labels: Tensor | None, orders: Tensor, seeds: Tensor, codes: Tensor | None = None) -> Decoded:
         """Generate one batch.
 
         Args:
             labels: integer (B,) classes, or None where the decoder was made without class.
             orders: integer (B, L), each row a permutation of raster indices.
             seeds: integer (B,); an image's draws follow its seed alone.
+            codes: integer (B, L) in raster order, of which those of the first group are kept; None where the decoder
+                was made without known codes.
 
         Returns:
             Tensors made in inference mode: clone them to use them where gradients are recorded.
@@ -204,17 +212,18 @@ class Decoder:
         """
         if (labels is None) != (self.labels is None):
             raise UserError("labels are given to a decoder made without class, or missing for one made with classes.")
-        given = [(self.orders, orders, "orders"), (self.seeds, seeds, "seeds")]
-        if labels is not None and self.labels is not None:
-            given.append((self.labels, labels, "labels"))
-        for buffer, tensor, name in given:
+        if (codes is None) != (self.codes is None):
+            raise UserError("known codes are given to a decoder made without them, or missing for one made with them.")
+        named = {"orders": orders, "seeds": seeds, "labels": labels, "known codes": codes}
+        given = {name: tensor for name, tensor in named.items() if tensor is not None}
+        for buffer, (name, tensor) in zip(self._buffers, given.items(), strict=True):
             if tensor.shape != buffer.shape:
                 raise UserError(
                     f"{name} have shape {tuple(tensor.shape)}; this decoder was made for {tuple(buffer.shape)}."
                 )
-        if all(tensor.device.type == "cpu" for _, tensor, _ in given):
-            check_batch(self.model, labels, orders, seeds, self.sampling.guided)
-        tensors = [tensor for _, tensor, _ in given]
+        tensors = list(given.values())
+        if all(tensor.device.type == "cpu" for tensor in tensors):
+            check_batch(self.model, labels, orders, seeds, self.sampling.guided, codes)
         with self._turns.take() as stream:
             if stream not in self._streams:
                 self._use_on(stream)
@@ -235,12 +244,11 @@ class Decoder:
         return decoded
 
     def _copy_in(self, tensors: list[Tensor]) -> None:
-        """Fill the static buffers from orders, seeds and, with classes, labels."""
+        """Fill the static buffers from orders, seeds and, where the decoder has them, labels and known codes."""
         if self.device.type == "cuda" and all(tensor.device.type == "cpu" for tensor in tensors):
             self._inputs.copy_(_staged(tensors), non_blocking=True)
             return
-        for buffer, tensor in zip((self.orders, self.seeds, self.labels), tensors, strict=False):
-            assert buffer is not None
+        for buffer, tensor in zip(self._buffers, tensors, strict=True):
             if self.device.type == "cuda" and tensor.device.type == "cpu":
                 tensor = _staged([tensor]).view_as(buffer)
             buffer.copy_(tensor, non_blocking=True)
@@ -286,6 +294,7 @@ class Decoder:
             self.cache,
             self._draw,
             self._keys,
+            self.codes,
         )
         if self.tokenizer is None:
             return Decoded(codes, None)

@@ -16,7 +16,12 @@ from util.errors import UserError
 
 
 def check_batch(
-    model: LPD, labels: torch.Tensor | None, orders: torch.Tensor, seeds: torch.Tensor, guided: bool
+    model: LPD,
+    labels: torch.Tensor | None,
+    orders: torch.Tensor,
+    seeds: torch.Tensor,
+    guided: bool,
+    codes: torch.Tensor | None = None,
 ) -> None:
     """Raise UserError where a batch does not fit the model. Values are looked at, so tensors should be on the host."""
     B, L = len(orders), model.config.num_tokens
@@ -38,6 +43,12 @@ def check_batch(
             raise UserError(f"label {int(wrong[0])} is out of range; the model has classes 0 to {classes - 1}.")
     if seeds.shape != (B,):
         raise UserError(f"seeds have shape {tuple(seeds.shape)}; there are {B} orders, so give ({B},).")
+    if codes is not None:
+        if codes.shape != (B, L):
+            raise UserError(f"known codes have shape {tuple(codes.shape)}, orders {(B, L)}; they must be the same.")
+        wrong = codes[(codes < 0) | (codes >= model.config.vocab_size)]
+        if wrong.numel():
+            raise UserError(f"code {int(wrong[0])} is out of range; the model has 0 to {model.config.vocab_size - 1}.")
 
 
 def draw_codes(
@@ -80,8 +91,12 @@ def decode(
     cache: KVCache,
     draw: Callable[..., torch.Tensor] = draw_codes,
     keys: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] = noise_keys,
+    codes_BL: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The decoding loop: codes (B, L) int64 in raster order.
+
+    With `codes_BL` the codes at the first group's positions are known: all of them enter the cache in one pass,
+    together with the second group's queries. They see the class token and each other, as a group does in training.
 
     All tensors are int64 and on the model's device, and right (:func:`check_batch`). Every shape follows from the group
     sizes, and nothing is read back from the device.
@@ -93,6 +108,12 @@ def decode(
     sizes = list(group_sizes)
     groups_of = orders_BL.split(sizes, dim=1), weights_L.split(sizes), keys(seeds_B, orders_BL).split(sizes, dim=1)
     for targets_BQ, weights_Q, keys_BQ in zip(*groups_of, strict=True):
+        if known_BN is None and codes_BL is not None:
+            # The class token goes ahead alone, since it sees no code. A step needs a query, whose answer is not used.
+            model.first_step(labels_B, targets_BQ[:, :1], sampling.guided, cache)
+            groups.append(codes_BL.gather(1, targets_BQ))
+            known_BN = targets_BQ
+            continue
         if known_BN is None:
             logits_GQV = model.first_step(labels_B, targets_BQ, sampling.guided, cache)
         else:

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.class_names import class_names
 from engine.config import Config
 from engine.evaluation.evaluate import evaluate
 from engine.evaluation.inputs import EvalInputs, open_inputs
 from engine.hub.remote import choose_tokenizer, choose_weights, own_tokenizer
-from engine.model_choice import check_tokenizer, class_names, load_pretrained
+from engine.model_choice import check_tokenizer, load_pretrained
 from engine.named_files import TOKENIZER_MISSING, check_files, local_file
 from engine.options import recipe_changes
 from engine.recipes import EXPECTED

@@ -12,11 +12,12 @@ from typing import Any
 
 import torch
 
+from engine.class_names import class_names
 from engine.config import Config
 from engine.evaluation.evaluate import evaluate
 from engine.evaluation.inputs import EvalInputs, open_inputs
 from engine.hub.remote import choose_tokenizer, choose_weights, own_tokenizer
-from engine.model_choice import check_tokenizer, class_names, load_pretrained
+from engine.model_choice import check_tokenizer, load_pretrained
 from engine.named_files import TOKENIZER_MISSING, check_files, find_run, local_file
 from engine.training.config import TrainConfig
 from engine.training.data import code_geometry, open_dataset

@@ -75,7 +75,7 @@ def test_mistakes_are_named(trained: Path) -> None:
     generator = ImageGenerator(trained / "exported", device="cpu")
     with pytest.raises(UserError, match="no class 'fir'; it has ash, birch"):
         generator(["fir"])
-    with pytest.raises(UserError, match="label 7 is out of range"):
+    with pytest.raises(UserError, match="class 7 is out of range"):
         generator([7])
     with pytest.raises(UserError, match=r"cfg is 0\.5"):
         generator([0], cfg=0.5)
