@@ -42,6 +42,7 @@ from util.dist import resolve_device
 from util.errors import UserError, reading
 from util.files import sha256
 from util.pictures import to_float, to_uint8
+from util.shapes import shapes_only
 
 TRAIN_SETTINGS = "train_settings.json"  # that a training leaves beside its checkpoints
 _DEMO = Path("runs/demo")
@@ -113,7 +114,8 @@ class ImageGenerator:
         ):
             if own != needed:
                 raise UserError(f"{tokenizer_file} has {name} {own}, but the model of {weights} needs {needed}.")
-        model = LPD(config)
+        with shapes_only():
+            model = LPD(config)
         load_weights(model, content["model"], str(weights))
         self.model = model.to(self.device).eval()
         self.classes = class_names(model.config, content.get("classes"))

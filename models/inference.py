@@ -13,6 +13,7 @@ from models.block import Block
 from models.kv_cache import KVCache
 from models.lpd import LPD, LPDConfig
 from util.errors import UserError
+from util.shapes import shapes_only
 
 Apply = Callable[[torch.Tensor], torch.Tensor]
 _ROWS = 64  # rows that oneDNN is told to expect; any number works
@@ -152,7 +153,7 @@ def _last(block: Block, norm: nn.LayerNorm, rows_BND: torch.Tensor, attended_BHQ
 
 def share_weights(model: LPD, kind: type[LPD] = LPD) -> LPD:
     """A second model, of this class, in eval mode and without gradients, over the same parameter tensors."""
-    with torch.device("meta"):
+    with shapes_only():
         twin = kind(model.config).requires_grad_(False)
     twin.load_state_dict(model.state_dict(), assign=True)
     return twin.eval()

@@ -264,7 +264,7 @@ def resize_pos_embed(pos_embed: torch.Tensor, num_tokens: int) -> torch.Tensor:
 def load_weights(
     model: LPD, state: dict[str, torch.Tensor], source: str, resize: bool = False, new_classes: bool = False
 ) -> None:
-    """Load a state dict; everything must fit.
+    """Load a state dict; everything must fit. A model of shapes only takes its tensors (:mod:`util.shapes`).
 
     Args:
         source: the file's name, for messages.
@@ -290,4 +290,7 @@ def load_weights(
                 f"{source} is a checkpoint of another size: {name} is {tuple(state[name].shape)}, "
                 f"the model's is {tuple(value.shape)}."
             )
-    model.load_state_dict(state)
+    assign = model.pos_embed.is_meta
+    if assign:
+        state = {name: state[name].to(value.dtype) for name, value in own.items()}
+    model.load_state_dict(state, assign=assign)

@@ -21,6 +21,7 @@ from util.checkpoint import load_checkpoint
 from util.config import record
 from util.errors import UserError
 from util.files import atomic_write
+from util.shapes import shapes_only
 
 logger = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ def load_tokenizer(path: str | Path, device: str | torch.device = "cpu") -> VQMo
         config = VQConfig(**described or {})
     except (TypeError, ValueError) as error:
         raise UserError(f"tokenizer file {str(path)!r} has a bad config {described!r}: {error}") from error
-    with torch.device("meta"):  # shapes only: random weights would be thrown away
+    with shapes_only():
         model = VQModel(config)
     _check_parameters(state, model.state_dict(), path)
     model.load_state_dict(state, assign=True)

@@ -27,6 +27,7 @@ from models.sampling import Sampling, noise_keys
 from tokenizers import VQModel
 from util.errors import UserError
 from util.pictures import to_uint8
+from util.shapes import shapes_only
 
 logger = logging.getLogger(__name__)
 DECODE_PATHS = (
@@ -393,7 +394,7 @@ def _to_pixels(tokenizer: VQModel, codes: Tensor) -> Tensor:
 
 def _narrow_decoder(tokenizer: VQModel) -> VQModel:
     """A tokenizer over the same weights whose decoding half is bfloat16, channels last."""
-    with torch.device("meta"):
+    with shapes_only():
         twin = VQModel(tokenizer.config).requires_grad_(False)
     twin.load_state_dict(tokenizer.state_dict(), assign=True)
     twin.post_quant_conv.to(torch.bfloat16)

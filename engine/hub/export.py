@@ -18,6 +18,7 @@ from tokenizers import load_tokenizer
 from util.checkpoint import EXPORT_FORMAT, EXPORTED_CONFIG, EXPORTED_MODEL, description_sha256, load_checkpoint
 from util.errors import UserError
 from util.files import atomic_write, sha256, write_json
+from util.shapes import shapes_only
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ def export(checkpoint: Path, folder: Path, *, ema: bool = False, vqgan_path: Pat
 
 def check_state(state: dict[str, torch.Tensor], config: LPDConfig, source: str) -> None:
     """Raise UserError unless names and shapes are those of the model."""
-    with torch.device("meta"):
+    with shapes_only():
         load_weights(LPD(config), {key: value.to("meta") for key, value in state.items()}, source)
 
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from engine.hub.export import check_state
 from engine.model_choice import recorded_config
 from engine.training.optim import build_adamw, load_optimizer
 from models.lpd import LPD
 from util.checkpoint import load_checkpoint
 from util.errors import UserError, reading
+from util.shapes import shapes_only
 
 
 def load_resumable(path: Path) -> dict[str, Any]:
@@ -42,7 +41,7 @@ def _try(content: dict[str, Any], path: Path) -> None:
     for name in ("model", "model_ema"):
         if name in content:
             check_state(content[name], config, str(path))
-    with torch.device("meta"):
+    with shapes_only():
         optimizer = build_adamw(LPD(config), weight_decay=0.0)
     load_optimizer(optimizer, content["optimizer"])
     for group in optimizer.param_groups:

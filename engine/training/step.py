@@ -25,6 +25,7 @@ from models.loss import linear_cross_entropy
 from models.lpd import LPD, LPDConfig
 from util.dist import Dist
 from util.errors import UserError
+from util.shapes import shapes_only
 
 logger = logging.getLogger(__name__)
 
@@ -201,7 +202,7 @@ class TrainStep:
         if self.ema is None and not self.config.fsdp:
             return self.model
         state = self.model.state_dict() if self.ema is None else self.ema.average
-        with torch.device("meta"):
+        with shapes_only():
             model = LPD(self.model.config)
         model.load_state_dict({name: full_tensor(value.detach()) for name, value in state.items()}, assign=True)
         return model.requires_grad_(False)
