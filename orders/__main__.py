@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +13,9 @@ from orders.draw import ORDER_KINDS
 from orders.files import load_orders, read_spec, save_orders
 from orders.schedule import default_steps, grid_shape, grid_side
 from orders.statistics import order_statistics
-from util.cli import Parser, exit_on_user_error, from_args
+from util.cli import Parser, exit_on_user_error, from_args, path_ending_in
 from util.errors import UserError
+from util.plots import SUFFIXES
 
 _COMPARED = (
     *("lpd", "lpd_near_only", "lpd_far_only", "random", "halton"),
@@ -109,15 +109,6 @@ def grid(text: str) -> tuple[int, int]:
     return grid_shape((int(rows), int(columns or rows)))
 
 
-def _file(*suffixes: str) -> Callable[[str], Path]:
-    def path(text: str) -> Path:
-        if not text.endswith(suffixes):
-            raise argparse.ArgumentTypeError(f"{text} must end in {', '.join(suffixes)}")
-        return Path(text)
-
-    return path
-
-
 def _parser() -> Parser:
     parser = Parser(prog="python -m orders", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -142,7 +133,7 @@ def _parser() -> Parser:
             added.add_argument("--index", type=int, default=0, help="number of the order")
         return added.add_argument
 
-    orders_file, picture = _file(".json", ".safetensors"), _file(".png", ".pdf", ".svg")
+    orders_file, picture = path_ending_in(".json", ".safetensors"), path_ending_in(*SUFFIXES)
     add = command(generate, spec, "order")
     add("output", type=orders_file, help=".json (the published form) or .safetensors (smaller, loads at once)")
     add("--num", type=int, default=60_000, help="number of orders")
@@ -164,7 +155,7 @@ def _parser() -> Parser:
     add("--orders", nargs="+", choices=ORDER_KINDS, default=_COMPARED, help="(default: all)")
 
     add = command(animate, spec, "index")
-    add("output", type=_file(".gif"), help=".gif")
+    add("output", type=path_ending_in(".gif"), help=".gif")
     add("--orders", nargs="+", choices=ORDER_KINDS, default=_ANIMATED, help=f"(default: {' '.join(_ANIMATED)})")
     return parser
 

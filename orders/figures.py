@@ -24,6 +24,7 @@ from orders.draw import OrderSpec
 from orders.statistics import order_statistics
 from util.animation import save_animation
 from util.files import atomic_write
+from util.plots import save_figure
 
 TITLES = {
     "lpd": "Locality-aware (ours)",
@@ -88,8 +89,7 @@ def _draw_steps(axes: Axes, order: SteppedOrder) -> Any:
 
 
 def _save(figure: plt.Figure, path: Path) -> None:
-    with atomic_write(path) as file:
-        figure.savefig(file, format=path.suffix[1:], dpi=110)
+    save_figure(figure, path)
     plt.close(figure)
 
 

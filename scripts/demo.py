@@ -7,7 +7,6 @@ are scored with one model and the pictures drawn.
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import shutil
@@ -28,6 +27,7 @@ from engine.scoring.config import ScoringConfig
 from engine.scoring.features import load_feature_extractor
 from models.sampling import Sampling
 from orders.config import OrderConfig
+from scripts.plots import plot_losses
 from scripts.stages import Stages, train_and_judge
 from util.checkpoint import LAST
 from util.cli import Parser, exit_on_user_error
@@ -35,7 +35,6 @@ from util.dist import DeviceConfig, Dist, resolve_device
 from util.errors import UserError
 from util.files import check_output_dir
 from util.logger import setup_logging
-from util.plots import plot_curves
 
 IMG_SIZE, STRIDE, CODES = 32, 4, 64
 CFG = 4.0
@@ -136,16 +135,6 @@ def compare_orders(out: Path, device: torch.device, num_images: int) -> str:
     return "\n".join(lines)
 
 
-def draw_loss(out: Path) -> None:
-    lines = [json.loads(line) for line in (out / "lpd" / "metrics.jsonl").read_text().splitlines()]
-    epochs = [line["epoch"] for line in lines]
-    curves = {
-        "training loss": (epochs, [line["loss"] for line in lines]),
-        f"ln {CODES}: guessing": ([0, epochs[-1]], [math.log(CODES)] * 2),
-    }
-    plot_curves(out / "loss.png", curves, "epoch", "cross-entropy per token, nats")
-
-
 def conditions(device: torch.device) -> str:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{os.cpu_count()} CPU cores"
     return f"{name}, Python {platform.python_version()}, torch {torch.__version__}"
@@ -170,7 +159,7 @@ def main() -> None:
     print(f"\n== generation orders compared: {num_images} digits each, guidance {CFG:g}", flush=True)
     table = compare_orders(out, device, num_images)
     shutil.copy(out / "eval" / "lpd_16" / "grid.png", out / "samples.png")
-    draw_loss(out)
+    plot_losses(out / "loss.png", [out / "lpd"])
     text = f"{table}\n\n{num_images} digits per row, guidance {CFG:g}; {conditions(device)}.\n"
     (out / "results.md").write_text(text)
     pictures = ", ".join(str(out / f"{name}.png") for name in ("samples", "orders", "loss"))

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, Field
 from difflib import get_close_matches
 from functools import partial
+from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from util.config import parts_of, problems_of, settings_of, value_type
@@ -199,6 +200,17 @@ def _flag_type(parse: Callable[[str], Any]) -> Callable[[str], Any]:
             raise argparse.ArgumentTypeError(str(error).rstrip(".")) from None
 
     return convert
+
+
+def path_ending_in(*suffixes: str) -> Callable[[str], Path]:
+    """The type of a flag for a file with one of these suffixes."""
+
+    def path(text: str) -> Path:
+        if not text.endswith(suffixes):
+            raise argparse.ArgumentTypeError(f"{text} must end in {', '.join(suffixes)}")
+        return Path(text)
+
+    return path
 
 
 def from_args(cls: type[C], args: argparse.Namespace, **given: Any) -> C:

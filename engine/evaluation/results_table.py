@@ -61,8 +61,8 @@ def _row(path: Path, results: dict[str, Any]) -> Row:
     return row
 
 
-def read_results(path: Path) -> list[Row]:
-    """The run of a ``results.json``, or of a folder with one; all runs of a ``results.jsonl``, oldest first.
+def load_results(path: Path) -> list[dict[str, Any]]:
+    """The results of a ``results.json``, or of a folder with one; all of a ``results.jsonl``, oldest first.
 
     Raises:
         UserError: if there is no such file, or it is something else.
@@ -73,7 +73,12 @@ def read_results(path: Path) -> list[Row]:
         runs = [json.loads(line) for line in (text.splitlines() if path.suffix == ".jsonl" else [text])]
     if not all(isinstance(results, dict) and "num_images" in results for results in runs):
         raise UserError(f"{path} holds no results of an evaluation; expected a results.json of main_lpd.py --evaluate.")
-    return [_row(path, results) for results in runs]
+    return runs
+
+
+def read_results(path: Path) -> list[Row]:
+    """The table's rows of :func:`load_results`."""
+    return [_row(path, results) for results in load_results(path)]
 
 
 def markdown_table(rows: list[Row]) -> str:
