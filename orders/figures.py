@@ -23,7 +23,6 @@ from PIL import Image
 from orders.draw import OrderSpec
 from orders.statistics import order_statistics
 from util.animation import save_animation
-from util.files import atomic_write
 from util.plots import save_figure
 
 TITLES = {

@@ -59,10 +59,12 @@ def load_tokenizer(path: str | Path, device: str | torch.device = "cpu") -> VQMo
     return model.to(device=device, dtype=torch.float32).eval().requires_grad_(False)
 
 
-def save_tokenizer(model: VQModel, path: str | Path) -> None:
-    """Write ``model`` and its configuration to a ``.pt`` or ``.safetensors`` file, atomically."""
+def save_tokenizer(model: VQModel, path: str | Path, bf16: bool = False) -> None:
+    """Write ``model`` and its configuration to a ``.pt`` or ``.safetensors`` file, atomically; float32, or bfloat16."""
     path = Path(path)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    if bf16:
+        state = {name: tensor.bfloat16() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     config = record(model.config)
     if path.suffix == ".safetensors":
         with atomic_write(path) as file:

@@ -34,6 +34,8 @@ def parse_args(arguments: list[str] | None = None) -> argparse.Namespace:
     command.add_argument("folder", type=Path, help="where to write model.safetensors, config.json and README.md")
     command.add_argument("--ema", action="store_true", help="the moving average of the weights, not the last weights")
     command.add_argument("--vqgan_path", type=Path, help="tokenizer to copy into the folder")
+    command.add_argument("--bf16", action="store_true", help="weights of half the size, the tokenizer's too")
+    command.add_argument("--notes", type=Path, help="Markdown for the model card: data, licence, training, scores")
     command = commands.add_parser("push", help="exported folder → hub")
     command.add_argument("folder", type=Path, help="an exported folder")
     command.add_argument("repo", help="name on the hub: user/model")
@@ -47,7 +49,7 @@ def main() -> None:
     if args.command == "download":
         download_all(args.names)
     elif args.command == "export":
-        export(args.checkpoint, args.folder, ema=args.ema, vqgan_path=args.vqgan_path)
+        export(args.checkpoint, args.folder, ema=args.ema, vqgan_path=args.vqgan_path, bf16=args.bf16, notes=args.notes)
     else:
         print(push(args.folder, args.repo, args.private))
 

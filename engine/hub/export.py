@@ -14,9 +14,9 @@ from engine.hub.remote import TOKENIZERS, hub_errors
 from engine.model_choice import recorded_config
 from models.lpd import LPD, LPDConfig, load_weights
 from orders.schedule import default_steps
-from tokenizers import load_tokenizer
+from tokenizers import load_tokenizer, save_tokenizer
 from util.checkpoint import EXPORT_FORMAT, EXPORTED_CONFIG, EXPORTED_MODEL, description_sha256, load_checkpoint
-from util.errors import UserError
+from util.errors import UserError, reason_of
 from util.files import atomic_write, sha256, write_json
 from util.shapes import shapes_only
 
@@ -26,17 +26,29 @@ CARD = "README.md"
 FILES = {EXPORTED_MODEL, EXPORTED_CONFIG, CARD, *TOKENIZERS}  # of an exported folder
 
 
-def export(checkpoint: Path, folder: Path, *, ema: bool = False, vqgan_path: Path | None = None) -> None:
+def export(
+    checkpoint: Path,
+    folder: Path,
+    *,
+    ema: bool = False,
+    vqgan_path: Path | None = None,
+    bf16: bool = False,
+    notes: Path | None = None,
+) -> None:
     """Write a checkpoint as `model.safetensors`, `config.json` and a model card, and the tokenizer beside them.
 
     Args:
         ema: take the moving average of the weights (`model_ema`), not the last weights.
         vqgan_path: tokenizer to copy, the one that the model was trained with.
+        bf16: write both with half the bytes. Computing in float32 goes on as before, from rounded weights; the folder
+            then holds a `tokenizer.safetensors` of its own hash.
+        notes: Markdown for the model card: data, licence, training, scores, limits.
 
     Raises:
-        UserError: for a checkpoint without configuration or average, a tokenizer of another model, or a folder that
-            holds something else.
+        UserError: for a checkpoint without configuration or average, a tokenizer of another model, notes that can't be
+            read, or a folder that holds something else.
     """
+    text = _read_notes(notes)
     content = load_checkpoint(checkpoint)
     config = _recorded_config(content, checkpoint)
     state = content.get("model_ema") if ema else content["model"]
@@ -45,8 +57,8 @@ def export(checkpoint: Path, folder: Path, *, ema: bool = False, vqgan_path: Pat
     check_state(state, config, str(checkpoint))
     trained_with, tokenizer = content.get("tokenizer_sha256"), None
     if vqgan_path is not None:
-        load_tokenizer(vqgan_path)
-        tokenizer = TOKENIZERS[1] if vqgan_path.suffix == ".safetensors" else TOKENIZERS[0]
+        loaded = load_tokenizer(vqgan_path)
+        tokenizer = TOKENIZERS[1] if bf16 or vqgan_path.suffix == ".safetensors" else TOKENIZERS[0]
         given = sha256(vqgan_path)
         if trained_with not in (None, given):
             raise UserError(f"{checkpoint} was trained with another tokenizer than {vqgan_path} (SHA-256 differs).")
@@ -56,20 +68,37 @@ def export(checkpoint: Path, folder: Path, *, ema: bool = False, vqgan_path: Pat
         raise UserError(f"{folder} holds {min(others)!r}, which no export wrote; choose another folder.")
 
     with atomic_write(folder / EXPORTED_MODEL) as file:
-        tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+        tensors = {name: _narrowed(tensor, bf16).contiguous() for name, tensor in state.items()}
         # Not `save_file`, which puts a file of its own, of mode 0600, in the place of this one.
         file.write(safetensors.torch.save(tensors, metadata={"format": "pt"}))
     if vqgan_path is not None and tokenizer is not None:
-        with atomic_write(folder / tokenizer) as file:
-            file.write(vqgan_path.read_bytes())
+        if bf16:
+            save_tokenizer(loaded, folder / tokenizer, bf16=True)
+            trained_with = sha256(folder / tokenizer)
+        else:
+            with atomic_write(folder / tokenizer) as file:
+                file.write(vqgan_path.read_bytes())
     for name in {*TOKENIZERS} - {tokenizer}:
         (folder / name).unlink(missing_ok=True)  # of an earlier export
     described = {"config": vars(config), "classes": content.get("classes"), "tokenizer_sha256": trained_with}
     described = EXPORT_FORMAT | described | {"weights_sha256": sha256(folder / EXPORTED_MODEL)}
     write_json(folder / EXPORTED_CONFIG, described | {"config_sha256": description_sha256(described)})
     with atomic_write(folder / CARD) as file:
-        file.write(_model_card(folder.name, config, trained_with, tokenizer is not None).encode())
+        file.write(_model_card(folder.name, config, trained_with, tokenizer is not None, text).encode())
     logger.info("%s: %d tensors, %s", folder, len(tensors), "averaged weights" if ema else "weights")
+
+
+def _narrowed(tensor: torch.Tensor, bf16: bool) -> torch.Tensor:
+    return tensor.bfloat16() if bf16 and tensor.is_floating_point() else tensor
+
+
+def _read_notes(path: Path | None) -> str:
+    if path is None:
+        return ""
+    try:
+        return "\n" + path.read_text().strip() + "\n"
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"the notes {path} can't be read as text ({reason_of(error)}).") from None
 
 
 def check_state(state: dict[str, torch.Tensor], config: LPDConfig, source: str) -> None:
@@ -85,7 +114,7 @@ def _recorded_config(content: dict[str, Any], source: Path) -> LPDConfig:
     return config
 
 
-def _model_card(name: str, config: LPDConfig, trained_with: str | None, has_tokenizer: bool) -> str:
+def _model_card(name: str, config: LPDConfig, trained_with: str | None, has_tokenizer: bool, notes: str) -> str:
     recorded = f"SHA-256 `{trained_with}`" if trained_with else "not recorded"
     return f"""---
 tags: [lpd, image-generation, class-conditional]
@@ -104,7 +133,7 @@ python main_lpd.py --evaluate --pretrained_ckpt NAME_OR_FOLDER {"" if has_tokeni
     --generation_steps {default_steps(config.grid_size)} --cfg 3 --num_images 100 \\
     --feature_extractor none --save_images --output_dir samples
 ```
-"""
+{notes}"""
 
 
 def push(folder: Path, repo: str, private: bool = False) -> str:

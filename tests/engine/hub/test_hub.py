@@ -34,7 +34,7 @@ from tests.helpers.commands import ROOT
 from tests.helpers.commands import run as run_command
 from tests.helpers.fake_hub import FakeHub, start
 from tests.helpers.tiny_models import tiny_tokenizer
-from tokenizers import save_tokenizer
+from tokenizers import load_tokenizer, save_tokenizer
 from util.checkpoint import HASHES, load_checkpoint, save_checkpoint
 from util.errors import UserError
 from util.files import sha256
@@ -332,6 +332,25 @@ def test_exported_model_loads_by_folder_and_file(checkpoint: Path, tmp_path: Pat
     assert find_file(folder, choose_tokenizer).read_bytes() == (tmp_path / "tok.pt").read_bytes()
     assert run("export", checkpoint, folder) == 0
     assert not (folder / "tokenizer.pt").exists(), "of the export before"
+
+
+def test_a_small_export_holds_the_rounded_weights_and_notes(checkpoint: Path, tmp_path: Path) -> None:
+    folder, notes = tmp_path / "exported", tmp_path / "notes.md"
+    notes.write_text("## Data\n\nDigits, public domain.\n")
+    tokenizer = tmp_path / "tok.pt"
+    assert run("export", checkpoint, folder, "--vqgan_path", tokenizer) == 0
+    size = (folder / "model.safetensors").stat().st_size
+    assert run("export", checkpoint, folder, "--vqgan_path", tokenizer, "--bf16", "--notes", notes) == 0
+    assert left_behind(folder) == ["README.md", "config.json", "model.safetensors", "tokenizer.safetensors"]
+    assert (folder / "model.safetensors").stat().st_size < 0.6 * size
+    assert "Digits, public domain." in (folder / "README.md").read_text()
+    content, full = load_checkpoint(folder / "model.safetensors"), load_checkpoint(checkpoint)["model"]
+    assert all(torch.equal(content["model"][name], full[name].bfloat16()) for name in full)
+    assert content["tokenizer_sha256"] == sha256(folder / "tokenizer.safetensors")
+    found, given = (load_tokenizer(path).state_dict() for path in (folder / "tokenizer.safetensors", tokenizer))
+    assert all(torch.equal(found[name], given[name].bfloat16().float()) for name in given)
+    with pytest.raises(UserError, match=r"notes .*gone\.md can't be read"):
+        export(checkpoint, tmp_path / "wrong", notes=tmp_path / "gone.md")
 
 
 def test_pushed_model_loads_by_name(
