@@ -25,6 +25,7 @@ NAMES = {
     "random": "random",
     "halton": "Halton",
     "raster": "raster",
+    "checkerboard": "checkerboard",
     "par": "region-parallel",
     "zipar": "diagonal",
     "nar": "neighbouring",

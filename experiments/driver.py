@@ -10,10 +10,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from experiments.cells import Scale, plan
+from experiments.pages import PICTURES
 from experiments.reports import Report, collect
 from experiments.sweep import run_sweep
 from models import model_config
@@ -39,8 +41,7 @@ class Call:
     scale: Scale
     dist: Dist
     stages: Stages
-    train: str  # as every command's --data_path takes it
-    test: str
+    splits: tuple[str, str]  # training and test images, as every command's --data_path takes them
 
 
 @dataclass(frozen=True)
@@ -49,9 +50,10 @@ class Experiment:
 
     Args:
         about: what ``--help`` says. ``classes``, ``photos``, ``codes``: of the data and the tokenizer, for ``--plan``.
-        more_stages: by name, what comes between the sweep and the report; each knows itself what is done already.
-        prepare: gives (training images, test images, the images that statistics are taken of) and may write files; by
-            default those of --data, scored against the test images.
+        more_stages: by name, what comes between the sweep and the report; they run their steps by ``call.stages``.
+        more_results: gives what they measured, and puts their pictures into a folder.
+        prepare: called with the output folder and both splits, gives the images to train on, to test with and to take
+            statistics of; by default the splits, and the test images again.
         validation: whether the loss on the test images is measured during training.
     """
 
@@ -63,6 +65,7 @@ class Experiment:
     photos: int
     codes: int
     more_stages: Mapping[str, Callable[[Call], None]] = field(default_factory=dict)
+    more_results: Callable[[Call, Path], dict[str, Any]] | None = None
     prepare: Callable[[Path, tuple[str, str], Scale], tuple[str, str, str]] | None = None
     validation: bool = False
 
@@ -123,26 +126,29 @@ class Experiment:
         check_epochs(args.output_dir, scale)
         splits = self._open_data(args, scale)
         out, inception, stages = args.output_dir, args.inception_path, Stages(args.output_dir, args.time_limit)
+        validation = splits[1] if self.validation else None
         train, test, scored = (*splits, splits[1]) if self.prepare is None else self.prepare(out, splits, scale)
         dist = Dist(0, 1, resolve_device(args.device))
         bf16 = ("--bf16",) if dist.device.type == "cuda" else ()
         more = {"tokenizer": ("--test_path", test, *bf16), "lpd": bf16}
         flags = {stage: (*more.get(stage, ()), *words) for stage, words in scale.flags.items()}
         common = ("--img_size", str(scale.img_size), "--device", args.device)
-        validation = splits[1] if self.validation else None
         train_and_judge(
             stages, out, train, test, scored, common, flags, args.stage, inception, scale.trainings, validation
         )
-        call = Call(out, scale, dist, stages, train, test)
+        call = Call(out, scale, dist, stages, splits)
         if "sweep" in args.stage:
             action = partial(run_sweep, out, scale, dist, inception, stages)
             stages.run("sweep", action, "the cells of experiments/cells.py", always=True)
         for name, stage in self.more_stages.items():
             if name in args.stage:
-                stages.run(name, partial(stage, call), f"{stage.__module__}.{stage.__name__}", always=True)
+                stage(call)
         if "report" in args.stage:
             seconds = {name: state["seconds"] for name, state in stages.states().items()}
-            self.report.write(out, collect(out, scale, seconds, splits))
+            results, folder = collect(out, scale, seconds, splits), self.report.folder(out)
+            if self.more_results is not None:
+                results |= self.more_results(call, folder / PICTURES)
+            self.report.write(out, results)
 
     def _open_data(self, args: argparse.Namespace, scale: Scale) -> tuple[str, str]:
         """Check everything that the flags name, make the output folder, and give the paths of both splits."""

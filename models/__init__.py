@@ -17,6 +17,7 @@ MODEL_SIZES: dict[str, tuple[int, int, int]] = {
     "lpd_xl": (1280, 36, 20),
     "lpd_xxl": (1536, 48, 24),
     "lpd_s": (512, 12, 8),
+    "lpd_mini": (192, 6, 6),
     "lpd_tiny": (128, 4, 4),
     "lpd_debug": (32, 2, 2),
 }

@@ -191,8 +191,8 @@ def train_and_judge(
             output = out / "floors" / f"{name}_{floor}.json"
             run("floors", *words, *shown, "--reference_statistics", made, name=f"floor {name} {floor}", output=output)
     measured = ("--val_cached_path", str(out / "codes_validation")) if validation is not None else ()
-    for name, words in trainings.items():
+    for name, own in trainings.items():
         run(
             "lpd", "main_lpd.py", "--use_cached", "--cached_path", out / "codes", "--vqgan_path", tokenizer,
-            "--output_dir", out / name, *measured, name=name, stoppable=True, more=words,
+            "--output_dir", out / name, *measured, name=name, stoppable=True, more=own,
         )  # fmt: skip

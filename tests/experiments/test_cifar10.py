@@ -333,7 +333,7 @@ def test_a_folder_keeps_its_number_of_epochs(tmp_path: Path, command: Callable[.
 def test_plan_needs_no_data(tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
     status, printed, _ = command("--data", "anything", "--plan")
     assert status == 0
-    assert "table: 63 cells, 630,000 images" in printed
+    assert "table: 70 cells, 700,000 images" in printed
 
 
 def command_in_process(

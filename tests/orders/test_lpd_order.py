@@ -48,7 +48,7 @@ def test_thresholds_of_each_step_are_those_of_the_slow_version() -> None:
         sizes = cosine_group_sizes(grid[0] * grid[1], 7)
         fast = generate_orders("lpd", 5, sizes, grid, taus, rhos, seed=9)
         for index, order in enumerate(fast.tolist()):
-            first, ties = _our_luck(grid, 9, index)
+            first, ties = our_luck(grid, 9, index)
             assert order == slow_order(sizes, grid, taus, rhos, first, ties), (grid, index)
 
 
