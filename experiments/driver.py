@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -49,7 +48,8 @@ class Experiment:
     """An experiment on photographs.
 
     Args:
-        about: what ``--help`` says. ``classes``, ``photos``, ``codes``: of the data and the tokenizer, for ``--plan``.
+        scales: by name, "full" among them.
+        about: what ``--help`` says. ``classes``, ``photos``, ``codes``: of data and tokenizer, for ``--plan``.
         more_stages: by name, what comes between the sweep and the report; they run their steps by ``call.stages``.
         more_results: gives what they measured, and puts their pictures into a folder.
         prepare: called with the output folder and both splits, gives the images to train on, to test with and to take
@@ -58,8 +58,7 @@ class Experiment:
     """
 
     report: Report
-    full: Scale
-    tiny: Scale
+    scales: Mapping[str, Scale]
     about: str
     classes: int
     photos: int
@@ -78,11 +77,10 @@ class Experiment:
         return (*TRAINING_STAGES, "sweep", *self.more_stages, "report")
 
     def main(self) -> None:
-        args = self._parse()
-        scale = self.tiny if args.tiny else self.full
+        args = self.parse()
+        scale = self.scales[args.scale]
         if args.epochs is not None:
-            lpd = (*scale.flags["lpd"], "--epochs", str(args.epochs))
-            scale = dataclasses.replace(scale, flags=scale.flags | {"lpd": lpd})
+            scale = scale.for_epochs(args.epochs)
         if args.plan:
             return self._print_plan(scale, args.inception_path is not None)
         setup_logging()
@@ -92,9 +90,11 @@ class Experiment:
             print(f"\n{reason}; run the same command again to resume.", flush=True)
             raise SystemExit(OUT_OF_TIME) from None
 
-    def _parse(self) -> argparse.Namespace:
+    def parse(self, words: Sequence[str] | None = None) -> argparse.Namespace:
+        """The flags of a command line, or of the program's own."""
         parser = Parser(prog=f"python -m experiments.{self.name}.run", description=self.about)
-        add, epochs = parser.add_argument, "--epochs"
+        add = parser.add_argument
+        lengths = ", ".join(f"{name} {scale.lpd_flag('--epochs')}" for name, scale in self.scales.items())
         add("--data", type=Path, required=True, help="photos.npz with both splits, a folder with train/ and test/, or "
             f"torchvision's {CIFAR10_FOLDER}")  # fmt: skip
         add("--download", action="store_true", help=f"let torchvision download --data, a folder named {CIFAR10_FOLDER}")
@@ -102,14 +102,13 @@ class Experiment:
         add("--stage", nargs="+", choices=self.stages, default=list(self.stages), help="only these stages")
         add("--time_limit", type=float, help="seconds after which no stage or cell is begun, and training saves and "
             "stops")  # fmt: skip
-        add("--tiny", action="store_true", help="a few photos and tiny models: only see that everything runs")
-        add(epochs, type=int, help="of the LPD training, for a faster or slower machine (default: "
-            f"{self.full.lpd_flag(epochs)}, with --tiny {self.tiny.lpd_flag(epochs)})")  # fmt: skip
+        add("--scale", choices=self.scales, default="full", help="tiny: only see that everything runs")
+        add("--epochs", type=int, help=f"of the LPD training, for a faster or slower machine (default: {lengths})")
         add("--inception_path", type=Path, help="Inception weights: FID as well, for one seed (doubles the table's "
             "time)")  # fmt: skip
         parser.add_config(DeviceConfig)
         add("--plan", action="store_true", help="print how much work it is and stop")
-        return parser.parse_args()
+        return parser.parse_args(words)
 
     def _print_plan(self, scale: Scale, fid: bool) -> None:
         """The work to come, in cells and in floating point operations."""

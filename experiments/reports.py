@@ -108,7 +108,9 @@ class Report:
         """
         path = folder / f"{self.name}.json"
         if json.loads(path.read_text())["settings"]["subset"] is not None:
-            raise UserError(f"{folder} is of a --tiny run, whose figures mean nothing; only a full one is published.")
+            raise UserError(
+                f"{folder} is of a run with --scale tiny, whose figures mean nothing and are not published."
+            )
         (root / "benchmarks" / "results").mkdir(parents=True, exist_ok=True)
         shutil.copytree(folder / PICTURES, root / "docs" / PICTURES, dirs_exist_ok=True)
         shutil.copy(path, root / "benchmarks" / "results" / f"{self.name}_{name}.json")

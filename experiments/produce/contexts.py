@@ -19,7 +19,7 @@ from orders.schedule import grid_group_sizes
 from orders.statistics import clustering, context_statistics
 from util.plots import plot_curves
 
-NUM_ORDERS, NUM_RANDOM, BINS = 200, 2000, 16
+NUM_ORDERS, NUM_RANDOM, BINS = 200, 2000, 8
 FIGURES = ("known_neighbours", "nearest_known", "clustering")
 
 
@@ -83,23 +83,25 @@ def _decoding(order: str, sizes: Sequence[int], grid: int, random: _RandomContex
 
 def _training(shares: Mapping[str, float], schedules: Sequence[tuple[int, ...]], grid: int) -> dict[str, list[float]]:
     """Means over the tokens that a training asks for, in bins of the share of tokens that are known."""
-    sums, weights = np.zeros((len(FIGURES), BINS)), np.zeros(BINS)
+    names = ("known", *FIGURES)
+    sums, weights = np.zeros((len(names), BINS)), np.zeros(BINS)
     for sizes in schedules:
         for kind, share in shares.items():
             measured = context_statistics(generate_orders(kind, NUM_ORDERS, sizes, grid), sizes, grid)
             bins, weight = (measured.known[1:] * BINS).astype(int), share * np.array(sizes[1:])
             np.add.at(weights, bins, weight)
-            for row, name in zip(sums, FIGURES, strict=True):
+            for row, name in zip(sums, names, strict=True):
                 np.add.at(row, bins, weight * getattr(measured, name)[1:])
-    filled = weights > 0
-    means = {name: (row[filled] / weights[filled]).tolist() for name, row in zip(FIGURES, sums, strict=True)}
-    return {"known": ((np.arange(BINS)[filled] + 0.5) / BINS).tolist(), **means}
+    return {name: (row[weights > 0] / weights[weights > 0]).tolist() for name, row in zip(names, sums, strict=True)}
 
 
-def plot_contexts(path: Path, contexts: dict[str, Any], figure: str, ylabel: str, steps: int) -> None:
+def plot_contexts(
+    path: Path, contexts: dict[str, Any], figure: str, ylabel: str, orders: Sequence[str], steps: int
+) -> None:
     """A figure against the share of tokens known: a line per training, and per order in that many decoding steps."""
+    decoding = contexts["decoding"]
     found = {f"trained: {name}": lines for name, lines in contexts["training"].items()}
-    found |= {f"decoded: {NAMES[order]}": lines[str(steps)] for order, lines in contexts["decoding"].items()}
+    found |= {f"decoded: {NAMES[order]}": decoding[order][str(steps)] for order in orders if order in decoding}
     curves = {label: (lines["known"], lines[figure]) for label, lines in found.items()}
     plot_curves(path, curves, f"share of tokens known ({steps} decoding steps)", ylabel)
 

@@ -228,4 +228,4 @@ def plot(results: dict[str, Any], folder: Path) -> None:
     for figure, label in zip(FIGURES, labels, strict=True):
         if results["contexts"] is not None:
             path = folder / f"produce_{figure}.png"
-            plot_contexts(path, results["contexts"], figure, label, CONTEXT_STEPS)
+            plot_contexts(path, results["contexts"], figure, label, ("lpd", *RIVALS), CONTEXT_STEPS)

@@ -23,7 +23,7 @@ from experiments.driver import Call, Experiment
 from experiments.produce.contexts import measure_contexts
 from experiments.produce.neighbours import measure_neighbours
 from experiments.produce.report import REPORT
-from experiments.produce.scales import BALANCED, FULL, TINY
+from experiments.produce.scales import BALANCED, SCALES
 from orders.config import parse_shares
 from util.cli import exit_on_user_error
 from util.data.images import SPLITS, open_images, write_image_archive
@@ -166,7 +166,7 @@ def _bits(path: Path) -> list[dict[str, Any]]:
 
 
 EXPERIMENT = Experiment(
-    REPORT, FULL, TINY, __doc__, classes=35, photos=3111, codes=512,
+    REPORT, SCALES, __doc__, classes=35, photos=3111, codes=512,
     more_stages={"likelihood": likelihood, "neighbours": neighbours, "pictures": pictures, "contexts": contexts},
     more_results=more_results, prepare=prepare, validation=True,
 )  # fmt: skip

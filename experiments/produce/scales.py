@@ -1,6 +1,8 @@
-"""What the experiment trains and which cells it evaluates: in full, for two CPU cores, and small enough for a test."""
+"""What the experiment trains and evaluates: on two CPU cores, ten times as long on a GPU, and in a test."""
 
 from __future__ import annotations
+
+import dataclasses
 
 from experiments.cells import NAMES, Model, Scale
 
@@ -58,6 +60,16 @@ FULL = Scale(
     proximities=(0.0, 1.0, 2.0),
 )  # fmt: skip
 
+# The same, with ten times the training and more images.
+GPU = dataclasses.replace(
+    FULL.for_epochs(10 * EPOCHS),
+    flags=FULL.for_epochs(10 * EPOCHS).flags
+    | {"tokenizer": (*FULL.flags["tokenizer"], "--steps", "10000", "--batch_size", "64")},
+    num_images=3500,
+    eval_bsz=1750,
+    tuning_images=1050,
+)
+
 TINY = Scale(
     flags={
         **_STATISTICS,
@@ -92,3 +104,5 @@ TINY = Scale(
     proximities=(1.0,),
     subset=40,
 )  # fmt: skip
+
+SCALES = {"full": FULL, "gpu": GPU, "tiny": TINY}
