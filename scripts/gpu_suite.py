@@ -156,8 +156,8 @@ class Parts:
 
     def _photos(self, experiment: str, photos: Path, scale: str) -> Part:
         folder = self.out / experiment
-        words = ("-m", f"experiments.{experiment}.run", "--data", str(photos.resolve()), "--output_dir", str(folder))
-        words = (*words, *self.device, "--scale", scale)
+        data = ("--data", str(photos.resolve()), "--output_dir", str(folder), "--scale", scale)
+        words = ("-m", f"experiments.{experiment}.run", *data, *self.device)
         return Part("photos", experiment, words, 60, folder / "report" / f"{experiment}.json", resumable=True)
 
 

@@ -141,7 +141,7 @@ def train_and_judge(
 
     Args:
         train, test: images, as every command's --data_path takes them.
-        reference: images against which others are scored, `train` and `test` among them; `floors/` gets the scores of
+        reference: images against which others are scored, such as `train` or `test`; `floors/` gets the scores of
             `test` (of `train`, where `test` is the reference) and of what the tokenizer makes of `test`.
         common: flags of all commands.
         flags: further flags of a stage's command, by stage.

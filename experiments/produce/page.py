@@ -177,7 +177,7 @@ def _likelihood(results: dict[str, Any]) -> Iterator[str]:
 
 
 def _losses(results: dict[str, Any]) -> Iterator[str]:
-    yield "## Losses, nats per token"
+    yield "## Losses, nats per token; the test loss of both trainings is on random orders"
     rows = []
     for name, training in results["trainings"].items():
         measured = [line for line in training["loss_curve"] if "val_loss" in line]

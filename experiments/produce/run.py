@@ -78,7 +78,7 @@ def likelihood(call: Call) -> None:
             "--vqgan_path", tokenizer_path(call.out), "--cached_path", call.out / "codes_validation",
             "--orders", *filter(model.takes, scale.orders), "--steps", *map(str, model.steps or scale.steps),
             "--baseline", "random", "--no-one_by_one", "--output_dir", call.out / "likelihood" / model.name,
-            "--device", str(call.dist.device), *scale.flags.get("likelihood", ()), stoppable=True,
+            "--device", str(call.dist.device), stoppable=True,
         )  # fmt: skip
 
 
