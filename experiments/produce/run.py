@@ -82,6 +82,19 @@ def likelihood(call: Call) -> None:
         )  # fmt: skip
 
 
+def read_likelihood(out: Path, model: Model) -> list[dict[str, Any]] | None:
+    """Bits per token of every order and number of steps, under the present model; None where that was not measured."""
+    path = out / "likelihood" / model.name / "likelihood.json"
+    if not path.exists():
+        return None
+    found = json.loads(path.read_text())
+    if found["source"]["pretrained_ckpt"]["sha256"] != file_hashes(out, model)["checkpoint_sha256"]:
+        return None
+    return [
+        {name: cell[name] for name in ("order", "steps", "bits_per_token", "difference")} for cell in found["cells"]
+    ]
+
+
 def neighbours(call: Call) -> None:
     """Training photos nearest to samples of every model."""
     guidance = tuned_guidance(call)
@@ -141,28 +154,22 @@ def contexts(call: Call) -> None:
 
 def more_results(call: Call, folder: Path) -> dict[str, Any]:
     """What the stages above have measured, as far as they have run; their pictures go into a folder."""
-    out, models = call.out, call.scale.models
-    measured = {model.name: read_neighbours(out, model) for model in models if model.checkpoint(out).exists()}
-    likelihoods = {model.name: out / "likelihood" / model.name / "likelihood.json" for model in models}
-    first = neighbours_path(out, models[0]).with_suffix(".png")
+    out, models = call.out, [model for model in call.scale.models if model.checkpoint(call.out).exists()]
+    measured = {model.name: read_neighbours(out, model) for model in models}
+    likelihoods = {model.name: read_likelihood(out, model) for model in models}
+    first = neighbours_path(out, call.scale.models[0]).with_suffix(".png")
     for picture, name in ((first, "neighbours"), (out / "unlabelled.png", "unlabelled")):
         if picture.exists():
             shutil.copy(picture, folder / f"produce_{name}.png")
     return {
         "neighbours": {name: found for name, found in measured.items() if found is not None},
-        "likelihood": {name: _bits(path) for name, path in likelihoods.items() if path.exists()},
+        "likelihood": {name: found for name, found in likelihoods.items() if found is not None},
         **{name: _read(out / f"{name}.json") for name in ("contexts", "unlabelled")},
     }
 
 
 def _read(path: Path) -> dict[str, Any] | None:
     return json.loads(path.read_text()) if path.exists() else None
-
-
-def _bits(path: Path) -> list[dict[str, Any]]:
-    """Bits per token of every order and number of steps."""
-    cells = json.loads(path.read_text())["cells"]
-    return [{name: cell[name] for name in ("order", "steps", "bits_per_token", "difference")} for cell in cells]
 
 
 EXPERIMENT = Experiment(
