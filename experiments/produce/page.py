@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from experiments.cells import DEFAULT_PROXIMITY, NAMES
+from experiments.cells import NAMES
 from experiments.pages import (
     PICTURES,
     Rows,
@@ -78,7 +78,7 @@ def page(results: dict[str, Any]) -> str:
         tuned = chosen(rows, "tuning", model=model)
         paragraphs += [f"### {model}", pivot(tuned, "frechet_distance", ".2f", across="cfg")]
     paragraphs += ["## Pictures"]
-    steps = [row["steps"] for row in chosen(rows, "table", order="lpd", model="lpd")]
+    steps = [row["steps"] for row in chosen(rows, "table", order="lpd", model=_first(results))]
     paragraphs += [
         f"![Locality-aware, {n} steps]({PICTURES}/produce_samples_{n}.png)" for n in (64, 16, 4) if n in steps
     ]
@@ -90,6 +90,11 @@ def page(results: dict[str, Any]) -> str:
             f"<details><summary>What they are</summary>{answers}</details>",
         ]
     return "\n\n".join(paragraphs) + "\n"
+
+
+def _first(results: dict[str, Any]) -> str:
+    """The model whose pictures, thresholds and times are shown."""
+    return results["settings"]["models"][0]["training"]
 
 
 def _models(rows: Rows, *kinds: str) -> list[str]:
@@ -125,7 +130,7 @@ def _figures(results: dict[str, Any]) -> Iterator[str]:
             yield f"![Quality against steps]({PICTURES}/produce_quality_{training}.png)"
             yield f"## `{training}`: read as the class asked for"
             yield pivot(reported, "class_accuracy", ".1%")
-    first = chosen(rows, "table", model="lpd")
+    first = chosen(rows, "table", model=_first(results))
     yield f"## Seconds per image, batches of {results['settings']['eval_bsz']:,}, decoding of pixels included"
     yield pivot(first, "sec_per_image", ".4f")
 
@@ -146,7 +151,6 @@ def _thresholds(results: dict[str, Any]) -> Iterator[str]:
         found = ablation(results["cells"], steps)
         if found:
             yield f"## Fréchet distance by repulsion and proximity, locality-aware, {steps} steps, one seed"
-            yield f"Default proximity: {DEFAULT_PROXIMITY:g}."
             yield pivot(found, "frechet_distance", ".2f", "repulsion", "proximity")
 
 

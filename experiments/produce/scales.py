@@ -10,7 +10,7 @@ IMG_SIZE, STRIDE = 64, 8  # 64 codes per photo
 EPOCHS = 36
 MAIN = ("lpd", "random", "halton", "raster")
 # How the trainings differ: uniformly random orders, as published, or locality-aware ones among them.
-TRAININGS = {"lpd": ("--train_orders", "random:1"), "lpd_mixed": ("--train_orders", "random:0.5", "lpd:0.5")}
+TRAININGS = {"lpd_random": ("--train_orders", "random:1"), "lpd_mixed": ("--train_orders", "random:0.5", "lpd:0.5")}
 BALANCED = {"train": 100, "test": 16}  # photos of each class that statistics and floors are taken of
 
 _STATISTICS = {"reference": ("--batch_size", "250"), "floors": ("--batch_size", "250")}
@@ -19,8 +19,8 @@ _COMPARED = ("lpd", "random", "halton")  # at earlier checkpoints too
 
 
 def _models(checkpoints: tuple[int, ...], steps: tuple[int, ...]) -> tuple[Model, ...]:
-    kept = (Model("lpd", epoch, _COMPARED, steps) for epoch in checkpoints)
-    return Model("lpd"), Model("lpd_mixed", orders=MAIN), *kept
+    kept = (Model("lpd_random", epoch, _COMPARED, steps) for epoch in checkpoints)
+    return Model("lpd_random"), Model("lpd_mixed", orders=MAIN), *kept
 
 
 FULL = Scale(

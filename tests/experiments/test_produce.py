@@ -100,11 +100,11 @@ def test_cells_of_every_model() -> None:
     assert all(cell.epoch is None or cell.epoch % kept == 0 for cell in every)
     assert {cell.training for cell in every} == set(FULL.trainings)
     seeds = Counter((cell.model.name, cell.order, cell.steps) for cell in reported if cell.kind in ("table", "repeat"))
-    for model in ("lpd", "lpd_mixed"):
+    for model in ("lpd_random", "lpd_mixed"):
         assert {seeds[model, order, steps] for order, steps in FULL.repeated} == {3}
         assert {seeds[model, order, steps] > 0 for order in MAIN for steps in FULL.steps} == {True}
-    assert {seeds[f"lpd_epoch{EPOCHS // 2}", order, 16] for order in ("lpd", "random", "halton")} == {3}
-    assert {order for model, order, _ in seeds if model == "lpd"} == set(FULL.orders)
+    assert {seeds[f"lpd_random_epoch{EPOCHS // 2}", order, 16] for order in ("lpd", "random", "halton")} == {3}
+    assert {order for model, order, _ in seeds if model == "lpd_random"} == set(FULL.orders)
     assert Model("a", 3).checkpoint(Path("x")) == Path("x/a/checkpoint-3.pth")
 
 
@@ -162,7 +162,9 @@ def results() -> dict[str, Any]:
     space = {"samples": 30.0, "held_out": 28.0, "nearer": 0.07}
     floor = {"extractor": "net", "frechet_distance": 0.25, "class_accuracy": 0.9}
     bits = {"order": "lpd", "steps": 16, "bits_per_token": {"mean": 4.5, "stderr": 0.1}, "difference": None}
-    trainings = {name: dict.fromkeys(words, 1.0) for name, words in (("lpd", ("random",)), ("lpd_mixed", ("lpd",)))}
+    trainings = {
+        name: dict.fromkeys(words, 1.0) for name, words in (("lpd_random", ("random",)), ("lpd_mixed", ("lpd",)))
+    }
     return {
         "date": "2026-01-02T03:04:05+00:00",
         "data": {name: {"source": "photos.npz", "images": 3000, "sha256": ""} for name in ("train", "test")},
@@ -175,8 +177,8 @@ def results() -> dict[str, Any]:
         "floors": {"reference_real": floor},
         "trainings": {name: {"loss_curve": curve, "final_loss": 2.5, "epochs": EPOCHS} for name in FULL.trainings},
         "cells": [cell.row(figures(cell)) for cell in reported],
-        "neighbours": {"lpd": {"pixels": space, "features": space}},
-        "likelihood": {"lpd": [bits]},
+        "neighbours": {"lpd_random": {"pixels": space, "features": space}},
+        "likelihood": {"lpd_random": [bits]},
         "contexts": contexts.measure_contexts(64, 8, ("lpd", "random"), (16, 4), trainings),
         "unlabelled": {"1": "Tomato", "2": "Kiwi"},
     }
@@ -189,18 +191,24 @@ def test_page_and_plots_from_the_json_alone(tmp_path: Path) -> None:
     REPORT.draw(folder)
     text = (folder / "produce.md").read_text()
     for line in (
-        "| lpd | random | **loses** +1.00 ± 0.02 | – | **loses** +1.00 ± 0.02 |",
+        "| lpd_random | random | **loses** +1.00 ± 0.02 | – | **loses** +1.00 ± 0.02 |",
         "| lpd_mixed | random | **wins** -1.00 ± 0.02 |",
-        f"| lpd_epoch{EPOCHS // 2} | random | – | – | **loses** +1.00 ± 0.02 | – | **loses** +1.00 ± 0.02 |",
-        "| lpd | 2.500 | 5.250 | 5.000 | 2 |",
-        "| lpd | pixels | 30.00 | 28.00 | 7.0% |",
+        f"| lpd_random_epoch{EPOCHS // 2} | random | – | – | **loses** +1.00 ± 0.02 | – | **loses** +1.00 ± 0.02 |",
+        "| lpd_random | 2.500 | 5.250 | 5.000 | 2 |",
+        "| lpd_random | pixels | 30.00 | 28.00 | 7.0% |",
         "| locality-aware | 4.500 |",
+        "| model \\ order | Halton | locality-aware | random |",
         "1 Tomato, 2 Kiwi",
         "75.0% of the test photos",
     ):
         assert line in text
     pictures = {path.name for path in (folder / "images").iterdir()}
-    drawn = {"produce_loss.png", "produce_clustering.png", "produce_quality_lpd.png", "produce_quality_lpd_mixed.png"}
+    drawn = {
+        "produce_loss.png",
+        "produce_clustering.png",
+        "produce_quality_lpd_random.png",
+        "produce_quality_lpd_mixed.png",
+    }
     assert drawn <= pictures
     for name in pictures:
         assert_not_blank(folder / "images" / name)
@@ -254,9 +262,9 @@ def test_recipe_from_photos_to_page_in_pieces(
     assert status == 0, errors[-3000:]
     found = json.loads((tmp_path / "out" / "report" / "produce.json").read_text())
     counts = Counter((row["kind"], row["model"]) for row in found["cells"])
-    assert counts["table", "lpd"] == len(TINY.orders) * len(TINY.steps)
+    assert counts["table", "lpd_random"] == len(TINY.orders) * len(TINY.steps)
     assert counts["table", "lpd_mixed"] == 8
-    assert counts["table", "lpd_epoch1"] == 3
+    assert counts["table", "lpd_random_epoch1"] == 3
     assert set(found["neighbours"]) == set(found["likelihood"]) == {model.name for model in TINY.models}
     assert all("val_loss" in found["trainings"][name]["loss_curve"][-1] for name in TINY.trainings)
     first, second = (found["trainings"][name]["loss_curve"][0]["loss"] for name in TINY.trainings)
