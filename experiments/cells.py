@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import json
+import math
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from models.lpd import LPDConfig
 from orders import default_repulsion, natural_group_sizes
 from orders.schedule import grid_group_sizes
 from util.checkpoint import LAST
+from util.errors import UserError
 from util.files import sha256
 
 NAMES = {
@@ -25,6 +27,7 @@ NAMES = {
     "random": "random",
     "halton": "Halton",
     "raster": "raster",
+    "checkerboard": "checkerboard",
     "par": "region-parallel",
     "zipar": "diagonal",
     "nar": "neighbouring",
@@ -92,10 +95,25 @@ class Scale:
         """Repulsion and proximity of the cells that are no ablation."""
         return default_repulsion(self.grid), DEFAULT_PROXIMITY
 
-    def lpd_flag(self, name: str) -> str:
+    def for_epochs(self, epochs: int) -> Scale:
+        """The same with LPD trainings of another length; checkpoints are kept and evaluated at the same shares of it.
+
+        Raises:
+            UserError: where these are no whole numbers of epochs.
+        """
+        before, freq = int(self.lpd_flag("--epochs")), int(self.lpd_flag("--save_intermediate_freq", "0"))
+        if epochs < 1 or freq * epochs % before:
+            raise UserError(
+                f"--epochs is {epochs}; it must be a positive multiple of {before // math.gcd(freq, before)}."
+            )
+        words = ("--epochs", str(epochs), *(("--save_intermediate_freq", str(freq * epochs // before)) if freq else ()))
+        models = (replace(model, epoch=model.epoch and model.epoch * epochs // before) for model in self.models)
+        return replace(self, flags=self.flags | {"lpd": (*self.flags["lpd"], *words)}, models=tuple(models))
+
+    def lpd_flag(self, name: str, default: str = "") -> str:
         """The value of a flag of the LPD trainings, all of whose flags take one; the last one counts."""
         words = self.flags["lpd"]
-        return dict(zip(words[::2], words[1::2], strict=True))[name]
+        return dict(zip(words[::2], words[1::2], strict=True)).get(name, default)
 
 
 @dataclass(frozen=True)

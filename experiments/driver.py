@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import io
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from experiments.cells import Scale, plan
+from experiments.pages import PICTURES
 from experiments.reports import Report, collect
 from experiments.sweep import run_sweep
 from models import model_config
@@ -39,8 +40,7 @@ class Call:
     scale: Scale
     dist: Dist
     stages: Stages
-    train: str  # as every command's --data_path takes it
-    test: str
+    splits: tuple[str, str]  # training and test images, as every command's --data_path takes them
 
 
 @dataclass(frozen=True)
@@ -48,21 +48,23 @@ class Experiment:
     """An experiment on photographs.
 
     Args:
-        about: what ``--help`` says. ``classes``, ``photos``, ``codes``: of the data and the tokenizer, for ``--plan``.
-        more_stages: by name, what comes between the sweep and the report; each knows itself what is done already.
-        prepare: gives (training images, test images, the images that statistics are taken of) and may write files; by
-            default those of --data, scored against the test images.
+        scales: by name, "full" among them.
+        about: what ``--help`` says. ``classes``, ``photos``, ``codes``: of data and tokenizer, for ``--plan``.
+        more_stages: by name, what comes between the sweep and the report; they run their steps by ``call.stages``.
+        more_results: gives what they measured, and puts their pictures into a folder.
+        prepare: called with the output folder and both splits, gives the images to train on, to test with and to take
+            statistics of; by default the splits, and the test images again.
         validation: whether the loss on the test images is measured during training.
     """
 
     report: Report
-    full: Scale
-    tiny: Scale
+    scales: Mapping[str, Scale]
     about: str
     classes: int
     photos: int
     codes: int
     more_stages: Mapping[str, Callable[[Call], None]] = field(default_factory=dict)
+    more_results: Callable[[Call, Path], dict[str, Any]] | None = None
     prepare: Callable[[Path, tuple[str, str], Scale], tuple[str, str, str]] | None = None
     validation: bool = False
 
@@ -75,11 +77,10 @@ class Experiment:
         return (*TRAINING_STAGES, "sweep", *self.more_stages, "report")
 
     def main(self) -> None:
-        args = self._parse()
-        scale = self.tiny if args.tiny else self.full
+        args = self.parse()
+        scale = self.scales[args.scale]
         if args.epochs is not None:
-            lpd = (*scale.flags["lpd"], "--epochs", str(args.epochs))
-            scale = dataclasses.replace(scale, flags=scale.flags | {"lpd": lpd})
+            scale = scale.for_epochs(args.epochs)
         if args.plan:
             return self._print_plan(scale, args.inception_path is not None)
         setup_logging()
@@ -89,9 +90,11 @@ class Experiment:
             print(f"\n{reason}; run the same command again to resume.", flush=True)
             raise SystemExit(OUT_OF_TIME) from None
 
-    def _parse(self) -> argparse.Namespace:
+    def parse(self, words: Sequence[str] | None = None) -> argparse.Namespace:
+        """The flags of a command line, or of the program's own."""
         parser = Parser(prog=f"python -m experiments.{self.name}.run", description=self.about)
-        add, epochs = parser.add_argument, "--epochs"
+        add = parser.add_argument
+        lengths = ", ".join(f"{name} {scale.lpd_flag('--epochs')}" for name, scale in self.scales.items())
         add("--data", type=Path, required=True, help="photos.npz with both splits, a folder with train/ and test/, or "
             f"torchvision's {CIFAR10_FOLDER}")  # fmt: skip
         add("--download", action="store_true", help=f"let torchvision download --data, a folder named {CIFAR10_FOLDER}")
@@ -99,14 +102,13 @@ class Experiment:
         add("--stage", nargs="+", choices=self.stages, default=list(self.stages), help="only these stages")
         add("--time_limit", type=float, help="seconds after which no stage or cell is begun, and training saves and "
             "stops")  # fmt: skip
-        add("--tiny", action="store_true", help="a few photos and tiny models: only see that everything runs")
-        add(epochs, type=int, help="of the LPD training, for a faster or slower machine (default: "
-            f"{self.full.lpd_flag(epochs)}, with --tiny {self.tiny.lpd_flag(epochs)})")  # fmt: skip
+        add("--scale", choices=self.scales, default="full", help="tiny: only see that everything runs")
+        add("--epochs", type=int, help=f"of the LPD training, for a faster or slower machine (default: {lengths})")
         add("--inception_path", type=Path, help="Inception weights: FID as well, for one seed (doubles the table's "
             "time)")  # fmt: skip
         parser.add_config(DeviceConfig)
         add("--plan", action="store_true", help="print how much work it is and stop")
-        return parser.parse_args()
+        return parser.parse_args(words)
 
     def _print_plan(self, scale: Scale, fid: bool) -> None:
         """The work to come, in cells and in floating point operations."""
@@ -123,26 +125,29 @@ class Experiment:
         check_epochs(args.output_dir, scale)
         splits = self._open_data(args, scale)
         out, inception, stages = args.output_dir, args.inception_path, Stages(args.output_dir, args.time_limit)
+        validation = splits[1] if self.validation else None
         train, test, scored = (*splits, splits[1]) if self.prepare is None else self.prepare(out, splits, scale)
         dist = Dist(0, 1, resolve_device(args.device))
         bf16 = ("--bf16",) if dist.device.type == "cuda" else ()
         more = {"tokenizer": ("--test_path", test, *bf16), "lpd": bf16}
         flags = {stage: (*more.get(stage, ()), *words) for stage, words in scale.flags.items()}
         common = ("--img_size", str(scale.img_size), "--device", args.device)
-        validation = splits[1] if self.validation else None
         train_and_judge(
             stages, out, train, test, scored, common, flags, args.stage, inception, scale.trainings, validation
         )
-        call = Call(out, scale, dist, stages, train, test)
+        call = Call(out, scale, dist, stages, splits)
         if "sweep" in args.stage:
             action = partial(run_sweep, out, scale, dist, inception, stages)
             stages.run("sweep", action, "the cells of experiments/cells.py", always=True)
         for name, stage in self.more_stages.items():
             if name in args.stage:
-                stages.run(name, partial(stage, call), f"{stage.__module__}.{stage.__name__}", always=True)
+                stage(call)
         if "report" in args.stage:
             seconds = {name: state["seconds"] for name, state in stages.states().items()}
-            self.report.write(out, collect(out, scale, seconds, splits))
+            results, folder = collect(out, scale, seconds, splits), self.report.folder(out)
+            if self.more_results is not None:
+                results |= self.more_results(call, folder / PICTURES)
+            self.report.write(out, results)
 
     def _open_data(self, args: argparse.Namespace, scale: Scale) -> tuple[str, str]:
         """Check everything that the flags name, make the output folder, and give the paths of both splits."""

@@ -52,15 +52,20 @@ def show(values: Sequence[float], form: str) -> str:
 
 
 def pivot(rows: Rows, figure: str, form: str, down: str = "order", across: str = "steps") -> str:
-    """A table of one figure by two other columns of the rows."""
+    """A table of one figure by two other columns of the rows; orders by their readable names."""
     numbers: dict[Any, dict[Any, list[float]]] = {}
     for row in rows:
         if row.get(figure) is not None:
             numbers.setdefault(row[down], {}).setdefault(row[across], []).append(row[figure])
 
     columns = sorted({column for line in numbers.values() for column in line}, reverse=across == "steps")
-    lines = ([NAMES.get(name, name), *(show(line.get(c, []), form) for c in columns)] for name, line in numbers.items())
-    return table((f"{down} \\ {across}", *columns), lines)
+    rows_named, columns_named = (
+        [NAMES[value] if axis == "order" else value for value in values]
+        for axis, values in ((down, numbers), (across, columns))
+    )
+    lines = ([show(line.get(column, []), form) for column in columns] for line in numbers.values())
+    cells = ([name, *line] for name, line in zip(rows_named, lines, strict=True))
+    return table((f"{down} \\ {across}", *columns_named), cells)
 
 
 def floors(results: dict[str, Any]) -> str:

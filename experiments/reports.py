@@ -74,11 +74,15 @@ class Report:
     plot: Callable[[dict[str, Any], Path], None]
     samples: tuple[int, ...]
 
+    def folder(self, out: Path) -> Path:
+        """Where the report of an output folder goes, with a folder for its pictures."""
+        (out / "report" / PICTURES).mkdir(parents=True, exist_ok=True)
+        return out / "report"
+
     def write(self, out: Path, results: dict[str, Any]) -> None:
-        """Page, plots, pictures and results, into the subfolder ``report`` of an output folder."""
-        folder = out / "report"
+        """Page, plots, pictures and results, into the :meth:`folder` of an output folder."""
+        folder = self.folder(out)
         write_json(folder / f"{self.name}.json", {"experiment": self.name} | results)
-        (folder / PICTURES).mkdir(exist_ok=True)
         first = results["cells"][0]["model"]
         for row in chosen(results["cells"], "table", order="lpd", model=first):
             if row["steps"] in self.samples:
@@ -104,7 +108,9 @@ class Report:
         """
         path = folder / f"{self.name}.json"
         if json.loads(path.read_text())["settings"]["subset"] is not None:
-            raise UserError(f"{folder} is of a --tiny run, whose figures mean nothing; only a full one is published.")
+            raise UserError(
+                f"{folder} is of a run with --scale tiny, whose figures mean nothing and are not published."
+            )
         (root / "benchmarks" / "results").mkdir(parents=True, exist_ok=True)
         shutil.copytree(folder / PICTURES, root / "docs" / PICTURES, dirs_exist_ok=True)
         shutil.copy(path, root / "benchmarks" / "results" / f"{self.name}_{name}.json")

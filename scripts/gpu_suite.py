@@ -64,13 +64,14 @@ class SuiteConfig(DeviceConfig):
     parts: tuple[str, ...] = setting(GROUPS, "only these", choices=GROUPS)
     inception_path: Path | None = setting(None, "Inception weights, for the evaluation (default: in torch's hub cache)")
     photos: Path | None = setting(None, "the experiment on these photographs too, see experiments.cifar10.run --data")
+    produce: Path | None = setting(None, "that on fruit and vegetables too, see experiments.produce.data")
     publish: str | None = setting(None, "run nothing: copy results to benchmarks/results/*_NAME.json, fill the README")
 
     def __post_init__(self) -> None:
         check(self)
         if self.publish is not None and NAME.fullmatch(self.publish) is None:
             raise UserError(f"--publish {self.publish!r} must be letters, digits, '-' and '_'.")
-        for flag, path in (("inception_path", self.inception_path), ("photos", self.photos)):
+        for flag, path in (("inception_path", self.inception_path), ("photos", self.photos), ("produce", self.produce)):
             if path is not None and not path.exists():
                 raise UserError(f"--{flag} {path} does not exist.")
 
@@ -102,8 +103,10 @@ class Parts:
         """Those of the groups asked for, in order of worth."""
         tiny = self.config.tiny or not self.cuda
         parts = [*(self._tests() if self.cuda else []), *(self._tiny() if tiny else self._full())]
+        if self.config.produce is not None:
+            parts.append(self._photos("produce", self.config.produce, "tiny" if tiny else "gpu"))
         if self.config.photos is not None:
-            parts.append(self._photos(self.config.photos, tiny))
+            parts.append(self._photos("cifar10", self.config.photos, "tiny" if tiny else "full"))
         return [part for part in parts if part.group in self.config.parts]
 
     def _benchmark(self, group: str, name: str, seconds: float, *flags: str | Path, module: str = "") -> Part:
@@ -151,11 +154,11 @@ class Parts:
             part("evaluation", "evaluation", 20, *steps, *few),
         ]
 
-    def _photos(self, photos: Path, tiny: bool) -> Part:
-        folder = self.out / "photos"
-        words = ("-m", "experiments.cifar10.run", "--data", str(photos.resolve()), "--output_dir", str(folder))
-        words = (*words, *self.device, *(("--tiny",) if tiny else ()))
-        return Part("photos", "photos", words, 60, folder / "report" / "cifar10.json", resumable=True)
+    def _photos(self, experiment: str, photos: Path, scale: str) -> Part:
+        folder = self.out / experiment
+        data = ("--data", str(photos.resolve()), "--output_dir", str(folder), "--scale", scale)
+        words = ("-m", f"experiments.{experiment}.run", *data, *self.device)
+        return Part("photos", experiment, words, 60, folder / "report" / f"{experiment}.json", resumable=True)
 
 
 class PartFailed(Exception):

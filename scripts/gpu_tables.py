@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from engine.recipes import EVAL_RECIPES, EXPECTED
-from experiments.cifar10.report import REPORT
+from experiments.cifar10.report import REPORT as CIFAR10
+from experiments.produce.report import REPORT as PRODUCE
 from util.errors import UserError
 from util.files import atomic_write, write_json
 
@@ -26,6 +27,7 @@ TABLES = {
     "train": "training",
     "evaluation": "evaluation",
 }
+REPORTS = (CIFAR10, PRODUCE)  # of the experiments on photographs, each a part of that name
 KEPT = "\0"  # a space at which no line is broken
 Content = dict[str, Any]
 
@@ -69,13 +71,15 @@ def publish(folder: Path, name: str, root: Path) -> None:
         write_json(results / f"{group}_{name}.json", content)
     paths = {group: results / f"{group}_{name}.json" for group in ("tests", *TABLES)}
     published = {group: json.loads(path.read_text()) for group, path in paths.items() if path.is_file()}
-    kernels, photos = (summary["parts"].get(part, {}).get("state") == "finished" for part in ("kernels", "photos"))
+    finished = {part for part, entry in summary["parts"].items() if entry["state"] == "finished"}
+    kernels = "kernels" in finished
     if kernels:
         tables = [table.read_bytes() for table in sorted((folder / "kernels").glob("*.txt"))]
         with atomic_write(results / f"kernels_{name}.txt") as file:
             file.write(b"\n".join(tables))
-    if photos:
-        REPORT.publish(folder / "photos" / "report", name, root)
+    for report in REPORTS:
+        if report.name in finished:
+            report.publish(folder / report.name / "report", name, root)
     readme = root / "README.md"
     text = readme.read_text()
     for mark, table in (("status", status(published, summary["device"])), *blocks(groups, name, kernels)):

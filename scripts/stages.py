@@ -141,7 +141,7 @@ def train_and_judge(
 
     Args:
         train, test: images, as every command's --data_path takes them.
-        reference: images against which others are scored, `train` and `test` among them; `floors/` gets the scores of
+        reference: images against which others are scored, such as `train` or `test`; `floors/` gets the scores of
             `test` (of `train`, where `test` is the reference) and of what the tokenizer makes of `test`.
         common: flags of all commands.
         flags: further flags of a stage's command, by stage.
@@ -191,8 +191,8 @@ def train_and_judge(
             output = out / "floors" / f"{name}_{floor}.json"
             run("floors", *words, *shown, "--reference_statistics", made, name=f"floor {name} {floor}", output=output)
     measured = ("--val_cached_path", str(out / "codes_validation")) if validation is not None else ()
-    for name, words in trainings.items():
+    for name, own in trainings.items():
         run(
             "lpd", "main_lpd.py", "--use_cached", "--cached_path", out / "codes", "--vqgan_path", tokenizer,
-            "--output_dir", out / name, *measured, name=name, stoppable=True, more=words,
+            "--output_dir", out / name, *measured, name=name, stoppable=True, more=own,
         )  # fmt: skip

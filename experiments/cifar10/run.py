@@ -9,11 +9,11 @@ resumes.
 from __future__ import annotations
 
 from experiments.cifar10.report import REPORT
-from experiments.cifar10.scales import FULL, TINY
+from experiments.cifar10.scales import SCALES
 from experiments.driver import Experiment
 from util.cli import exit_on_user_error
 
-EXPERIMENT = Experiment(REPORT, FULL, TINY, __doc__, classes=10, photos=50_000, codes=1024)
+EXPERIMENT = Experiment(REPORT, SCALES, __doc__, classes=10, photos=50_000, codes=1024)
 
 if __name__ == "__main__":
     exit_on_user_error(EXPERIMENT.main)

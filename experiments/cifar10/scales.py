@@ -80,3 +80,5 @@ TINY = Scale(
     proximities=(1.0,),
     subset=200,
 )  # fmt: skip
+
+SCALES = {"full": FULL, "tiny": TINY}

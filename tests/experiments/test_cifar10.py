@@ -188,7 +188,7 @@ def test_page_and_plots_are_made_from_the_json_alone(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "repository" / "benchmarks" / "results" / "cifar10_test.json").read_text()) == found
     found["settings"]["subset"] = 200
     (folder / "cifar10.json").write_text(json.dumps(found))
-    with pytest.raises(UserError, match="--tiny"):
+    with pytest.raises(UserError, match="--scale tiny"):
         REPORT.publish(folder, "test", tmp_path / "repository")
 
 
@@ -324,7 +324,7 @@ def test_a_folder_keeps_its_number_of_epochs(tmp_path: Path, command: Callable[.
     (tmp_path / "out" / "lpd").mkdir(parents=True)
     write_json(tmp_path / "out" / "lpd" / "checkpoint-last.json", {"args": {"epochs": 18}})
     arguments = ("--data", tmp_path / "photos.npz", "--output_dir", tmp_path / "out", "--stage", "report")
-    for flags in (("--epochs", 6), ("--tiny",)):
+    for flags in (("--epochs", 6), ("--scale", "tiny")):
         status, _, errors = command(*arguments, *flags)
         assert status == 2
         assert "trained with --epochs 18" in errors
@@ -333,7 +333,7 @@ def test_a_folder_keeps_its_number_of_epochs(tmp_path: Path, command: Callable[.
 def test_plan_needs_no_data(tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
     status, printed, _ = command("--data", "anything", "--plan")
     assert status == 0
-    assert "table: 63 cells, 630,000 images" in printed
+    assert "table: 70 cells, 700,000 images" in printed
 
 
 def command_in_process(
@@ -395,13 +395,20 @@ def test_recipe_from_photos_to_page_in_pieces(
         repulsions=(2, 3),
         subset=32,
     )
-    monkeypatch.setattr(run, "EXPERIMENT", dataclasses.replace(run.EXPERIMENT, tiny=small))
+    monkeypatch.setattr(run, "EXPERIMENT", dataclasses.replace(run.EXPERIMENT, scales={"full": FULL, "tiny": small}))
     monkeypatch.setattr(Stages, "command", command_in_process)
     for module in (features, sweep):
         monkeypatch.setattr(module, "load_feature_extractor", load_with_fake_inception)
     write_photos(tmp_path / "photos.npz", 40, 20)
     (tmp_path / "inception.pth").touch()
-    arguments: tuple[object, ...] = ("--tiny", "--data", tmp_path / "photos.npz", "--output_dir", tmp_path / "out")
+    arguments: tuple[object, ...] = (
+        "--scale",
+        "tiny",
+        "--data",
+        tmp_path / "photos.npz",
+        "--output_dir",
+        tmp_path / "out",
+    )
     arguments += ("--inception_path", tmp_path / "inception.pth")
 
     with pytest.MonkeyPatch.context() as patch:
@@ -437,7 +444,16 @@ def test_recipe_from_photos_to_page_in_pieces(
 def test_the_commands_take_the_tiny_setting(tmp_path: Path) -> None:
     """Guards against flags that a stage's command refuses, and a status that gets lost between the processes."""
     write_photos(tmp_path / "photos.npz", 40, 20)
-    arguments = ["--tiny", "--data", tmp_path / "photos.npz", "--output_dir", tmp_path / "out", "--device", "cpu"]
+    arguments = [
+        "--scale",
+        "tiny",
+        "--data",
+        tmp_path / "photos.npz",
+        "--output_dir",
+        tmp_path / "out",
+        "--device",
+        "cpu",
+    ]
     stages = ["tokenizer", "codes", "classifier", "reference", "floors", "lpd"]  # the processes of their own
     words = [sys.executable, "-m", "experiments.cifar10.run", *map(str, arguments), "--stage", *stages]
     result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=300)

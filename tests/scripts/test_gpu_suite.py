@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 
 from engine.recipes import EVAL_RECIPES
+from experiments.cifar10 import run as cifar10
+from experiments.produce import run as produce
 from scripts import gpu_suite, gpu_tables
 from scripts.benchmark_evaluation import EvaluationBenchmark
 from scripts.benchmark_latency import LatencyBenchmark
@@ -46,7 +48,7 @@ def gpu_parts(**settings: Any) -> list[Part]:
 
 def test_parts_of_a_gpu_cover_what_is_published_in_order_of_worth() -> None:
     for quick in (False, True):
-        parts = gpu_parts(quick=quick, photos=ROOT)
+        parts = gpu_parts(quick=quick, photos=ROOT, produce=ROOT)
         assert tuple(dict.fromkeys(part.group for part in parts)) == gpu_suite.GROUPS
         names = [part.name for part in parts]
         assert len(set(names)) == len(names) == len({part.result for part in parts})
@@ -54,6 +56,16 @@ def test_parts_of_a_gpu_cover_what_is_published_in_order_of_worth() -> None:
         assert rows == [gpu_suite.FIRST_ROW, gpu_suite.FIRST_ROW, *EVAL_RECIPES]
     assert [part.name for part in gpu_parts(parts=("orders", "train"))] == ["orders", "train"]
     assert sum(part.seconds for part in gpu_parts(quick=True)) < sum(part.seconds for part in gpu_parts()) / 2
+
+
+def test_experiments_on_photographs_are_parts_that_resume_and_take_their_flags() -> None:
+    for tiny, scales in ((False, ["gpu", "full"]), (True, ["tiny", "tiny"])):
+        parts = gpu_parts(photos=ROOT, produce=ROOT, parts=("photos",), tiny=tiny)
+        assert [part.name for part in parts] == ["produce", "cifar10"]
+        for part, experiment, scale in zip(parts, (produce, cifar10), scales, strict=True):
+            args = experiment.EXPERIMENT.parse(list(part.words[2:]))
+            assert (args.scale, args.data, part.resumable) == (scale, ROOT, True)
+            assert part.result.parent == args.output_dir / "report"
 
 
 @pytest.mark.parametrize("settings", [{}, {"quick": True}, {"tiny": True}, {"inception_path": ROOT / "README.md"}])

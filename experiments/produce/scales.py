@@ -1,0 +1,108 @@
+"""What the experiment trains and evaluates: on two CPU cores, ten times as long on a GPU, and in a test."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from experiments.cells import NAMES, Model, Scale
+
+IMG_SIZE, STRIDE = 64, 8  # 64 codes per photo
+EPOCHS = 36
+MAIN = ("lpd", "random", "halton", "raster")
+# How the trainings differ: uniformly random orders, as published, or locality-aware ones among them.
+TRAININGS = {"lpd_random": ("--train_orders", "random:1"), "lpd_mixed": ("--train_orders", "random:0.5", "lpd:0.5")}
+BALANCED = {"train": 100, "test": 16}  # photos of each class that statistics and floors are taken of
+
+_STATISTICS = {"reference": ("--batch_size", "250"), "floors": ("--batch_size", "250")}
+_CHECKPOINTS = (EPOCHS // 4, EPOCHS // 2)
+_COMPARED = ("lpd", "random", "halton")  # at earlier checkpoints too
+
+
+def _models(checkpoints: tuple[int, ...], steps: tuple[int, ...]) -> tuple[Model, ...]:
+    kept = (Model("lpd_random", epoch, _COMPARED, steps) for epoch in checkpoints)
+    return Model("lpd_random"), Model("lpd_mixed", orders=MAIN), *kept
+
+
+FULL = Scale(
+    img_size=IMG_SIZE,
+    stride=STRIDE,
+    flags={
+        **_STATISTICS,
+        "tokenizer": (
+            "--stride", str(STRIDE), "--base_width", "32", "--res_blocks", "1", "--z_channels", "128",
+            "--codebook_size", "512", "--code_dim", "8", "--steps", "4000", "--batch_size", "16", "--lr", "1e-3",
+            "--eval_freq", "500", "--flip",
+        ),
+        "codes": ("--num_workers", "2"),
+        "classifier": ("--epochs", "30", "--shift", "0.1", "--rotate", "15", "--flip"),
+        "lpd": (
+            "--model", "lpd_mini", "--epochs", str(EPOCHS), "--batch_size", "32", "--lr", "1e-3", "--lr_schedule",
+            "cosine", "--warmup_epochs", "2", "--proj_dropout", "0.1", "--save_intermediate_freq", str(EPOCHS // 4),
+        ),
+    },
+    trainings=TRAININGS,
+    models=_models(_CHECKPOINTS, steps=(16, 4)),
+    orders=tuple(NAMES),
+    steps=(64, 32, 16, 8, 4),
+    num_images=525,
+    eval_bsz=175,
+    cfgs=(1.0, 1.5, 2.0, 3.0),
+    tuning_images=210,
+    tuning_steps=16,
+    tuning_seed=1000,
+    seeds=(0, 1, 2),
+    repeated=(
+        *((order, steps) for order in _COMPARED for steps in (64, 16, 8, 4)),
+        *(("raster", steps) for steps in (16, 4)),
+    ),
+    ablation_steps=(16, 8),
+    repulsions=(0, 1, 2, 3),
+    proximities=(0.0, 1.0, 2.0),
+)  # fmt: skip
+
+# The same, with ten times the training and more images.
+GPU = dataclasses.replace(
+    FULL.for_epochs(10 * EPOCHS),
+    flags=FULL.for_epochs(10 * EPOCHS).flags
+    | {"tokenizer": (*FULL.flags["tokenizer"], "--steps", "10000", "--batch_size", "64")},
+    num_images=3500,
+    eval_bsz=1750,
+    tuning_images=1050,
+)
+
+TINY = Scale(
+    flags={
+        **_STATISTICS,
+        "tokenizer": (
+            "--stride", str(STRIDE), "--base_width", "8", "--res_blocks", "1", "--z_channels", "16",
+            "--codebook_size", "32", "--code_dim", "4", "--steps", "6", "--batch_size", "8", "--lr", "4e-3",
+            "--eval_freq", "6", "--num_workers", "0",
+        ),
+        "codes": ("--num_workers", "0"),
+        "classifier": ("--epochs", "1", "--batch_size", "16", "--flip"),
+        "lpd": (
+            "--model", "lpd_debug", "--epochs", "2", "--batch_size", "10", "--lr", "2e-3", "--lr_schedule", "cosine",
+            "--warmup_epochs", "0", "--num_workers", "0", "--log_freq", "5", "--save_intermediate_freq", "1",
+        ),
+    },
+    trainings=TRAININGS,
+    models=_models((1,), steps=(4,)),
+    img_size=IMG_SIZE,
+    stride=STRIDE,
+    orders=("lpd", "random", "halton", "raster", "par"),
+    steps=(16, 4),
+    num_images=6,
+    eval_bsz=3,
+    cfgs=(1.0, 2.0),
+    tuning_images=6,
+    tuning_steps=4,
+    tuning_seed=1000,
+    seeds=(0, 1),
+    repeated=(("lpd", 4), ("random", 4)),
+    ablation_steps=(4,),
+    repulsions=(0, 1),
+    proximities=(1.0,),
+    subset=40,
+)  # fmt: skip
+
+SCALES = {"full": FULL, "gpu": GPU, "tiny": TINY}

@@ -1,0 +1,283 @@
+"""The experiment on photographs of fruit and vegetables: its data, cells, contexts and page, and all of it, tiny."""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image, ImageFilter, JpegImagePlugin
+
+from experiments import cells, driver
+from experiments.cells import Cell, Model
+from experiments.pages import distances
+from experiments.produce import contexts, data, page, run
+from experiments.produce.report import REPORT
+from experiments.produce.scales import EPOCHS, FULL, MAIN, TINY
+from scripts.stages import Stages
+from tests.experiments.test_cifar10 import StagesUntil, command_in_process
+from tests.helpers.commands import ROOT
+from tests.helpers.commands import run as run_command
+from tests.helpers.pictures import assert_not_blank
+from util.data.images import open_images, write_image_archive
+from util.errors import UserError
+
+
+def photo(rng: np.random.Generator, width: int, height: int, blur: float) -> Image.Image:
+    noise = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return noise.filter(ImageFilter.GaussianBlur(blur))
+
+
+def write_dataset(folder: Path, places: list[str]) -> None:
+    rng = np.random.default_rng(0)
+    for place in places:
+        path = folder / place
+        path.parent.mkdir(parents=True, exist_ok=True)
+        photo(rng, 100, 80, 4).save(path, quality=95)
+
+
+def test_archive_from_the_public_data_set(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Guards against sorts taken for classes, packages among the photos, and another crop, order or split."""
+    sorts = [
+        f"{part}/Fruit/Apple/{sort}/{sort}_{n:03}.jpg" for part in data.PARTS for sort in ("B", "A") for n in (2, 1)
+    ]
+    other = ["train/Vegetables/Leek/Leek_001.jpg", "val/Packages/Milk/Milk_001.jpg", "test/Fruit/Kiwi/Kiwi_001.jpg"]
+    write_dataset(tmp_path / "dataset", [*sorts, *other])
+    assert run_command(data.main, tmp_path / "dataset", tmp_path / "photos.npz") == 0
+    assert "14 photos in 3 classes" in capsys.readouterr().out
+    with np.load(tmp_path / "photos.npz") as file:
+        arrays = dict(file)
+    assert arrays["classes"].tolist() == ["Apple", "Kiwi", "Leek"]
+    assert arrays["labels"].tolist() == [0] * 12 + [1, 2]
+    assert arrays["split"].tolist() == (np.random.default_rng(0).random(14) < 0.15).astype(int).tolist()
+    files = [arrays["data"][a:b].tobytes() for a, b in zip(arrays["offsets"], arrays["offsets"][1:], strict=False)]
+    in_order = sorted(place for place in sorts)  # test, train, val
+    for place, content in zip(in_order, files, strict=False):
+        with Image.open(tmp_path / "dataset" / place) as image:
+            expected = image.crop((10, 0, 90, 80)).resize((64, 64), Image.Resampling.LANCZOS)
+        with Image.open(io.BytesIO(content)) as image:
+            assert (image.format, image.size) == ("JPEG", (64, 64))
+            assert JpegImagePlugin.get_sampling(image) == 0, "4:4:4"
+            assert np.abs(np.asarray(image, int) - np.asarray(expected, int)).mean() < 3
+    assert run_command(data.main, tmp_path / "dataset" / "train", tmp_path / "photos.npz") == 2
+    assert "give the folder named dataset" in capsys.readouterr().err
+    assert run_command(data.main, tmp_path / "dataset", tmp_path / "photos") == 2
+
+
+def test_statistics_are_of_equally_many_photos_of_each_class(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    files = []
+    for _ in range(13):
+        file = io.BytesIO()
+        photo(rng, 64, 64, 3).save(file, "PNG")
+        files.append(file.getvalue())
+    write_image_archive(tmp_path / "a.npz", files, [0] * 10 + [1] * 3, ["many", "few"], [0] * 13)
+    run.write_balanced(f"{tmp_path}/a.npz", 64, 5, tmp_path / "b.npz")
+    images, balanced = open_images(tmp_path / "a.npz", 64), open_images(tmp_path / "b.npz", 64)
+    assert balanced.labels.tolist() == [0] * 5 + [1] * 5
+    for index, taken in enumerate([0, 2, 4, 6, 8, 10, 11, 12, 10, 11]):
+        assert (balanced.load(index) == images.load(taken)).all()
+
+
+GUIDANCE = {(model.name, order): 2.0 for model in FULL.models for order in FULL.orders}
+
+
+def test_cells_of_every_model() -> None:
+    """Guards against checkpoints that are not kept, doubled cells, and a seed on which guidance was tuned."""
+    tuning, reported = cells.tuning_cells(FULL), cells.table_cells(FULL, GUIDANCE, fid=False)
+    every = [*tuning, *reported]
+    assert len({cell.name for cell in every}) == len(every)
+    assert {cell.seed for cell in tuning}.isdisjoint({cell.seed for cell in reported})
+    assert all(sum(cell.group_sizes()) == 64 and len(cell.group_sizes()) == cell.steps for cell in every)
+    kept = int(FULL.lpd_flag("--save_intermediate_freq"))
+    assert {cell.epoch for cell in every} == {None, EPOCHS // 4, EPOCHS // 2}
+    assert all(cell.epoch is None or cell.epoch % kept == 0 for cell in every)
+    assert {cell.training for cell in every} == set(FULL.trainings)
+    seeds = Counter((cell.model.name, cell.order, cell.steps) for cell in reported if cell.kind in ("table", "repeat"))
+    for model in ("lpd_random", "lpd_mixed"):
+        assert {seeds[model, order, steps] for order, steps in FULL.repeated} == {3}
+        assert {seeds[model, order, steps] > 0 for order in MAIN for steps in FULL.steps} == {True}
+    assert {seeds[f"lpd_random_epoch{EPOCHS // 2}", order, 16] for order in ("lpd", "random", "halton")} == {3}
+    assert {order for model, order, _ in seeds if model == "lpd_random"} == set(FULL.orders)
+    assert Model("a", 3).checkpoint(Path("x")) == Path("x/a/checkpoint-3.pth")
+
+
+def test_a_longer_training_has_its_checkpoints_at_the_same_shares() -> None:
+    """Guards against cells of checkpoints that a run of other --epochs never keeps."""
+    longer = FULL.for_epochs(10 * EPOCHS)
+    assert [model.epoch for model in longer.models] == [None, None, 10 * EPOCHS // 4, 10 * EPOCHS // 2]
+    assert longer.lpd_flag("--epochs") == str(10 * EPOCHS)
+    assert longer.lpd_flag("--save_intermediate_freq") == str(10 * EPOCHS // 4)
+    assert longer.models[0].checkpoint(Path("x")).name == "checkpoint-last.pth"
+    for epochs in (0, -4, EPOCHS + 1):
+        with pytest.raises(UserError, match=f"--epochs is {epochs}; it must be a positive multiple of 4"):
+            FULL.for_epochs(epochs)
+
+
+def test_contexts_of_trainings_and_orders() -> None:
+    """Guards against figures of the wrong order, and a training that ignores its shares."""
+    trainings = {"random": {"random": 1.0}, "half": {"random": 0.5, "lpd": 0.5}, "lpd": {"lpd": 1.0}}
+    found = contexts.measure_contexts(64, 8, ("lpd", "random", "raster"), (16, 8), trainings)
+    assert json.loads(json.dumps(found)) == found
+    rows = {(order, steps): values for order, steps, *values in contexts.context_rows(found)}
+    known, nearest, clustering, at_random = range(4)
+    assert rows["random", 16][at_random] == pytest.approx(0.5, abs=0.05)
+    assert rows["raster", 16][at_random] < 0.05
+    assert rows["raster", 16][clustering] > rows["random", 16][clustering] + 0.1
+    assert rows["lpd", 16][known] > rows["random", 16][known]
+    assert rows["lpd", 16][nearest] < rows["random", 16][nearest]
+    for name in ("random", "half", "lpd"):
+        lines = found["training"][name]
+        assert len(lines["known"]) == len(lines["known_neighbours"]) == 8
+    clustered = {name: np.mean(lines["clustering"]) for name, lines in found["training"].items()}
+    assert clustered["half"] == pytest.approx((clustered["random"] + clustered["lpd"]) / 2, abs=0.01)
+    assert clustered["lpd"] > clustered["random"] + 0.05
+    random = found["training"]["random"]
+    assert np.abs(np.array(random["known"]) - random["known_neighbours"]).max() < 0.03, "what chance gives"
+
+
+def test_verdicts_count_the_spread_of_seeds() -> None:
+    assert page.verdict([10.0, 10.2], [11.0, 11.2]).startswith("**wins** -1.00")
+    assert page.verdict([11.0, 11.2], [10.0, 10.2]).startswith("**loses** +1.00")
+    assert page.verdict([10.0, 12.0], [11.5, 12.5]).startswith("ties")
+    assert page.verdict([10.0], [11.0, 11.2]) == "–"
+
+
+def results() -> dict[str, Any]:
+    """A full run's results with figures made up: locality-aware orders win with the mixed training alone."""
+    reported = [*cells.tuning_cells(FULL), *cells.table_cells(FULL, GUIDANCE, fid=False)]
+
+    def figures(cell: Cell) -> dict[str, float]:
+        better = (cell.order == "lpd") * (1 if cell.training == "lpd_mixed" else -1)
+        return {"frechet_distance": 20 - better + 0.01 * cell.seed, "class_accuracy": 0.5, "sec_per_image": 0.01}
+
+    curve = [{"step": n, "epoch": float(n), "loss": 6.0 - n, "val_loss": 6.0 - n / 2} for n in (1, 2)]
+    curve.append({"step": 3, "epoch": 3.0, "loss": 2.5, "val_loss": 5.25})
+    space = {"samples": 30.0, "held_out": 28.0, "nearer": 0.07}
+    floor = {"extractor": "net", "frechet_distance": 0.25, "class_accuracy": 0.9}
+    bits = {"order": "lpd", "steps": 16, "bits_per_token": {"mean": 4.5, "stderr": 0.1}, "difference": None}
+    trainings = {
+        name: dict.fromkeys(words, 1.0) for name, words in (("lpd_random", ("random",)), ("lpd_mixed", ("lpd",)))
+    }
+    return {
+        "date": "2026-01-02T03:04:05+00:00",
+        "data": {name: {"source": "photos.npz", "images": 3000, "sha256": ""} for name in ("train", "test")},
+        "settings": json.loads(json.dumps(dataclasses.asdict(FULL))),
+        "environment": {"device": "CPU", "python": "3.12", "packages": {"torch": "2.11"}},
+        "model": {"embed_dim": 192, "depth": 6},
+        "stage_sec": {"tokenizer": 100.0},
+        "tokenizer": {"psnr_db": 20.125, "codebook_share": 0.5, "tokenizer": {"codebook_size": 512}},
+        "classifier": {"test_accuracy": 0.75},
+        "floors": {"reference_real": floor},
+        "trainings": {name: {"loss_curve": curve, "final_loss": 2.5, "epochs": EPOCHS} for name in FULL.trainings},
+        "cells": [cell.row(figures(cell)) for cell in reported],
+        "neighbours": {"lpd_random": {"pixels": space, "features": space}},
+        "likelihood": {"lpd_random": [bits]},
+        "contexts": contexts.measure_contexts(64, 8, ("lpd", "random"), (16, 4), trainings),
+        "unlabelled": {"1": "Tomato", "2": "Kiwi"},
+    }
+
+
+def test_page_and_plots_from_the_json_alone(tmp_path: Path) -> None:
+    folder = REPORT.folder(tmp_path)
+    found = results()
+    (folder / "produce.json").write_text(json.dumps(found))
+    REPORT.draw(folder)
+    text = (folder / "produce.md").read_text()
+    for line in (
+        "| lpd_random | random | **loses** +1.00 ± 0.02 | – | **loses** +1.00 ± 0.02 |",
+        "| lpd_mixed | random | **wins** -1.00 ± 0.02 |",
+        f"| lpd_random_epoch{EPOCHS // 2} | random | – | – | **loses** +1.00 ± 0.02 | – | **loses** +1.00 ± 0.02 |",
+        "| lpd_random | 2.500 | 5.250 | 5.000 | 2 |",
+        "| lpd_random | pixels | 30.00 | 28.00 | 7.0% |",
+        "| locality-aware | 4.500 |",
+        "| model \\ order | Halton | locality-aware | random |",
+        "1 Tomato, 2 Kiwi",
+        "75.0% of the test photos",
+    ):
+        assert line in text
+    pictures = {path.name for path in (folder / "images").iterdir()}
+    drawn = {
+        "produce_loss.png",
+        "produce_clustering.png",
+        "produce_quality_lpd_random.png",
+        "produce_quality_lpd_mixed.png",
+    }
+    assert drawn <= pictures
+    for name in pictures:
+        assert_not_blank(folder / "images" / name)
+    assert distances(found["cells"], "lpd", 16, "lpd_mixed") == pytest.approx([19.0, 19.01, 19.02])
+    part = found | {
+        "cells": found["cells"][:5],
+        "neighbours": {},
+        "likelihood": {},
+        "contexts": None,
+        "unlabelled": None,
+    }
+    assert "**wins**" not in page.page(part)
+    page.plot(part, folder / "images")
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Callable[..., tuple[int, str, str]]:
+    """Runs the tiny experiment on made-up photos; gives its exit status and what it and its stages printed."""
+
+    def call(*arguments: object) -> tuple[int, str, str]:
+        monkeypatch.chdir(ROOT)
+        return run_command(run.EXPERIMENT.main, "--device", "cpu", "--scale", "tiny", *arguments), *capfd.readouterr()
+
+    return call
+
+
+def write_photos(path: Path) -> None:
+    rng = np.random.default_rng(0)
+    files, labels = [], [0, 1] * 20
+    for label in labels:
+        file = io.BytesIO()
+        photo(rng, 64, 64, 3 + 4 * label).save(file, "JPEG")
+        files.append(file.getvalue())
+    write_image_archive(path, files, labels, ["fine", "coarse"], [0] * 30 + [1] * 10)
+
+
+@pytest.mark.slow
+def test_recipe_from_photos_to_page_in_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    """Guards against a stage that does not fit the one before it, a repeated stage, and cells generated twice."""
+    monkeypatch.setattr(Stages, "command", command_in_process)
+    write_photos(tmp_path / "photos.npz")
+    arguments: tuple[object, ...] = ("--data", tmp_path / "photos.npz", "--output_dir", tmp_path / "out")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "Stages", lambda out, _: StagesUntil(out, 1))
+        status, printed, errors = command(*arguments)
+    assert status == driver.OUT_OF_TIME, errors[-3000:]
+    assert "before the stage 'codes'; run the same command again" in printed
+    status, printed, errors = command(*arguments)
+    assert status == 0, errors[-3000:]
+    found = json.loads((tmp_path / "out" / "report" / "produce.json").read_text())
+    counts = Counter((row["kind"], row["model"]) for row in found["cells"])
+    assert counts["table", "lpd_random"] == len(TINY.orders) * len(TINY.steps)
+    assert counts["table", "lpd_mixed"] == 8
+    assert counts["table", "lpd_random_epoch1"] == 3
+    assert set(found["neighbours"]) == set(found["likelihood"]) == {model.name for model in TINY.models}
+    assert all("val_loss" in found["trainings"][name]["loss_curve"][-1] for name in TINY.trainings)
+    first, second = (found["trainings"][name]["loss_curve"][0]["loss"] for name in TINY.trainings)
+    assert first != second, "the orders differ"
+    assert sorted(found["unlabelled"].values()) == ["coarse", "fine"]
+    text = (tmp_path / "out" / "report" / "produce.md").read_text()
+    assert "no figure here means anything" in text
+    names = ("neighbours", "unlabelled", "samples_16", "loss", "known_neighbours")
+    for name in names:
+        assert_not_blank(tmp_path / "out" / "report" / "images" / f"produce_{name}.png")
+    stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("[enl]*/*/*.json")}
+    status, printed, errors = command(*arguments)
+    assert status == 0, errors[-3000:]
+    assert stamps == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("[enl]*/*/*.json")}
+    with pytest.raises(UserError, match="--scale tiny"):
+        REPORT.publish(tmp_path / "out" / "report", "x", tmp_path / "repository")
