@@ -204,19 +204,20 @@ class Search:
         return made
 
     def _change_thresholds(self, spec: OrderSpec) -> OrderSpec:
+        """Another proximity or repulsion threshold, or both, at a step, from it on, or up to it."""
         steps = len(spec.group_sizes)
-        proximity, repulsion = self.thresholds[self.rng.integers(len(self.thresholds))]
-        start, stop = sorted(self.rng.integers(1, steps + 1, size=2).tolist())
-        start, stop = ((1, stop), (start, steps), (start, stop))[self.rng.integers(3)]
-
-        def changed(of_steps: tuple, value: float | None) -> tuple:
-            return (*of_steps[:start], *[value] * (stop - start), *of_steps[stop:])
-
-        return replace(
-            spec,
-            proximity_threshold=changed(spec.of_steps(spec.proximity_threshold, "proximity"), proximity),
-            repulsion_threshold=changed(spec.of_steps(spec.repulsion_threshold, "repulsion"), repulsion),
-        )
+        if steps == 1:
+            return spec
+        values = self.thresholds[self.rng.integers(len(self.thresholds))]
+        step = int(self.rng.integers(1, steps))
+        start, stop = ((step, step + 1), (step, steps), (1, step + 1))[self.rng.integers(3)]
+        which = self.rng.integers(3)
+        names, changes = ("proximity", "repulsion"), {}
+        for number, (name, value) in enumerate(zip(names, values, strict=True)):
+            if which != number:
+                before = spec.of_steps(getattr(spec, f"{name}_threshold"), name)
+                changes[f"{name}_threshold"] = (*before[:start], *[value] * (stop - start), *before[stop:])
+        return replace(spec, **changes)
 
     def _move_tokens(self, spec: OrderSpec) -> OrderSpec:
         sizes = list(spec.group_sizes)
