@@ -30,9 +30,9 @@ from util.dist import Dist
 
 logger = logging.getLogger(__name__)
 
-# Each lets in one more kind of neighbourhood: none needed, one corner, one edge, corner and edge, two edges.
-PROXIMITIES = (None, 0.0, 0.7, 1.0, 1.7, 2.0)
-FIRST_RUNG, LAST_RUNG = 32, 1024  # images that candidates see before the first, and at most before the last decision
+# What a candidate needs beside it: nothing, and nearness does not count; a corner; an edge; both; two edges.
+PROXIMITIES = (None, 0.7, 1.0, 1.7, 2.0)
+FIRST_RUNG, LAST_RUNG = 32, 512  # images that candidates see before the first, and at most before the last decision
 SHAPES = (0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.3, 2.6, 3.0)  # see shaped_sizes
 LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # group sizes whose costs are tabulated
 MOVES = 15  # of a round of random changes
@@ -143,7 +143,6 @@ class Search:
             self._round("thresholds", self._other_thresholds)
             self._round("shape of the group sizes", self._other_shapes)
             self._round("group sizes by dynamic programming", self._tabulated)
-            self._round("thresholds again", self._other_thresholds)
             idle = 0
             while idle < WITHOUT_GAIN:
                 gained = self._round("thresholds along the steps, group sizes", self._changes)

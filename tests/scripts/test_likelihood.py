@@ -18,11 +18,13 @@ import scripts.likelihood
 from models.lpd import LPD, LPDConfig
 from orders import generate_orders, save_orders
 from orders.files import load_schedule
+from scripts.publish_likelihood import publish
 from tests.helpers.commands import run
 from tests.helpers.pictures import assert_not_blank, assert_text, pixels_of
 from tests.helpers.tiny_models import far_from_initialisation, tiny_tokenizer, write_images
 from tokenizers import save_tokenizer
 from util.checkpoint import save_checkpoint
+from util.errors import UserError
 from util.files import sha256
 
 CLASSES = {"cat": 5, "dog": 6, "eel": 1}
@@ -231,3 +233,44 @@ def test_a_search_needs_images_and_steps(find_schedule: Command) -> None:
         status, _, errors = find_schedule(*arguments)
         assert status == 2
         assert message in errors.splitlines()[-1]
+
+
+@pytest.mark.slow
+def test_a_section_of_the_page(likelihood: Command, folder: Path, tmp_path: Path) -> None:
+    """Made, replaced by its own second version, and followed by another; the hand-written text stays."""
+    assert likelihood("--orders", "lpd", "raster", "halton", "--steps", 8, 4, "--baseline", "lpd")[0] == 0
+    rows = json.loads((tmp_path / "out" / "likelihood.json").read_text())["cells"]
+    evaluations = []
+    for number, row in enumerate(rows):
+        settings = {name: row[name] for name in ("order", "group_sizes", "proximity_threshold", "repulsion_threshold")}
+        result = {"num_images": 9, "frechet_distance": row["bits_per_token"]["mean"] ** 2, "settings": settings}
+        result["settings"]["cfg"] = 1.0
+        evaluations.append(tmp_path / f"{number}.json")
+        evaluations[-1].write_text(json.dumps(result))
+    other = json.loads(evaluations[0].read_text())
+    other["settings"]["group_sizes"] = [1, 15]
+    evaluations.append(tmp_path / "other.json")
+    evaluations[-1].write_text(json.dumps(other))
+    (tmp_path / "docs").mkdir()
+    page = tmp_path / "docs" / "likelihood.md"
+    page.write_text("# Page\n\nBy hand.\n")
+    publish("one", "First", tmp_path / "out", [], evaluations, tmp_path)
+    text = page.read_text()
+    assert text.startswith("# Page\n\nBy hand.\n\n<!-- likelihood:one -->\n## First\n")
+    assert "| 1 | all | 6 | +1.00 | 0.000 |" in text, "in the order of the bits, and the other cell left out"
+    best = min(rows, key=lambda row: row["bits_per_token"]["mean"])
+    assert "{mean:.3f} ± {stderr:.3f}".format(**best["bits_per_token"]) in text
+    publish("two", "Second", tmp_path / "out", [], [], tmp_path)
+    publish("one", "First again", tmp_path / "out", [], [], tmp_path)
+    text = page.read_text()
+    assert text.index("## First again") < text.index("## Second")
+    assert "## First\n" not in text
+    assert "rank correlation" not in text
+    for name in ("one_steps", "one_curves", "one_positions", "one_frechet", "two_steps"):
+        assert_not_blank(tmp_path / "docs" / "images" / f"likelihood_{name}.png")
+    kept = json.loads((tmp_path / "benchmarks" / "results" / "likelihood_two.json").read_text())
+    assert [row["name"] for row in kept["cells"]] == [row["name"] for row in rows]
+    with pytest.raises(UserError, match="Two"):
+        publish("Two", "Second", tmp_path / "out", [], [], tmp_path)
+    with pytest.raises(UserError, match="does not exist"):
+        publish("two", "Second", tmp_path / "nowhere", [], [], tmp_path)
