@@ -31,7 +31,7 @@ from orders.config import OrderConfig
 from orders.draw import ORDER_KINDS, OrderSpec
 from orders.files import save_schedule
 from util.cli import Parser, exit_on_user_error, from_args
-from util.config import check, record, setting
+from util.config import record, setting
 from util.dist import Dist, distributed
 from util.errors import UserError
 from util.files import check_output_dir
@@ -47,10 +47,6 @@ class SearchConfig(SourceConfig, RunConfig):
     order: str = setting("lpd", "its kind of order; thresholds are those of lpd", choices=ORDER_KINDS)
     budget_sec: float = setting(120.0, "seconds of search; the confirmation on other images comes after", above=0)
     orders_per_image: int = setting(4, "orders of each image in the confirmation", at_least=1)
-
-    def __post_init__(self) -> None:
-        SourceConfig.__post_init__(self)
-        check(self)
 
 
 def find(config: SearchConfig, source: Source, dist: Dist) -> tuple[OrderSpec, dict[str, Any]]:

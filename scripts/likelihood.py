@@ -26,7 +26,7 @@ from engine.likelihood.report import rows, table, with_one_by_one
 from engine.likelihood.source import Source, SourceConfig, open_source
 from engine.run_config import RunConfig
 from util.cli import Parser, exit_on_user_error, from_args
-from util.config import check, record, setting
+from util.config import record, setting
 from util.dist import Dist, distributed
 from util.files import atomic_write, check_output_dir, write_json
 from util.folder_lock import FolderLock
@@ -37,12 +37,12 @@ from util.logger import setup_logging
 class LikelihoodConfig(SourceConfig, RunConfig):
     """Which schedules are compared on which images."""
 
-    orders: tuple[str, ...] = setting(
-        ("lpd", "random", "raster"), "kinds, lpd:PROXIMITY:REPULSION, or files of orders", aliases=("--order",)
-    )
+    orders: tuple[str, ...] = setting(("lpd", "random", "raster"), "kinds, lpd:PROXIMITY:REPULSION, or files of orders")
     steps: tuple[str, ...] = setting(("20",), "numbers of steps, or what --group_sizes of main_lpd.py takes")
     schedule_files: tuple[Path, ...] = setting((), "files of scripts.find_schedule as well")
-    orders_per_image: int = setting(1, "orders of each image, where they vary; more narrow the intervals", at_least=1)
+    orders_per_image: int = setting(
+        1, "orders of each image, where they vary; several narrow the intervals", at_least=1
+    )
     baseline: str | None = setting(
         None, "an order, compared at the same steps, or ORDER/STEPS (default: the first order, or the first cell)"
     )
@@ -50,10 +50,6 @@ class LikelihoodConfig(SourceConfig, RunConfig):
         ("class",), "given the class, or none: without it; or both", choices=("class", "none")
     )
     one_by_one: bool = setting(True, "measure what parallel drawing loses: every order one by one too")
-
-    def __post_init__(self) -> None:
-        SourceConfig.__post_init__(self)
-        check(self)
 
 
 def compare(config: LikelihoodConfig, source: Source, dist: Dist) -> dict[str, Any]:
