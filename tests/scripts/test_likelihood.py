@@ -208,6 +208,7 @@ def test_mistakes(
 
 def test_what_does_not_belong_together(likelihood: Command, folder: Path, tmp_path: Path) -> None:
     """Codes of another tokenizer or grid, classes that the model lacks, too short a file of orders."""
+    torch.manual_seed(1)
     save_tokenizer(tiny_tokenizer(), tmp_path / "other.pt")
     other = save_model(tmp_path / "a.pth", tmp_path / "other.pt")
     assert "was made with another tokenizer" in wrong(likelihood, tmp_path, "--pretrained_ckpt", other)
