@@ -28,7 +28,7 @@ from util.files import atomic_write, write_json
 ROOT = Path(__file__).resolve().parents[1]
 PLOTS = {
     "steps": "Bits per token against steps",
-    "curves": "Bits per token along the steps",
+    "curves": "How the difference to the baseline comes about, step by step",
     "positions": "Bits of each position",
 }
 Content = dict[str, Any]
