@@ -1,7 +1,7 @@
 """The demo: every part of the project on small digits, for two CPU cores. Run it by `bash scripts/demo.sh`.
 
 Nearly each stage is an ordinary command of the project, printed before it runs. At the end several generation orders
-are scored with one model and the pictures drawn.
+are compared with one model, by what it generates and by how likely it finds held-out digits, and the pictures drawn.
 """
 
 from __future__ import annotations
@@ -60,12 +60,14 @@ FLAGS: dict[str, tuple[str, ...]] = {
         "--warmup_epochs", "2", "--proj_dropout", "0", "--flip_prob", "0", "--num_workers", "0", "--no-compile",
         "--log_freq", "10",
     ),
+    "likelihood": ("--orders", "lpd", "random", "raster", "--steps", "64", "16", "8"),
 }  # fmt: skip
 # The last of a repeated flag wins.
 QUICK = {
     "tokenizer": ("--steps", "10"),
     "lpd": ("--epochs", "1", "--warmup_epochs", "0"),
     "classifier": ("--epochs", "1"),
+    "likelihood": ("--num_images", "40"),
 }
 
 
@@ -96,6 +98,11 @@ def run_stages(stages: Stages, out: Path, device: str, quick: bool) -> None:
     more = QUICK if quick else {}
     flags = {stage: (*FLAGS.get(stage, ()), *more.get(stage, ())) for stage in (*FLAGS, *more)}
     train_and_judge(stages, out, train, test, train, common, flags)
+    files = ("--pretrained_ckpt", out / "lpd" / LAST, "--vqgan_path", out / "tokenizer" / "tokenizer.pt")
+    stages.command(
+        "likelihood", "-m", "scripts.likelihood", *files, "--data_path", test, "--output_dir", out / "likelihood",
+        "--device", device, *flags["likelihood"], output=out / "likelihood.txt",
+    )  # fmt: skip
     stages.command(
         "picture of the orders", "-m", "orders", "compare", out / "orders.png",
         "--orders", "raster", "random", "lpd", "--grid", str(IMG_SIZE // STRIDE), "--steps", "16",
@@ -161,6 +168,7 @@ def main() -> None:
     shutil.copy(out / "eval" / "lpd_16" / "grid.png", out / "samples.png")
     plot_losses(out / "loss.png", [out / "lpd"])
     text = f"{table}\n\n{num_images} digits per row, guidance {CFG:g}; {conditions(device)}.\n"
+    text += f"\nHow likely the model finds the held-out digits:\n\n{(out / 'likelihood' / 'table.md').read_text()}"
     (out / "results.md").write_text(text)
     pictures = ", ".join(str(out / f"{name}.png") for name in ("samples", "orders", "loss"))
     print(f"\n{text}\nTable: {out / 'results.md'}\nPictures: {pictures}")

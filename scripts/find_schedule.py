@@ -30,8 +30,9 @@ from engine.run_config import RunConfig
 from orders.config import OrderConfig
 from orders.draw import ORDER_KINDS, OrderSpec
 from orders.files import save_schedule
+from orders.schedule import default_steps
 from util.cli import Parser, exit_on_user_error, from_args
-from util.config import check, record, setting
+from util.config import record, setting
 from util.dist import Dist, distributed
 from util.errors import UserError
 from util.files import check_output_dir
@@ -43,14 +44,12 @@ from util.logger import setup_logging
 class SearchConfig(SourceConfig, RunConfig):
     """What is searched for, on which images, and for how long."""
 
-    generation_steps: int = setting(20, "decoding steps of the schedule")
+    generation_steps: int | None = setting(
+        None, "decoding steps of the schedule (default: 20 for 16×16 tokens, as published)"
+    )
     order: str = setting("lpd", "its kind of order; thresholds are those of lpd", choices=ORDER_KINDS)
     budget_sec: float = setting(120.0, "seconds of search; the confirmation on other images comes after", above=0)
     orders_per_image: int = setting(4, "orders of each image in the confirmation", at_least=1)
-
-    def __post_init__(self) -> None:
-        SourceConfig.__post_init__(self)
-        check(self)
 
 
 def find(config: SearchConfig, source: Source, dist: Dist) -> tuple[OrderSpec, dict[str, Any]]:
@@ -58,7 +57,8 @@ def find(config: SearchConfig, source: Source, dist: Dist) -> tuple[OrderSpec, d
     model, images = source.model.config, np.arange(len(source.images))
     if len(images) < 4:
         raise UserError(f"{len(images)} images are too few: the search and its confirmation need two each.")
-    published = OrderConfig(order=config.order, generation_steps=config.generation_steps)
+    steps = default_steps(model.grid_size) if config.generation_steps is None else config.generation_steps
+    published = OrderConfig(order=config.order, generation_steps=steps)
     start = published.for_grid(model.grid_size, config.seed).spec
     meter = Meter(source, Settings(bf16=config.bf16, batch_size=config.batch_size))
     samples = Samples(meter, images[::2], dist, time.monotonic() + config.budget_sec)
@@ -126,9 +126,8 @@ def main() -> None:
         dist.on_main(lock.acquire)
         best, found = find(config, source, dist)
         if dist.is_main:
-            steps = config.generation_steps
             print(
-                f"{steps} steps, on {found['confirmed_on']} images that the search has not seen: "
+                f"{len(best.group_sizes)} steps, on {found['confirmed_on']} images that the search has not seen: "
                 f"{found['bits_per_token']['mean']:.4f} bits per token, the published schedule "
                 f"{found['published_bits_per_token']['mean']:.4f}; difference {show(found['difference'])}"
             )

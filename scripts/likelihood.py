@@ -25,8 +25,9 @@ from engine.likelihood.measure import Settings, measure
 from engine.likelihood.report import rows, table, with_one_by_one
 from engine.likelihood.source import Source, SourceConfig, open_source
 from engine.run_config import RunConfig
+from orders.schedule import default_steps
 from util.cli import Parser, exit_on_user_error, from_args
-from util.config import check, record, setting
+from util.config import record, setting
 from util.dist import Dist, distributed
 from util.files import atomic_write, check_output_dir, write_json
 from util.folder_lock import FolderLock
@@ -37,12 +38,12 @@ from util.logger import setup_logging
 class LikelihoodConfig(SourceConfig, RunConfig):
     """Which schedules are compared on which images."""
 
-    orders: tuple[str, ...] = setting(
-        ("lpd", "random", "raster"), "kinds, lpd:PROXIMITY:REPULSION, or files of orders", aliases=("--order",)
+    orders: tuple[str, ...] = setting(("lpd", "random", "raster"), "kinds, lpd:PROXIMITY:REPULSION, or files of orders")
+    steps: tuple[str, ...] = setting(
+        (), "numbers of steps, or what --group_sizes of main_lpd.py takes (default: 20 for 16×16 tokens, as published)"
     )
-    steps: tuple[str, ...] = setting(("20",), "numbers of steps, or what --group_sizes of main_lpd.py takes")
     schedule_files: tuple[Path, ...] = setting((), "files of scripts.find_schedule as well")
-    orders_per_image: int = setting(1, "orders of each image, where they vary; more narrow the intervals", at_least=1)
+    orders_per_image: int = setting(1, "orders of each image, where they vary: narrower intervals", at_least=1)
     baseline: str | None = setting(
         None, "an order, compared at the same steps, or ORDER/STEPS (default: the first order, or the first cell)"
     )
@@ -51,16 +52,13 @@ class LikelihoodConfig(SourceConfig, RunConfig):
     )
     one_by_one: bool = setting(True, "measure what parallel drawing loses: every order one by one too")
 
-    def __post_init__(self) -> None:
-        SourceConfig.__post_init__(self)
-        check(self)
-
 
 def compare(config: LikelihoodConfig, source: Source, dist: Dist) -> dict[str, Any]:
     """Measure all cells and write everything to the output folder; returns the content of ``likelihood.json``."""
     model = source.model.config
     conditions = [condition == "class" for condition in dict.fromkeys(config.conditions)]
-    cells = make_cells(config.orders, config.steps, config.schedule_files, model.grid_size, config.seed, conditions)
+    steps = config.steps or (str(default_steps(model.grid_size)),)
+    cells = make_cells(config.orders, steps, config.schedule_files, model.grid_size, config.seed, conditions)
     compared_with = baselines(cells, config.baseline)
     decodings = with_one_by_one(cells, config.one_by_one)
     for file in (cell.decoding.orders for cell in cells):

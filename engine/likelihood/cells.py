@@ -71,7 +71,7 @@ def make_cells(
         conditions: True for with class.
 
     Raises:
-        UserError: for an order, a number of steps or a file that does not fit the grid; for the same cell twice.
+        UserError: for an order, a number of steps or a file that does not fit the grid; for two cells of one name.
     """
     found: list[tuple[str, Orders]] = []
     for order in orders:
@@ -81,11 +81,11 @@ def make_cells(
             found.append((order, OrderConfig(**config | sizes).for_grid(grid, seed)))
     found += [(file.name, OrderConfig(schedule_file=file).for_grid(grid, seed)) for file in schedule_files]
     cells = [Cell(order, Decoding(o, o.group_sizes, with_class)) for with_class in conditions for order, o in found]
-    seen: set[str] = set()
+    seen: set[tuple[str, bool]] = set()
     for cell in cells:
-        if cell.decoding.key in seen:
-            raise UserError(f"{cell.name} is asked for twice.")
-        seen.add(cell.decoding.key)
+        if (which := (cell.name, cell.decoding.with_class)) in seen:
+            raise UserError(f"{cell.name} is asked for twice; an order and its number of steps name a row.")
+        seen.add(which)
     return cells
 
 

@@ -15,8 +15,8 @@ from util.plots import plot_curves
 def draw(folder: Path, rows: Sequence[dict[str, Any]]) -> list[Path]:
     """Plots of the rows of :func:`engine.likelihood.report.rows`: with class only, where there are both.
 
-    ``steps.png`` has bits per token against the number of steps, ``curves.png`` bits per token of each step against the
-    share of tokens that is known, ``positions.png`` bits of each token of the grid.
+    ``steps.png`` has bits per token against the number of steps, ``curves.png`` how the difference to the baseline
+    comes about from step to step, ``positions.png`` bits of each token of the grid.
     """
     kept = [row for row in rows if row["with_class"]] or list(rows)
     folder.mkdir(parents=True, exist_ok=True)
@@ -32,24 +32,32 @@ def draw(folder: Path, rows: Sequence[dict[str, Any]]) -> list[Path]:
 
 
 def _draw_curves(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Bits up to each step less those of the baseline, per token of the image: the last point is the difference."""
     from matplotlib.figure import Figure  # takes a second
 
     counts = sorted({row["steps"] for row in rows}, reverse=True)
     columns = min(3, len(counts))
     figure = Figure(figsize=(4.2 * columns, 3.2 * math.ceil(len(counts) / columns) + 0.6), layout="constrained")
     orders = list(dict.fromkeys(row["order"] for row in rows))
-    handles = {}
+    by_name, handles = {row["name"]: row for row in rows}, {}
     for number, steps in enumerate(counts, 1):
         axis = figure.add_subplot(math.ceil(len(counts) / columns), columns, number)
-        for row in (row for row in rows if row["steps"] == steps):
-            known = np.cumsum([0, *row["group_sizes"][:-1]]) / sum(row["group_sizes"])
-            marker = "." if steps <= 32 else ""
-            color = f"C{orders.index(row['order'])}"
-            handles[row["order"]] = axis.plot(known, row["step_bits"], marker=marker, color=color, lw=1)[0]
-        axis.set(title=f"{steps} steps", xlabel="share of tokens known", ylabel="bits per token of the step")
+        for row in (row for row in rows if row["steps"] == steps and row["baseline"] is not None):
+            known, bits = _so_far(row)
+            less = bits - np.interp(known, *_so_far(by_name[row["baseline"]]))
+            marker, color = "." if steps <= 32 else "", f"C{orders.index(row['order'])}"
+            handles[row["order"]] = axis.plot(known, less, marker=marker, color=color, lw=1)[0]
+        axis.set(title=f"{steps} steps", xlabel="share of tokens known", ylabel="difference so far, bits per token")
         axis.grid(alpha=0.3)
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=min(6, len(handles)))
     figure.savefig(path, dpi=90)
+
+
+def _so_far(row: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """(share of tokens known, bits so far per token of the image) before the first step and after each, (S + 1,)."""
+    sizes = np.array(row["group_sizes"])
+    bits = np.cumsum([0, *(sizes * row["step_bits"])])
+    return np.cumsum([0, *sizes]) / sizes.sum(), bits / sizes.sum()
 
 
 def _draw_positions(path: Path, rows: Sequence[dict[str, Any]]) -> None:

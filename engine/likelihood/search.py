@@ -30,9 +30,9 @@ from util.dist import Dist
 
 logger = logging.getLogger(__name__)
 
-# Each lets in one more kind of neighbourhood: none needed, one corner, one edge, corner and edge, two edges.
-PROXIMITIES = (None, 0.0, 0.7, 1.0, 1.7, 2.0)
-FIRST_RUNG, LAST_RUNG = 32, 1024  # images that candidates see before the first, and at most before the last decision
+# What a candidate needs beside it: nothing, and nearness does not count; a corner; an edge; both; two edges.
+PROXIMITIES = (None, 0.7, 1.0, 1.7, 2.0)
+FIRST_RUNG, LAST_RUNG = 32, 512  # images that candidates see before the first, and at most before the last decision
 SHAPES = (0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0, 2.3, 2.6, 3.0)  # see shaped_sizes
 LADDER = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256)  # group sizes whose costs are tabulated
 MOVES = 15  # of a round of random changes
@@ -143,7 +143,6 @@ class Search:
             self._round("thresholds", self._other_thresholds)
             self._round("shape of the group sizes", self._other_shapes)
             self._round("group sizes by dynamic programming", self._tabulated)
-            self._round("thresholds again", self._other_thresholds)
             idle = 0
             while idle < WITHOUT_GAIN:
                 gained = self._round("thresholds along the steps, group sizes", self._changes)
@@ -204,19 +203,20 @@ class Search:
         return made
 
     def _change_thresholds(self, spec: OrderSpec) -> OrderSpec:
+        """Another proximity or repulsion threshold, or both, at a step, from it on, or up to it."""
         steps = len(spec.group_sizes)
-        proximity, repulsion = self.thresholds[self.rng.integers(len(self.thresholds))]
-        start, stop = sorted(self.rng.integers(1, steps + 1, size=2).tolist())
-        start, stop = ((1, stop), (start, steps), (start, stop))[self.rng.integers(3)]
-
-        def changed(of_steps: tuple, value: float | None) -> tuple:
-            return (*of_steps[:start], *[value] * (stop - start), *of_steps[stop:])
-
-        return replace(
-            spec,
-            proximity_threshold=changed(spec.of_steps(spec.proximity_threshold, "proximity"), proximity),
-            repulsion_threshold=changed(spec.of_steps(spec.repulsion_threshold, "repulsion"), repulsion),
-        )
+        if steps == 1:
+            return spec
+        values = self.thresholds[self.rng.integers(len(self.thresholds))]
+        step = int(self.rng.integers(1, steps))
+        start, stop = ((step, step + 1), (step, steps), (1, step + 1))[self.rng.integers(3)]
+        which = self.rng.integers(3)
+        names, changes = ("proximity", "repulsion"), {}
+        for number, (name, value) in enumerate(zip(names, values, strict=True)):
+            if which != number:
+                before = spec.of_steps(getattr(spec, f"{name}_threshold"), name)
+                changes[f"{name}_threshold"] = (*before[:start], *[value] * (stop - start), *before[stop:])
+        return replace(spec, **changes)
 
     def _move_tokens(self, spec: OrderSpec) -> OrderSpec:
         sizes = list(spec.group_sizes)

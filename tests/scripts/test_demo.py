@@ -36,6 +36,7 @@ def test_quick_demo_from_start_to_table_and_again(tmp_path: Path, demo: Callable
     assert table in printed
     for row in ("| raster, one by one | 64 |", "| random | 8 |", "| locality-aware | 16 |", "| real, held out |"):
         assert row in table
+    assert (tmp_path / "demo" / "likelihood" / "table.md").read_text() in table
     samples, orders = (pixels_of(tmp_path / "demo" / f"{name}.png") for name in ("samples", "orders"))
     assert np.array_equal(samples, pixels_of(tmp_path / "demo" / "eval" / "lpd_16" / "grid.png"))
     assert samples.shape[0] > 10 * 64  # a row for each digit, two of each
@@ -50,7 +51,7 @@ def test_quick_demo_from_start_to_table_and_again(tmp_path: Path, demo: Callable
 
     status, printed, errors = demo("--quick", "--output_dir", tmp_path / "demo")
     assert status == 0, errors[-3000:]
-    assert printed.count("done before") == 9
+    assert printed.count("done before") == 10
 
 
 def test_wrong_arguments(tmp_path: Path, demo: Callable[..., tuple[int, str, str]]) -> None:

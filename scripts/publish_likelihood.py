@@ -1,0 +1,247 @@
+"""A section of docs/likelihood.md, with its plots and figures, from finished runs; replaced where it is there already.
+
+    python -m scripts.publish_likelihood digits --title "Handwritten digits" --likelihood RUN/likelihood \\
+        --schedules RUN/schedule_*/schedule.json --evaluations RUN/eval/*/results.json
+
+Takes the output folder of scripts.likelihood, schedule files of scripts.find_schedule, and results of
+main_lpd.py --evaluate, whose Fréchet distances are compared with the likelihoods of the same cells. A section stands
+between the marks `<!-- likelihood:NAME -->` and `<!-- /likelihood:NAME -->`; a new one comes at the end of the page.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import spearmanr
+
+from orders.figures import TITLES
+from scripts.gpu_tables import markdown
+from util.cli import Parser, exit_on_user_error
+from util.errors import UserError, reading
+from util.files import atomic_write, write_json
+
+ROOT = Path(__file__).resolve().parents[1]
+PLOTS = {
+    "steps": "Bits per token against steps",
+    "curves": "How the difference to the baseline comes about, step by step",
+    "positions": "Bits of each position",
+}
+Content = dict[str, Any]
+
+
+def read_json(path: Path) -> Content:
+    with reading("results", path):
+        content = json.loads(path.read_text())
+    if not isinstance(content, dict):
+        raise UserError(f"{path} holds no results.")
+    return content
+
+
+def pivot(rows: Sequence[Content], figure: Any) -> str:
+    """Orders down, steps across; ``figure`` gives the text of a row."""
+    counts = sorted({row["steps"] for row in rows}, reverse=True)
+    texts = {(row["order"], row["steps"]): figure(row) for row in rows}
+    orders = dict.fromkeys(row["order"] for row in rows)
+    lines = ([TITLES.get(order, order), *(texts.get((order, n), "–") for n in counts)] for order in orders)
+    return markdown(["order \\ steps", *map(str, counts)], lines)
+
+
+def plus_minus(difference: Content | None) -> str:
+    """A difference with half of its 95 % interval."""
+    if difference is None:
+        return "–"
+    return f"{difference['mean']:+.3f} ± {difference['high'] - difference['mean']:.3f}"
+
+
+def matched(cells: Iterable[Content], evaluations: Iterable[Content]) -> list[Content]:
+    """The evaluations of the cells: kind, steps, guidance, bits per token and Fréchet distance of each."""
+
+    def key(row: Content) -> str:
+        thresholds = [row[f"{name}_threshold"] for name in ("proximity", "repulsion")]
+        return json.dumps([row["order"], row["group_sizes"], *thresholds])
+
+    bits = {key(row): row["bits_per_token"]["mean"] for row in cells if row["with_class"]}
+    return [
+        {
+            "order": settings["order"],
+            "steps": len(settings["group_sizes"]),
+            "cfg": settings["cfg"],
+            "bits": bits[key(settings)],
+            "frechet_distance": evaluation["frechet_distance"],
+            "num_images": evaluation["num_images"],
+        }
+        for evaluation in evaluations
+        if key(settings := evaluation["settings"]) in bits
+    ]
+
+
+def correlation_table(pairs: Sequence[Content]) -> str:
+    """Spearman's rank correlation of bits per token and Fréchet distance, by guidance, over all cells and by steps."""
+    lines = []
+    for cfg in sorted({pair["cfg"] for pair in pairs}):
+        mine = [pair for pair in pairs if pair["cfg"] == cfg]
+        counts = sorted({pair["steps"] for pair in mine}, reverse=True)
+        groups = {"all": mine} | {str(n): [pair for pair in mine if pair["steps"] == n] for n in counts}
+        for name, group in groups.items():
+            if len(group) >= 5:
+                found = spearmanr([pair["bits"] for pair in group], [pair["frechet_distance"] for pair in group])
+                lines.append([f"{cfg:g}", name, str(len(group)), f"{found.statistic:+.2f}", f"{found.pvalue:.3f}"])
+    return markdown(["guidance", "steps", "cells", "rank correlation", "p"], lines)
+
+
+def draw_pairs(path: Path, pairs: Sequence[Content]) -> None:
+    """Fréchet distance against bits per token, a panel for each guidance."""
+    from matplotlib.figure import Figure  # takes a second
+
+    cfgs = sorted({pair["cfg"] for pair in pairs})
+    orders = list(dict.fromkeys(pair["order"] for pair in pairs))
+    markers = dict(zip(sorted({pair["steps"] for pair in pairs}), "vo^sDP*X", strict=False))
+    figure = Figure(figsize=(5 * len(cfgs), 4.6), layout="constrained")
+    for axis, cfg in zip(figure.subplots(1, len(cfgs), squeeze=False)[0], cfgs, strict=True):
+        for pair in (pair for pair in pairs if pair["cfg"] == cfg):
+            color = f"C{orders.index(pair['order'])}"
+            axis.plot(pair["bits"], pair["frechet_distance"], markers[pair["steps"]], color=color, ms=6)
+        axis.set(title=f"guidance {cfg:g}", xlabel="bits per token", ylabel="Fréchet distance")
+        axis.grid(alpha=0.3)
+        for number, order in enumerate(orders):
+            axis.plot([], [], "s", color=f"C{number}", label=order)
+        for steps, marker in markers.items():
+            axis.plot([], [], marker, color="grey", label=f"{steps} steps")
+    handles, labels = axis.get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8)
+    figure.savefig(path, dpi=90)
+
+
+def schedule_table(schedules: Sequence[Content]) -> str:
+    def thresholds(schedule: Content, name: str) -> str:
+        of_steps = schedule[f"{name}_threshold"]
+        values = of_steps if isinstance(of_steps, list) else [of_steps]
+        return ", ".join("none" if value is None else f"{value:g}" for value in values)
+
+    lines = []
+    for schedule in sorted(schedules, key=lambda schedule: -len(schedule["group_sizes"])):
+        found = schedule["found"]
+        sizes = schedule["group_sizes"], found["published_group_sizes"]
+        lines.append(
+            [
+                str(len(sizes[0])),
+                f"{found['published_bits_per_token']['mean']:.3f}",
+                f"{found['bits_per_token']['mean']:.3f}",
+                plus_minus(found["difference"]),
+                *(" ".join(map(str, column)) for column in sizes),
+                thresholds(schedule, "proximity"),
+                thresholds(schedule, "repulsion"),
+            ]
+        )
+    heads = ["steps", "published", "found", "difference", "sizes found", "sizes published", "proximity", "repulsion"]
+    return markdown(heads, lines)
+
+
+def section(name: str, title: str, results: Content, schedules: Sequence[Content], pairs: Sequence[Content]) -> str:
+    """The Markdown of a section, in figures of these results alone."""
+    rows, environment = results["cells"], results["environment"]
+    packages = environment["packages"]
+    device = f"{environment['threads']} CPU threads" if environment["device_type"] == "cpu" else environment["device"]
+    each = results["orders_per_image"]
+    paragraphs = [
+        f"## {title}",
+        f"{results['num_images']} held-out images, {each} order{'s' if each > 1 else ''} each where they vary, given "
+        f"the class; {results['seconds']:.0f} s on {device}, Python {environment['python']}, torch "
+        f"{packages['torch']}. Bits per token, less is better; ± is the standard error over images.",
+        pivot(rows, lambda row: "{mean:.3f} ± {stderr:.3f}".format(**row["bits_per_token"])),
+    ]
+    if baseline := next((row["baseline"] for row in rows if row["baseline"] not in (None, row["name"])), None):
+        paragraphs += [
+            f"Paired difference to the order `{baseline.rpartition('/')[0]}` on the same images, ± half of the 95 % "
+            "interval:",
+            pivot(rows, lambda row: "–" if row["baseline"] == row["name"] else plus_minus(row["difference"])),
+        ]
+    if any(row["parallel_loss"] for row in rows):
+        paragraphs += [
+            "What drawing in parallel loses: the difference to the same orders, one token per step.",
+            pivot(rows, lambda row: "–" if set(row["group_sizes"]) == {1} else plus_minus(row["parallel_loss"])),
+        ]
+    paragraphs += [f"![{text}](images/likelihood_{name}_{plot}.png)" for plot, text in PLOTS.items()]
+    if schedules:
+        confirmed, seconds = (schedules[0]["found"][key] for key in ("confirmed_on", "seconds"))
+        paragraphs += [
+            "### The searched schedule against the published one",
+            f"Locality-aware orders; {seconds:.0f} s of search each on half of the images, bits per token of the "
+            f"{confirmed} others, {schedules[0]['found']['settings']['orders_per_image']} orders each. Thresholds are "
+            "one for all steps, or one for each.",
+            schedule_table(schedules),
+        ]
+    if pairs:
+        paragraphs += [
+            "### Does likelihood predict the Fréchet distance?",
+            f"The same cells generated and scored, {pairs[0]['num_images']:,} images each. Rank correlation (Spearman) "
+            "of bits per token and Fréchet distance: +1 if likelihood orders the cells as the distance does.",
+            correlation_table(pairs),
+            f"![Fréchet distance against bits per token](images/likelihood_{name}_frechet.png)",
+        ]
+    return "\n\n".join(paragraphs)
+
+
+def put(text: str, name: str, content: str) -> str:
+    """The page with the section replaced, or added at the end."""
+    begin, end = f"<!-- likelihood:{name} -->", f"<!-- /likelihood:{name} -->"
+    block = f"{begin}\n{content}\n{end}"
+    before, found, rest = text.partition(begin)
+    if not found:
+        return f"{text.rstrip()}\n\n{block}\n"
+    return before + block + rest.partition(end)[2]
+
+
+def publish(
+    name: str, title: str, likelihood: Path, schedules: Sequence[Path], evaluations: Sequence[Path], root: Path = ROOT
+) -> None:
+    """Write section, plots and figures of these runs under ``root``. UserError for files that are something else."""
+    if not re.fullmatch("[a-z0-9_]+", name):
+        raise UserError(f"the section's name {name!r} must be of small letters, digits and _.")
+    results = read_json(likelihood / "likelihood.json")
+    found = [read_json(path) for path in schedules]
+    scored = [read_json(path) for path in evaluations]
+    pairs = matched(results["cells"], scored)
+    images = root / "docs" / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    for plot in PLOTS:
+        shutil.copy(likelihood / f"{plot}.png", images / f"likelihood_{name}_{plot}.png")
+    if pairs:
+        draw_pairs(images / f"likelihood_{name}_frechet.png", pairs)
+    long = ("group_sizes", "step_bits", "step_stderr", "position_bits")
+    kept = {
+        **{key: results[key] for key in ("num_images", "orders_per_image", "seconds", "passes_per_sec", "environment")},
+        "cells": [{key: value for key, value in row.items() if key not in long} for row in results["cells"]],
+        "schedules": [
+            {key: value for key, value in schedule.items() if key != "found"}
+            | {key: value for key, value in schedule["found"].items() if key not in ("settings", "source")}
+            for schedule in found
+        ],
+        "evaluations": pairs,
+    }
+    write_json(root / "benchmarks" / "results" / f"likelihood_{name}.json", kept)
+    page = root / "docs" / "likelihood.md"
+    text = page.read_text() if page.exists() else "# Likelihood under any order\n"
+    with atomic_write(page) as file:
+        file.write(put(text, name, section(name, title, results, found, pairs)).encode())
+    print(f"{page}: section {name}, {len(results['cells'])} cells, {len(pairs)} of them scored")
+
+
+def main() -> None:
+    parser = Parser(prog="python -m scripts.publish_likelihood", description=__doc__)
+    parser.add_argument("name", help="of the section's marks and files, such as digits")
+    parser.add_argument("--title", required=True, help="heading of the section")
+    parser.add_argument("--likelihood", type=Path, required=True, help="output folder of scripts.likelihood")
+    parser.add_argument("--schedules", type=Path, nargs="*", default=[], help="schedule files of scripts.find_schedule")
+    parser.add_argument("--evaluations", type=Path, nargs="*", default=[], help="results.json of main_lpd.py")
+    args = parser.parse_args()
+    publish(args.name, args.title, args.likelihood, args.schedules, args.evaluations)
+
+
+if __name__ == "__main__":
+    exit_on_user_error(main)
