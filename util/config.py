@@ -113,13 +113,14 @@ def names(*classes: type) -> tuple[str, ...]:
 
 def record(config: Any) -> dict[str, Any]:
     """All settings, parts included, as one flat dict of plain data."""
-    values: dict[str, Any] = {}
-    for field in settings_of(config):
-        value = getattr(config, field.name)
-        values[field.name] = (
-            str(value) if isinstance(value, Path) else list(value) if isinstance(value, tuple) else value
-        )
+    values = {field.name: _plain(getattr(config, field.name)) for field in settings_of(config)}
     for field, _ in parts_of(config):
         if getattr(config, field.name) is not None:
             values |= {name: value for name, value in record(getattr(config, field.name)).items() if name not in values}
     return values
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, Path) else value

@@ -49,8 +49,8 @@ FULL = Scale(
         **_STATISTICS,
         "tokenizer": (
             "--stride", str(STRIDE), "--base_width", "64", "--z_channels", "128", "--codebook_size", "1024",
-            "--code_dim", "8", "--steps", "3000", "--batch_size", "256", "--lr", "1e-3", "--ema", "0", "--eval_freq", "500",
-            "--flip",
+            "--code_dim", "8", "--steps", "3000", "--batch_size", "256", "--lr", "1e-3", "--ema", "0",
+            "--eval_freq", "500", "--flip",
         ),
         "codes": ("--batch_size", "256", "--num_workers", "8"),
         "classifier": (
