@@ -24,7 +24,6 @@ from util.pictures import to_float, to_uint8
 _SSIM_SIGMA, _SSIM_RADIUS = 1.5, 5
 _LOST_SHARE = 0.05  # of the pictures: more unreadable ones than this are worth a warning
 _BLURRED = 0.7  # SSIM
-_REMEDY = "A longer training (--steps), a smaller --stride or a larger --codebook_size helps."
 _STILL_RISING = 0.3  # dB in the last third of a training
 _UNUSED = 0.5  # share of the codebook
 
@@ -152,21 +151,24 @@ def ceiling_warnings(metrics: dict[str, Any], lines: list[dict[str, Any]]) -> li
         lines: its measurements in order, each with ``step`` and ``psnr_db``.
     """
     found = []
+    tuned = metrics["training"].get("vqgan_path") is not None  # its size is given
+    sizes = "" if tuned else ", a smaller --stride or a larger --codebook_size"
+    remedy = f"A longer training (--steps){sizes} helps."
     real, made = metrics.get("class_accuracy_real"), metrics.get("class_accuracy_reconstructed")
     if real is not None and made is not None and real - made > _LOST_SHARE:
         found.append(
             f"the tokenizer is the ceiling: its reconstructions are read right {made:.1%} of the time, the pictures "
-            f"themselves {real:.1%}; nothing generated with it can do better. {_REMEDY}"
+            f"themselves {real:.1%}; nothing generated with it can do better. {remedy}"
         )
     if real is None and metrics.get("ssim", 1) < _BLURRED:
         found.append(
             f"the reconstructions are far from the pictures (SSIM {metrics['ssim']:.3f}), and nothing generated with "
             "this tokenizer can be sharper; whether the classes can still be told apart is measured with "
-            f"--feature_extractor, a classifier of python -m engine.classifier. {_REMEDY}"
+            f"--feature_extractor, a classifier of python -m engine.classifier. {remedy}"
         )
     size, tokens = metrics["tokenizer"]["codebook_size"], metrics.get("held_out_tokens", math.inf)
     reachable = 1 - math.exp(-tokens / size)  # share of the codes chosen at least once if all are equally frequent
-    if metrics["codebook_share"] < _UNUSED * reachable and metrics["training"].get("vqgan_path") is None:
+    if metrics["codebook_share"] < _UNUSED * reachable and not tuned:
         found.append(
             f"only {metrics['codebook_share']:.1%} of the {size} codes are in use: a smaller --codebook_size would do "
             "as well, and is easier to generate."

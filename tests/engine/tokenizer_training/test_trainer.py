@@ -77,6 +77,23 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, killed in step 10, after the state of step 8."""
+    path, real, steps = tmp_path_factory.mktemp("begun") / "run", trainer.forward, iter(range(100))
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if next(steps) == 9:
+            die()
+        return real(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "forward", forward)
+        with pytest.raises(KeyboardInterrupt):
+            train_full(path)
+    return path
+
+
 def test_training_improves_reconstructions_and_uses_the_codebook(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -396,18 +413,22 @@ def _odd(**changes: Any) -> Callable[[Path], None]:
     ],
 )
 def test_a_damaged_state_starts_over_but_never_over_a_finished_tokenizer(
-    tmp_path: Path, at_step: Any, caplog: pytest.LogCaptureFixture, whole: Path, spoil: Callable[[Path], None]
+    tmp_path: Path,
+    at_step: Any,
+    caplog: pytest.LogCaptureFixture,
+    whole: Path,
+    begun: Path,
+    spoil: Callable[[Path], None],
 ) -> None:
-    shutil.copytree(whole, tmp_path / "finished")
-    at_step(9, die)
+    for name, source in (("finished", whole), ("run", begun)):
+        shutil.copytree(source, tmp_path / name)
+        spoil(tmp_path / name / "state.pth")
+    at_step(0, die)
     with pytest.raises(KeyboardInterrupt):
         train_full(tmp_path / "run")
-    for name in ("finished", "run"):
-        spoil(tmp_path / name / "state.pth")
-    train_full(tmp_path / "run")
     assert "training starts from the beginning" in caplog.text
     assert "state.pth" in caplog.text
-    assert_same(whole, tmp_path / "run")
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == ""
     before = {path.name: path.read_bytes() for path in (tmp_path / "finished").iterdir()}
     with pytest.raises(UserError, match=r"tokenizer\.pt can't be trained further: .*state.*--vqgan_path"):
         train_full(tmp_path / "finished", dataclasses.replace(FULL, steps=20))
@@ -425,12 +446,10 @@ def test_damaged_figures_are_made_again_from_the_state(tmp_path: Path, whole: Pa
         assert_same(whole, tmp_path / name)
 
 
-def test_another_training_is_refused(tmp_path: Path, whole: Path, at_step: Any) -> None:
+def test_another_training_is_refused(tmp_path: Path, whole: Path, begun: Path, at_step: Any) -> None:
     """Neither an unfinished training nor a finished one, on which caches depend, is replaced by another one."""
-    shutil.copytree(whole, tmp_path / "finished")
-    at_step(9, die)
-    with pytest.raises(KeyboardInterrupt):
-        train_full(tmp_path / "begun")
+    for name, source in (("finished", whole), ("begun", begun)):
+        shutil.copytree(source, tmp_path / name)
     for name in ("finished", "begun"):
         before = {path.name: path.read_bytes() for path in (tmp_path / name).iterdir()}
         for changes, message in (
@@ -452,6 +471,13 @@ def test_another_training_is_refused(tmp_path: Path, whole: Path, at_step: Any) 
         (tmp_path / "begun" / name).unlink()
     with pytest.raises(UserError, match=r"holds a tokenizer\.pt and no readable record of its training"):
         train_full(tmp_path / "begun")
+
+
+def test_without_its_state_a_training_starts_over(tmp_path: Path, begun: Path, whole: Path) -> None:
+    shutil.copytree(begun, tmp_path / "run")
+    (tmp_path / "run" / "state.pth").unlink()
+    train_full(tmp_path / "run")
+    assert_same(whole, tmp_path / "run")
 
 
 # Extended and fine-tuned
