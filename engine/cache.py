@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from tokenizers import exact_precision, load_tokenizer, picture_size
+from tokenizers import exact_precision, load_tokenizer, log_quality, picture_size
 from util.config import check, setting
 from util.config import part as config_part
 from util.data.classes import ClassChoice
@@ -131,6 +131,7 @@ class _Builder:
     def __init__(self, config: CacheConfig, dist: Dist) -> None:
         self.config, self.dist, self.cache = config, dist, config.cached_path
         self.tokenizer = tokenizer = load_tokenizer(config.vqgan_path, dist.device)
+        log_quality(config.vqgan_path)
         size = picture_size(config.img_size, tokenizer)
         vocab_size, stride = tokenizer.config.codebook_size, tokenizer.stride
         if vocab_size > MAX_VOCAB:

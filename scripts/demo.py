@@ -52,7 +52,7 @@ FLAGS: dict[str, tuple[str, ...]] = {
     "tokenizer": (
         "--stride", str(STRIDE), "--base_width", "8", "--res_blocks", "1", "--z_channels", "32",
         "--codebook_size", str(CODES), "--code_dim", "3", "--steps", "300", "--batch_size", "16", "--lr", "4e-3",
-        "--num_workers", "0",
+        "--ema", "0", "--num_workers", "0",
     ),
     "codes": ("--num_workers", "0"),
     "lpd": (

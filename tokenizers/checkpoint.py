@@ -1,8 +1,8 @@
 """Tokenizers as files: the released one and those trained here.
 
-A ``.pt`` file is a dict with the state dict under ``model`` and, for those trained here, the plain-data ``config``
-beside it; a ``.safetensors`` file holds the same tensors, the config as JSON in its metadata. Without a config the
-released size is assumed. Files are read without running code from them.
+A ``.pt`` file is a dict with the state dict under ``model`` and, for those trained here, the plain-data ``config`` and
+``quality`` beside it; a ``.safetensors`` file holds the same tensors, the other two as JSON in its metadata. Without a
+config the released size is assumed. Files are read without running code from them.
 """
 
 from __future__ import annotations
@@ -29,6 +29,8 @@ RELEASED = (
     "the released tokenizer is vq_ds16_c2i.pt of https://huggingface.co/FoundationVision/LlamaGen; "
     "python -m engine.hub download vq_ds16_c2i puts it into checkpoints/"
 )
+# Figures of held-out pictures and of their reconstructions that a tokenizer's file may have.
+QUALITY = ("psnr_db", "ssim", "class_accuracy_real", "class_accuracy_reconstructed")
 
 
 def load_tokenizer(path: str | Path, device: str | torch.device = "cpu") -> VQModel:
@@ -59,18 +61,50 @@ def load_tokenizer(path: str | Path, device: str | torch.device = "cpu") -> VQMo
     return model.to(device=device, dtype=torch.float32).eval().requires_grad_(False)
 
 
-def save_tokenizer(model: VQModel, path: str | Path, bf16: bool = False) -> None:
-    """Write ``model`` and its configuration to a ``.pt`` or ``.safetensors`` file, atomically; float32, or bfloat16."""
+def save_tokenizer(
+    model: VQModel, path: str | Path, quality: dict[str, float] | None = None, bf16: bool = False
+) -> None:
+    """Write ``model``, its configuration and its QUALITY to a ``.pt`` or ``.safetensors`` file, atomically.
+
+    Args:
+        bf16: weights of half the size.
+    """
     path = Path(path)
     state = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     if bf16:
         state = {name: tensor.bfloat16() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-    config = record(model.config)
+    described = {"config": record(model.config), "quality": quality or {}}
     if path.suffix == ".safetensors":
+        metadata = {name: json.dumps(value) for name, value in described.items()}
         with atomic_write(path) as file:
-            file.write(safetensors.torch.save(state, metadata={"config": json.dumps(config)}))
+            file.write(safetensors.torch.save(state, metadata=metadata))
     else:
-        save_torch(path, {"model": state, "config": config})
+        save_torch(path, {"model": state, **described})
+
+
+def read_quality(path: Path) -> dict[str, float]:
+    """What a tokenizer's file says its reconstructions are worth (QUALITY); nothing where it does not say it."""
+    try:
+        if path.suffix == ".safetensors":
+            with safetensors.safe_open(path, framework="pt") as file:
+                found = json.loads((file.metadata() or {})["quality"])
+        else:
+            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["quality"]
+        return {name: float(found[name]) for name in QUALITY if name in found}
+    except Exception:  # another project's file; what is damaged is said by load_tokenizer
+        return {}
+
+
+def log_quality(path: Path) -> None:
+    """Log in a line what a tokenizer's reconstructions are worth; nothing where its file does not say it."""
+    values = read_quality(path)
+    if not {"psnr_db", "ssim"} <= {*values}:
+        return
+    text = f"tokenizer: PSNR {values['psnr_db']:.1f} dB, SSIM {values['ssim']:.2f} on held-out pictures"
+    if {*QUALITY} <= {*values}:
+        made, real = values["class_accuracy_reconstructed"], values["class_accuracy_real"]
+        text += f"; its reconstructions are read right {made:.1%} of the time, the pictures {real:.1%}"
+    logger.info(text)
 
 
 def picture_size(asked: int | None, tokenizer: VQModel | None) -> int:

@@ -1,34 +1,40 @@
 """Train a tokenizer on images: ``python -m tokenizers.train --data_path FOLDER --output_dir DIR ...``.
 
-The training itself is :mod:`engine.tokenizer_training`; this is the command.
+This is the command; the training itself is :mod:`engine.tokenizer_training`. As a command it stands above ``engine/``,
+and is the one module in this folder that imports from there.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import logging
 import math
 import os
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from engine.scoring.features import FeatureExtractor, load_feature_extractor
+from engine.scoring.features import load_feature_extractor
+from engine.tokenizer_training.config import TokenizerTrainConfig
 from engine.tokenizer_training.data import split
+from engine.tokenizer_training.folder import LOG, TOKENIZER
 from engine.tokenizer_training.quality import ceiling_warnings, judge
-from engine.tokenizer_training.trainer import LOG, METRICS, TOKENIZER, TokenizerTrainConfig, train_tokenizer
+from engine.tokenizer_training.trainer import train_tokenizer
+from engine.training.stop import exit_when_told
 from tokenizers.checkpoint import load_tokenizer
 from tokenizers.vq_model import MULTIPLIERS, VQConfig
 from util.cli import Parser, exit_on_user_error, from_args
 from util.config import check, part, record, setting
-from util.data.images import ImageDataset, open_images
-from util.data.loading import Images, load_all
+from util.data.images import open_images
+from util.data.loading import Images
 from util.dist import DeviceConfig, resolve_device
 from util.errors import UserError
-from util.files import check_output_dir, write_json
+from util.files import check_output_dir
 from util.logger import setup_logging
 
 log = logging.getLogger(__name__)
@@ -76,9 +82,11 @@ def _parse() -> TokenizerCommand:
     args = parser.parse_args()
     if args.vqgan_path is not None:  # its sizes are the defaults
         start = load_tokenizer(args.vqgan_path).config
-        sizes = {name: value for name, value in record(start).items() if value is not None}
-        parser.set_defaults(**sizes, stride=start.stride)
+        sizes = {name: value for name, value in record(start).items() if value is not None} | {"stride": start.stride}
+        parser.set_defaults(**sizes)
         args = parser.parse_args()
+        if args.stride != start.stride:
+            raise UserError(f"{args.vqgan_path} has stride {start.stride}; leave out --stride to take that.")
     if args.stride not in MULTIPLIERS:
         raise UserError(f"--stride is {args.stride}; choose one of {', '.join(map(str, MULTIPLIERS))}.")
     if (args.steps is None) == (args.epochs is None):
@@ -89,54 +97,50 @@ def _parse() -> TokenizerCommand:
     return from_args(TokenizerCommand, args, tokenizer=tokenizer, training=training)
 
 
-def _judged(
-    metrics: dict[str, Any],
-    command: TokenizerCommand,
-    extractor: FeatureExtractor,
-    train_set: Images,
-    held_out_set: Images,
-    classes: tuple[str, ...],
-) -> dict[str, Any]:
-    """The figures of a training with those that a classifier gives, which are written to ``metrics.json`` as well."""
-    folder, config = command.output_dir, command.training
-    threads = max(1, config.num_workers)
-    (train, _), (held_out, labels) = load_all(train_set, threads), load_all(held_out_set, threads)
-    model = load_tokenizer(folder / TOKENIZER, extractor.device)
-    same_classes = extractor.classes == classes
-    if not same_classes:
-        log.warning("%s has other classes than the images; it does not say how many are read right", extractor.name)
-    figures = judge(
-        model, extractor, train.to(extractor.device), held_out.to(extractor.device),
-        labels if same_classes else None, config.batch_size,
-    )  # fmt: skip
-    metrics = metrics | figures | {"extractor_sha256": extractor.weights_hash}
-    write_json(folder / METRICS, metrics)
-    return metrics
-
-
 def main() -> None:
     command = _parse()
     setup_logging()
-    device = resolve_device(command.device)
-    config, size, skip = command.training, command.img_size, command.skip_broken
+    with exit_when_told():  # outside of the training's steps too: the same command goes on
+        metrics = _train(command)
+    for sentence in ceiling_warnings(metrics, _measurements(command.output_dir / LOG)):
+        log.warning("%s", sentence)
+    print(_summary(metrics, command.output_dir / TOKENIZER))
+
+
+def _train(command: TokenizerCommand) -> dict[str, Any]:
+    device, config = resolve_device(command.device), command.training
     extractor = None
     if command.feature_extractor is not None:
         extractor = load_feature_extractor(str(command.feature_extractor), device)
+    size, skip = command.img_size, command.skip_broken
     dataset = open_images(command.data_path, size, skip)
-    test_set: ImageDataset | None = None if command.test_path is None else open_images(command.test_path, size, skip)
+    test_set = None if command.test_path is None else open_images(command.test_path, size, skip)
+    train_set: Images
+    held_out_set: Images
     train_set, held_out_set = split(dataset, config.held_out, config.seed) if test_set is None else (dataset, test_set)
     if command.epochs is not None:
         config = dataclasses.replace(config, steps=math.ceil(command.epochs * len(train_set) / config.batch_size))
+    judging = None
+    if extractor is not None:
+        same_classes = extractor.classes == tuple((test_set or dataset).classes)
+        if not same_classes:
+            log.warning("%s has other classes than the images; it can't say how many are read right", extractor.name)
+        judging = partial(
+            judge, extractor=extractor, train_set=train_set, held_out_set=held_out_set, same_classes=same_classes,
+            batch_size=config.batch_size, num_workers=config.num_workers,
+        )  # fmt: skip
     log.info("%s, %s on %s", command.tokenizer, config, device)
     torch.backends.cudnn.benchmark = True  # one shape throughout
-    metrics = train_tokenizer(dataset, command.tokenizer, config, command.output_dir, device, test_set)
-    if extractor is not None:
-        classes = tuple((dataset if test_set is None else test_set).classes)
-        metrics = _judged(metrics, command, extractor, train_set, held_out_set, classes)
-    lines = [json.loads(line) for line in (command.output_dir / LOG).read_text().splitlines()]
-    for sentence in ceiling_warnings(metrics, lines):
-        log.warning("%s", sentence)
-    print(_summary(metrics, command.output_dir / TOKENIZER))
+    return train_tokenizer(dataset, command.tokenizer, config, command.output_dir, device, test_set, judging)
+
+
+def _measurements(path: Path) -> list[dict[str, Any]]:
+    """The lines of a ``metrics.jsonl``, without those that something has damaged."""
+    found = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            found.append(json.loads(line))
+    return [line for line in found if isinstance(line, dict) and {"step", "psnr_db"} <= line.keys()]
 
 
 def _summary(metrics: dict[str, Any], path: Path) -> str:

@@ -126,14 +126,14 @@ def names(*classes: type) -> tuple[str, ...]:
 
 def record(config: Any) -> dict[str, Any]:
     """All settings, parts included, as one flat dict of plain data."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, tuple):
-            return [plain(one) for one in value]
-        return str(value) if isinstance(value, Path) else value
-
-    values: dict[str, Any] = {field.name: plain(getattr(config, field.name)) for field in settings_of(config)}
+    values: dict[str, Any] = {field.name: _plain(getattr(config, field.name)) for field in settings_of(config)}
     for field, _ in parts_of(config):
         if getattr(config, field.name) is not None:
             values |= {name: value for name, value in record(getattr(config, field.name)).items() if name not in values}
     return values
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, Path) else value

@@ -19,7 +19,7 @@ from engine.named_files import check_files, local_file, tokenizer_named
 from engine.options import recipe_changes
 from engine.recipes import EXPECTED
 from models.lpd import LPD, LPDConfig, load_weights
-from tokenizers import VQModel, load_tokenizer
+from tokenizers import VQModel, load_tokenizer, log_quality
 from util.dist import Dist
 from util.files import check_output_dir, sha256
 from util.folder_lock import FolderLock
@@ -84,6 +84,7 @@ def prepare_evaluation(config: Config, dist: Dist, lock: FolderLock) -> Prepared
     weights_file = local_file(config.pretrained_ckpt, choose_weights, dist, download)
     checkpoint = load_pretrained(weights_file, config.use_ema)
     tokenizer = load_tokenizer(tokenizer_file, dist.device)
+    log_quality(tokenizer_file)
     check_tokenizer(checkpoint, weights_file, sha256(tokenizer_file))
     model_config = config.model.resolve(checkpoint.get("config"), tokenizer.stride, tokenizer.config.codebook_size)
     classes = class_names(model_config, checkpoint.get("classes"))

@@ -14,7 +14,7 @@ from engine.hub.remote import TOKENIZERS, hub_errors
 from engine.model_choice import recorded_config
 from models.lpd import LPD, LPDConfig, load_weights
 from orders.schedule import default_steps
-from tokenizers import load_tokenizer, save_tokenizer
+from tokenizers import load_tokenizer, read_quality, save_tokenizer
 from util.checkpoint import EXPORT_FORMAT, EXPORTED_CONFIG, EXPORTED_MODEL, description_sha256, load_checkpoint
 from util.errors import UserError, reason_of
 from util.files import atomic_write, sha256, write_json
@@ -73,7 +73,7 @@ def export(
         file.write(safetensors.torch.save(tensors, metadata={"format": "pt"}))
     if vqgan_path is not None and tokenizer is not None:
         if bf16:
-            save_tokenizer(loaded, folder / tokenizer, bf16=True)
+            save_tokenizer(loaded, folder / tokenizer, read_quality(vqgan_path), bf16=True)
             trained_with = sha256(folder / tokenizer)
         else:
             with atomic_write(folder / tokenizer) as file:

@@ -19,9 +19,9 @@ _MAX_WEIGHT = 1e4
 
 
 class PatchDiscriminator(nn.Sequential):
-    """Images (B, 3, H, W), sides of at least MIN_SIZE → a logit for each patch of 70 pixels (B, 1, H/8 - 2, W/8 - 2).
+    """Images (B, 3, H, W), sides of at least MIN_SIZE → logits (B, 1, ~H/8 - 2, ~W/8 - 2), high where it looks real.
 
-    Patches overlap; a logit is high where the patch looks real.
+    Each is of a patch of 70 pixels; patches overlap.
     """
 
     def __init__(self, width: int) -> None:
@@ -42,6 +42,10 @@ class PatchDiscriminator(nn.Sequential):
                     nn.init.zeros_(module.bias)
             elif isinstance(module, nn.BatchNorm2d):
                 nn.init.normal_(module.weight, 1.0, 0.02)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
 def hinge_loss(real: Tensor, made: Tensor) -> Tensor:
@@ -75,7 +79,7 @@ class Adversary:
 
     def generator_loss(self, output: Tensor) -> Tensor:
         """What the decoder lowers: minus the mean logit of its images (B, 3, H, W)."""
-        return -self.network(output).float().mean()
+        return -at_least_float32(self.network(output)).mean()
 
     def step(self, images: Tensor, output: Tensor, lr: float, bf16: bool) -> Tensor:
         """One optimizer step on real images (B, 3, H, W) and what the decoder made of them; returns the loss."""
@@ -83,7 +87,7 @@ class Adversary:
             group["lr"] = lr
         with torch.autocast(images.device.type, torch.bfloat16, enabled=bf16):
             real, made = self.network(images), self.network(output.detach())
-        loss = hinge_loss(real.float(), made.float())
+        loss = hinge_loss(at_least_float32(real), at_least_float32(made))
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.optimizer.step()

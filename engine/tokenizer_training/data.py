@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Generator
 
 import torch
 from torch import Tensor
@@ -28,15 +28,15 @@ def split(dataset: Images, held_out: float, seed: int) -> tuple[Images, Images]:
 
 def read_batches(
     train_set: Images, steps: range, batch_size: int, seed: int, num_workers: int, device: torch.device
-) -> Iterator[Tensor]:
+) -> Generator[Tensor, None, None]:
     """The uint8 batches (B, H, H, 3) of these steps, on the device; every image comes once before any comes again.
 
-    What a step gets depends on its number and the seed alone.
+    What a step gets depends on its number and the seed alone. To be closed, which ends the reading processes.
     """
     generator = torch.Generator().manual_seed(seed)
     sampler = RandomSampler(train_set, num_samples=steps.stop * batch_size, generator=generator)
     rows = itertools.islice(BatchSampler(sampler, batch_size, drop_last=False), steps.start, None)
-    if len(train_set) * train_set[0][0].numel() <= _IN_MEMORY_BYTES:
+    if steps and len(train_set) * train_set[0][0].numel() <= _IN_MEMORY_BYTES:
         images = load_all(train_set, max(1, num_workers))[0].to(device)
         return (images[torch.tensor(batch)] for batch in rows)
     return (images for images, _ in load_batches(train_set, rows, num_workers, device))

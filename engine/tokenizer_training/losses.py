@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from engine.tokenizer_training.adversarial import at_least_float32
 from engine.tokenizer_training.perceptual import LPIPS
 from tokenizers.vq_model import VQModel
 
@@ -16,7 +17,7 @@ _COMMITMENT = 0.25  # weight of the commitment loss (arXiv:1711.00937, arXiv:211
 class Pass:
     """What a forward pass leaves; loss terms are weighted scalars."""
 
-    images: Tensor  # reconstructions, float32 (B, 3, H, H), with their graph
+    images: Tensor  # reconstructions, at least float32 (B, 3, H, H), with their graph
     reconstruction: dict[str, Tensor]  # terms that follow from the images
     codebook: dict[str, Tensor]  # terms of the quantisation; empty without it
     features: Tensor  # detached unit vectors before quantisation (N, K)
@@ -36,7 +37,7 @@ def forward(
         codebook["codebook"] = (entries - features.detach()).square().mean()
         codebook["commitment"] = _COMMITMENT * (entries.detach() - features).square().mean()
         decoder_input = features + (entries - features).detach()
-    made = model.decode_features(decoder_input).float()
+    made = at_least_float32(model.decode_features(decoder_input))
     error = made - images
     reconstruction = {"l1": error.abs().mean(), "l2": error.square().mean()}
     if lpips is not None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from util.checkpoint import load_checkpoint
 from util.errors import UserError
 
+MIN_SIZE = 16  # side of the pictures, pixels
 FILES = (
     "--lpips_path takes vgg.pth of LPIPS 0.1 (github.com/richzhang/PerceptualSimilarity) together with torchvision's "
     "vgg16-397923af.pth, or one file with the state dict of lpips.LPIPS(net='vgg')"
@@ -23,16 +24,16 @@ _CHANNELS = (64, 128, 256, 512, 512)
 
 
 class LPIPS(nn.Module):
-    """Two batches of images (B, 3, H, W) in [-1, 1], H and W ≥ 16 → their distances, float32 (B,)."""
+    """Two batches of images (B, 3, H, W) in [-1, 1], H and W of at least MIN_SIZE → their distances, float32 (B,)."""
 
     mean: Tensor
     std: Tensor
 
     def __init__(self) -> None:
-        from torchvision.models import vgg16  # takes a second to import
+        from torchvision.models.vgg import cfgs, make_layers  # takes a second to import
 
         super().__init__()
-        self.features = vgg16(weights=None).features[: _TAPS[-1] + 1]
+        self.features = make_layers(cfgs["D"])[: _TAPS[-1] + 1]  # VGG-16 without its classifier
         for module in self.features:
             if isinstance(module, nn.ReLU):
                 module.inplace = False

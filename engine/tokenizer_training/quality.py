@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import math
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import BatchSampler, SequentialSampler
 from tqdm import tqdm
 
 from engine.scoring.features import FeatureExtractor
@@ -15,10 +18,12 @@ from engine.scoring.metrics import frechet_distance
 from engine.scoring.statistics import FeatureStatistics
 from engine.tokenizer_training.codebook import codebook_use
 from tokenizers.vq_model import VQModel
+from util.data.loading import Images, load_batches
 from util.pictures import to_float, to_uint8
 
 _SSIM_SIGMA, _SSIM_RADIUS = 1.5, 5
 _LOST_SHARE = 0.05  # of the pictures: more unreadable ones than this are worth a warning
+_BLURRED = 0.7  # SSIM
 _STILL_RISING = 0.3  # dB in the last third of a training
 _UNUSED = 0.5  # share of the codebook
 
@@ -70,7 +75,8 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
     def blur(x: Tensor) -> Tensor:
         flat = x.flatten(0, 1).unsqueeze(1)
-        return F.conv2d(F.conv2d(flat, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1)).unflatten(0, x.shape[:2])
+        blurred = F.conv2d(F.conv2d(flat, window.view(1, 1, -1, 1)), window.view(1, 1, 1, -1))
+        return blurred.squeeze(1).unflatten(0, x.shape[:2])
 
     mean_a, mean_b = blur(a), blur(b)
     var_a, var_b = blur(a * a) - mean_a * mean_a, blur(b * b) - mean_b * mean_b
@@ -83,59 +89,86 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 @torch.no_grad()
 def judge(
-    model: VQModel, extractor: FeatureExtractor, train: Tensor, held_out: Tensor, labels: Tensor | None, batch_size: int
-) -> dict[str, float]:
-    """Scores of the held-out pictures and of their reconstructions, in an extractor's features.
+    model: VQModel,
+    interrupted: Callable[[], bool],
+    *,
+    extractor: FeatureExtractor,
+    train_set: Images,
+    held_out_set: Images,
+    same_classes: bool,
+    batch_size: int,
+    num_workers: int,
+) -> dict[str, Any]:
+    """Scores of held-out pictures and of their reconstructions, in an extractor's features.
 
     Args:
-        train: uint8 (N, H, H, 3), to whose statistics both are compared.
-        held_out: likewise (M, H, H, 3).
-        labels: of the held-out ones, int64 (M,), as the extractor numbers its classes; None where it has others.
+        interrupted: asked before each batch; Interrupted is raised when it says yes.
+        train_set: pictures to whose statistics both are compared.
+        same_classes: whether the extractor numbers its classes as the held-out pictures do.
 
     Returns:
-        ``frechet_distance_real`` and ``frechet_distance_reconstructed``; with labels ``class_accuracy_real`` and
-        ``class_accuracy_reconstructed``, the shares of pictures that are read right.
+        ``extractor_sha256``; of at least two pictures ``frechet_distance_real`` and ``frechet_distance_reconstructed``;
+        with the same classes ``class_accuracy_real`` and ``class_accuracy_reconstructed``, the shares read right.
     """
 
-    def features_of(pixels: Tensor, reconstruct: bool, what: str) -> tuple[FeatureStatistics, Tensor]:
-        statistics, logits = FeatureStatistics(extractor.feature_dim, extractor.device), []
-        for batch in tqdm(pixels.split(batch_size), desc=f"judging {what}", unit="batch", leave=False, mininterval=1):
-            if reconstruct:
-                batch = to_uint8(model.decode(model.encode(to_float(batch))))
-            features, scores = extractor(batch.permute(0, 3, 1, 2))
-            statistics.update(features)
-            logits.append(scores.cpu())
-        return statistics, torch.cat(logits)
+    def batches(dataset: Images, what: str) -> Iterator[list[Tensor]]:
+        rows = list(BatchSampler(SequentialSampler(dataset), batch_size, drop_last=False))
+        with contextlib.closing(load_batches(dataset, rows, num_workers, extractor.device)) as loaded:
+            for batch in tqdm(loaded, f"judging {what}", len(rows), leave=False, unit="batch", mininterval=1):
+                if interrupted():
+                    raise Interrupted
+                yield batch
 
-    reference, _ = features_of(train, False, "training pictures")
-    figures = {}
-    for name, reconstruct in (("real", False), ("reconstructed", True)):
-        statistics, logits = features_of(held_out, reconstruct, f"{name} pictures")
-        distance = frechet_distance(reference.mu, reference.sigma, statistics.mu, statistics.sigma)
-        figures[f"frechet_distance_{name}"] = round(distance, 4)
-        if labels is not None:
-            right = logits.argmax(1) == labels.cpu()
-            figures[f"class_accuracy_{name}"] = round(float(right.double().mean()), 4)
-    return figures
+    def seen() -> FeatureStatistics:
+        return FeatureStatistics(extractor.feature_dim, extractor.device)
+
+    reference = seen()
+    for pixels, _ in batches(train_set, "training pictures"):
+        reference.update(extractor(pixels.permute(0, 3, 1, 2))[0])
+    statistics = {"real": seen(), "reconstructed": seen()}
+    right = dict.fromkeys(statistics, 0)
+    for pixels, labels in batches(held_out_set, "held-out pictures"):
+        made = to_uint8(model.decode(model.encode(to_float(pixels))))
+        for name, shown in zip(statistics, (pixels, made), strict=True):
+            features, logits = extractor(shown.permute(0, 3, 1, 2))
+            statistics[name].update(features)
+            right[name] += int((logits.argmax(1) == labels).sum())
+    figures: dict[str, Any] = {}
+    for name, found in statistics.items():
+        if min(found.count, reference.count) > 1:
+            distance = frechet_distance(reference.mu(), reference.sigma(), found.mu(), found.sigma())
+            figures[f"frechet_distance_{name}"] = round(distance, 4)
+        if same_classes:
+            figures[f"class_accuracy_{name}"] = round(right[name] / found.count, 4)
+    return figures | {"extractor_sha256": extractor.weights_hash}
 
 
 def ceiling_warnings(metrics: dict[str, Any], lines: list[dict[str, Any]]) -> list[str]:
     """What keeps pictures made with this tokenizer from being better, one sentence each.
 
     Args:
-        metrics: the figures of :func:`evaluate` and perhaps :func:`judge`, and ``tokenizer`` (its configuration).
-        lines: the measurements of the training in order, each with ``step`` and ``psnr_db``.
+        metrics: the figures of a training (:func:`engine.tokenizer_training.trainer.train_tokenizer`).
+        lines: its measurements in order, each with ``step`` and ``psnr_db``.
     """
     found = []
+    tuned = metrics["training"].get("vqgan_path") is not None  # its size is given
+    sizes = "" if tuned else ", a smaller --stride or a larger --codebook_size"
+    remedy = f"A longer training (--steps){sizes} helps."
     real, made = metrics.get("class_accuracy_real"), metrics.get("class_accuracy_reconstructed")
     if real is not None and made is not None and real - made > _LOST_SHARE:
         found.append(
             f"the tokenizer is the ceiling: its reconstructions are read right {made:.1%} of the time, the pictures "
-            f"themselves {real:.1%}; nothing generated with it can do better. A longer training (--steps), a smaller "
-            "--stride or a larger --codebook_size raises it."
+            f"themselves {real:.1%}; nothing generated with it can do better. {remedy}"
         )
-    size = metrics["tokenizer"]["codebook_size"]
-    if metrics["codebook_share"] < _UNUSED:
+    if real is None and metrics.get("ssim", 1) < _BLURRED:
+        found.append(
+            f"the reconstructions are far from the pictures (SSIM {metrics['ssim']:.3f}), and nothing generated with "
+            "this tokenizer can be sharper; whether the classes can still be told apart is measured with "
+            f"--feature_extractor, a classifier of python -m engine.classifier. {remedy}"
+        )
+    size, tokens = metrics["tokenizer"]["codebook_size"], metrics.get("held_out_tokens", math.inf)
+    reachable = 1 - math.exp(-tokens / size)  # share of the codes chosen at least once if all are equally frequent
+    if metrics["codebook_share"] < _UNUSED * reachable and not tuned:
         found.append(
             f"only {metrics['codebook_share']:.1%} of the {size} codes are in use: a smaller --codebook_size would do "
             "as well, and is easier to generate."

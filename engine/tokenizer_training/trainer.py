@@ -9,12 +9,12 @@ encoder outputs, and dead entries are revived, so that it does not collapse.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import math
 import time
 from collections import deque
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +22,20 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from engine.tokenizer_training.adversarial import MIN_SIZE, Adversary, adaptive_weight
+from engine.tokenizer_training import adversarial, perceptual
+from engine.tokenizer_training.adversarial import Adversary, adaptive_weight
 from engine.tokenizer_training.codebook import DeadCodeRevival, kmeans_start
+from engine.tokenizer_training.config import TokenizerTrainConfig
 from engine.tokenizer_training.data import flip_half, read_batches, split
+from engine.tokenizer_training.folder import LOG, METRICS, STATE, TOKENIZER, is_finished, read_earlier, start_over
 from engine.tokenizer_training.losses import Pass, forward
 from engine.tokenizer_training.perceptual import load_lpips
 from engine.tokenizer_training.quality import Interrupted, evaluate
 from engine.training.optim import EMA
-from tokenizers.checkpoint import load_tokenizer, save_tokenizer
+from tokenizers.checkpoint import QUALITY, load_tokenizer, save_tokenizer
 from tokenizers.vq_model import VQConfig, VQModel
-from util.checkpoint import load_checkpoint, save_torch
-from util.config import check, record, setting
+from util.checkpoint import save_torch
+from util.config import record
 from util.data.loading import Images, load_all
 from util.errors import UserError, reading
 from util.files import write_json
@@ -48,37 +51,8 @@ _WARMUP = 0.05  # share of the steps in which the learning rate rises
 _PLAIN = 0.05  # share of the steps without quantisation
 _REVIVE_UNTIL = 0.7  # after this share of the steps entries are no longer moved and the decoder settles
 _PICTURES = 12
-TOKENIZER, METRICS, LOG, STATE = "tokenizer.pt", "metrics.json", "metrics.jsonl", "state.pth"
-
-
-@dataclass(frozen=True)
-class TokenizerTrainConfig:
-    """How to train. The learning rate rises to ``lr``, then falls to 0. UserError for a setting out of its range."""
-
-    steps: int = setting(help="optimizer steps; more than before extend a finished training", at_least=1)
-    batch_size: int = setting(64, "images per step", at_least=1)
-    lr: float = setting(1e-3, "highest learning rate", above=0)
-    eval_freq: int = setting(500, "measure and save every N steps", at_least=1)
-    held_out: float = setting(0.1, "share of the images kept for measuring", above=0, below=1)
-    flip: bool = setting(False, "mirror half of the training images at random")
-    ema: float = setting(
-        0.999, "decay of the average of the weights, which is what is saved; 0: the last weights", at_least=0, below=1
-    )
-    adversarial_weight: float = setting(
-        0.0, "weight of the adversarial loss, which makes pictures sharp; LlamaGen's is 0.5", at_least=0
-    )
-    adversarial_start: float = setting(0.3, "share of the steps after which it begins", at_least=0, below=1)
-    disc_width: int = setting(64, "channels of the discriminator's first layer", at_least=1)
-    disc_lr: float = setting(2e-4, "its highest learning rate, which falls with the other", above=0)
-    lpips_path: tuple[Path, ...] = setting((), "weights of the perceptual loss LPIPS (one or two files)")
-    lpips_weight: float = setting(1.0, "weight of the perceptual loss", at_least=0)
-    vqgan_path: Path | None = setting(None, "start from this tokenizer, LlamaGen's or one of this command")
-    bf16: bool = setting(False, "bfloat16 autocast: faster on GPUs, and on processors that have it")
-    num_workers: int = setting(0, "image readers", at_least=0)
-    seed: int = setting(0, "of the split, the weights and the batches", at_least=0, below=2**32)
-
-    def __post_init__(self) -> None:
-        check(self)
+# (model, whether to stop) → figures that a classifier gives; may raise Interrupted.
+Judge = Callable[[VQModel, Callable[[], bool]], dict[str, Any]]
 
 
 def train_tokenizer(
@@ -88,21 +62,26 @@ def train_tokenizer(
     output_dir: Path,
     device: torch.device,
     test_set: Images | None = None,
+    judge: Judge | None = None,
 ) -> dict[str, Any]:
     """Train on part of ``dataset`` and measure on the rest; with a ``test_set`` train on all and measure on that.
 
     Writes into ``output_dir``, every ``eval_freq`` steps once the codebook is in use, and at the end: ``tokenizer.pt``,
     ``metrics.json``, ``reconstructions.png`` (held-out images above their reconstructions) and a line of
     ``metrics.jsonl``; and ``state.pth``, from which the same call resumes, exactly as if it had not been interrupted,
-    and from which a call with more steps goes on. A finished training is left as it is. A stop signal saves it.
+    and from which a call with more steps goes on. A finished training is left as it is; only what a judge says of it
+    is added to ``metrics.json``. A stop signal saves it.
+
+    Args:
+        judge: asked at the end.
 
     Returns:
         What ``metrics.json`` holds: on the held-out images ``psnr_db``, ``ssim``, ``codebook_share`` (of entries chosen
-        at all) and ``codebook_perplexity``; counts, ``train_sec`` and the configurations.
+        at all) and ``codebook_perplexity``; the judge's figures; counts, ``train_sec`` and the configurations.
 
     Raises:
-        UserError: when the images are fewer than two or too small for the discriminator, the folder holds a tokenizer
-            trained otherwise, another process writes to it, or the tokenizer to start from has another size.
+        UserError: when the images are fewer than two or too small for a loss, the folder holds a tokenizer trained
+            otherwise, another process writes to it, or the tokenizer to start from has another size.
         FloatingPointError: when the training diverges; what was saved before is kept.
         SystemExit: when a stop signal came and the state is saved, with status 75; 130 for Ctrl-C.
     """
@@ -111,77 +90,44 @@ def train_tokenizer(
     else:
         train_set, held_out_set = dataset, test_set
     side = held_out_set[0][0].shape[0]
-    if config.adversarial_weight and side < MIN_SIZE:
-        raise UserError(f"--adversarial_weight needs pictures of at least {MIN_SIZE} pixels; these have {side}.")
+    for flag, given, least in (
+        ("adversarial_weight", config.adversarial_weight, adversarial.MIN_SIZE),
+        ("lpips_path", config.lpips_path, perceptual.MIN_SIZE),
+    ):
+        if given and side < least:
+            raise UserError(f"--{flag} needs pictures of at least {least} pixels; these have {side}.")
     described = {"tokenizer": record(model_config), "training": record(config), "train_images": len(train_set)}
     with FolderLock(output_dir) as lock:
         lock.acquire()
-        state, metrics = _read_earlier(output_dir, described)
-        if metrics is not None and metrics["step"] == config.steps and (output_dir / TOKENIZER).exists():
+        state, metrics = read_earlier(output_dir, described)
+        if state is None and metrics is not None and is_finished(output_dir, metrics):
             log.info("the training is finished: all %d steps are done", config.steps)
+            if judge is not None:  # the tokenizer's file stays: caches know it by its hash
+                metrics |= judge(load_tokenizer(output_dir / TOKENIZER, device), lambda: False)
+                write_json(output_dir / METRICS, metrics)
             return metrics
-        held_out = load_all(held_out_set, max(1, config.num_workers))[0].to(device)
-        training = _Training(model_config, config, output_dir, described, held_out)
+
+        def begin() -> _Training:
+            return _Training(model_config, config, output_dir, described, side, device, judge)
+
+        training = begin()
         if state is not None:
             try:
                 with reading("training state", output_dir / STATE):
                     training.load(state)
-                log.info("resuming at step %d of %d", training.done, config.steps)
             except UserError as error:
-                _start_over(error, metrics)
-                training = _Training(model_config, config, output_dir, described, held_out)
-        return training.run(train_set)
-
-
-def _read_earlier(folder: Path, described: dict[str, Any]) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
-    """State and last figures of an earlier run of this training, None where there are none.
-
-    Raises:
-        UserError: for those of another training: code caches and models depend on a tokenizer.
-    """
-    state, metrics = None, None
-    if (folder / METRICS).exists():
-        metrics = json.loads((folder / METRICS).read_text())
-    if (folder / STATE).exists():
-        try:
-            state = load_checkpoint(folder / STATE)
-        except UserError as error:
-            _start_over(error, metrics)
-    for found in filter(None, (state, metrics)):
-        before = _flat(found)
-        for name, value in _flat(described).items():
-            # A record of an earlier version may lack a name.
-            if name in ("num_workers", "eval_freq") or before.get(name, value) == value:
-                continue
-            if name == "steps" and value > before[name] and state is not None:
-                continue
-            remedy = ", or delete this one" if name != "steps" else f"; without its {STATE} it can't be trained further"
-            raise UserError(
-                f"{folder} holds a tokenizer trained with {name} {before[name]}, not {value}; give another "
-                f"--output_dir{remedy}."
-            )
-    return state, metrics
-
-
-def _start_over(error: UserError, metrics: dict[str, Any] | None) -> None:
-    """Say that a state can't be used; UserError where the tokenizer of a finished training would be lost by it."""
-    if metrics is not None and metrics["step"] == metrics["training"]["steps"]:
-        raise error
-    log.warning("training starts from the beginning: %s", error)
-
-
-def _flat(described: dict[str, Any]) -> dict[str, Any]:
-    names = ("tokenizer", "training", "train_images")
-    described = json.loads(json.dumps({name: described[name] for name in names}))  # tuples compare as lists
-    count = described["train_images"]
-    return {**described["tokenizer"], **described["training"], "number of training images": count}
+                start_over(output_dir, metrics, str(error))
+                training = begin()
+            else:
+                log.info("resuming at step %d of %d", training.done, config.steps)
+        return training.run(train_set, held_out_set)
 
 
 class _Training:
     """A tokenizer, what a step does to it, and what it leaves in its folder.
 
     What is random about a step follows from its number, so that a resumed training is an uninterrupted one.
-    ``described`` tells this training from others; ``held_out``, uint8 (N, H, H, 3), is on the device.
+    ``described`` tells this training from others; images have ``side`` pixels.
     """
 
     def __init__(
@@ -190,17 +136,20 @@ class _Training:
         config: TokenizerTrainConfig,
         folder: Path,
         described: dict[str, Any],
-        held_out: Tensor,
+        side: int,
+        device: torch.device,
+        judge: Judge | None,
     ) -> None:
-        self.config, self.folder, self.described, self.held_out = config, folder, described, held_out
+        self.config, self.folder, self.described = config, folder, described
+        self.device, self.judge = device, judge
         # On a CPU the default layout is the faster one for narrow networks.
-        self.layout = torch.channels_last if held_out.is_cuda else torch.contiguous_format
+        self.layout = torch.channels_last if device.type == "cuda" else torch.contiguous_format
         torch.manual_seed(config.seed)
         self.model = self._placed(_initial_model(model_config, config.vqgan_path))
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=1e-4, fused=True
         )
-        self.lpips = load_lpips(config.lpips_path, held_out.device) if config.lpips_path else None
+        self.lpips = load_lpips(config.lpips_path, device) if config.lpips_path else None
         self.revival = DeadCodeRevival(self.model.quantize)
         self.adversary: Adversary | None = None
         self.ema: EMA | None = None
@@ -213,14 +162,15 @@ class _Training:
         self.quantises = False
         if config.vqgan_path is not None:  # its codebook is in use
             self._start_quantising()
-        tokens_per_step = config.batch_size * (held_out.shape[1] // self.model.stride) ** 2
+        self._tokens_per_image = (side // self.model.stride) ** 2
+        tokens_per_step = config.batch_size * self._tokens_per_image
         # Between two revivals an entry of average use is chosen at least eight times.
         self.revive_every = max(20, math.ceil(8 * model_config.codebook_size / tokens_per_step))
         # The codebook starts from the images of the last plain steps.
         self._recent: deque[Tensor] = deque(maxlen=max(4, self.revive_every // 5))
 
     def _placed(self, module: VQModel) -> VQModel:
-        return module.to(self.held_out.device).to(memory_format=self.layout)  # type: ignore[call-overload]
+        return module.to(self.device).to(memory_format=self.layout)  # type: ignore[call-overload]
 
     def _start_quantising(self) -> None:
         self.quantises = True
@@ -228,13 +178,13 @@ class _Training:
             self.ema = EMA(self.model, self.config.ema)
 
     def _start_adversary(self) -> Adversary:
-        return Adversary(self.config.disc_width, self.held_out.device, self.layout)
+        return Adversary(self.config.disc_width, self.device, self.layout)
 
     def load(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.revival.counts.copy_(state["counts"])
-        self.done, self.revived, self.losses = int(state["step"]), int(state["revived"]), dict(state["losses"])
+        self.done, self.revived, self.losses = state["step"], int(state["revived"]), dict(state["losses"])
         if state["quantises"]:
             self._start_quantising()
         if self.ema is not None:
@@ -265,18 +215,18 @@ class _Training:
         """Time spent in training, that of interrupted runs included."""
         return round(time.perf_counter() - self._start, 2)
 
-    def run(self, train_set: Images) -> dict[str, Any]:
+    def run(self, train_set: Images, held_out_set: Images) -> dict[str, Any]:
         """The steps that are left, measured and saved on the way; returns the last figures."""
         config, metrics = self.config, self.described
+        self.held_out = load_all(held_out_set, max(1, config.num_workers))[0].to(self.device)
         # Where the codebook has not started yet, the batches it starts from are read again.
         again = 0 if self.quantises else self._recent.maxlen or 0
         steps = range(max(0, self.done - again), config.steps)
-        batches = read_batches(
-            train_set, steps, config.batch_size, config.seed, config.num_workers, self.held_out.device
-        )
+        batches = read_batches(train_set, steps, config.batch_size, config.seed, config.num_workers, self.device)
         resumed_to_measure = self.done > 0 and self._is_due() and self.quantises
         with (
             StopSignal() as stop,
+            contextlib.closing(batches),
             contextlib.closing(MetricsWriter(self.folder / LOG, self.done - resumed_to_measure)) as writer,
             tqdm(total=config.steps, initial=self.done, desc="tokenizer", unit="step") as bar,
         ):
@@ -289,7 +239,7 @@ class _Training:
                 losses = self._step(pixels)
                 bar.update()
                 if self._is_due() or stop.signal is not None:
-                    self._require_finite(*losses.values(), *self.model.parameters())
+                    self._require_finite(*losses.values(), *self._parameters())
                     self.losses = {name: round(float(value.detach()), 6) for name, value in losses.items()}
                     self.save()
                 if self._is_due() and self.quantises:
@@ -297,6 +247,12 @@ class _Training:
                 if self.done < config.steps:
                     self._heed(stop)
         return metrics
+
+    def _parameters(self) -> Iterator[Tensor]:
+        """All that is trained."""
+        yield from self.model.parameters()
+        if self.adversary is not None:
+            yield from self.adversary.network.parameters()
 
     def _is_due(self) -> bool:
         return self.done == self.config.steps or self.done % self.config.eval_freq == 0
@@ -332,13 +288,13 @@ class _Training:
             made = forward(self.model, images, self.quantises, self.lpips, config.lpips_weight)
         # A step stands for its middle, so that neither the first nor the last one is wasted on a rate of zero.
         epoch, warmup = self.done + 0.5, _WARMUP * config.steps
-        factor = learning_rate(epoch, schedule="cosine", lr=1, min_lr=0, warmup_epochs=warmup, epochs=config.steps)
+        rate = partial(learning_rate, epoch, schedule="cosine", min_lr=0, warmup_epochs=warmup, epochs=config.steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = config.lr * factor
+            group["lr"] = rate(lr=config.lr)
         self.optimizer.zero_grad(set_to_none=True)
         losses = made.reconstruction | made.codebook
         if self._is_adversarial():
-            losses |= self._adversarial_backward(made, images, config.disc_lr * factor)
+            losses |= self._adversarial_backward(made, images, rate(lr=config.disc_lr))
         else:
             torch.stack(list(losses.values())).sum().backward()
         self.optimizer.step()
@@ -412,12 +368,18 @@ class _Training:
     def _measure(self, writer: MetricsWriter, stop: StopSignal) -> dict[str, Any]:
         """Measure on the held-out images; write the figures, the tokenizer and a picture; returns the figures."""
         model, seconds = self._saved_model(), self.seconds()
+
+        def told() -> bool:
+            return stop.signal is not None
+
         try:
-            quality = evaluate(model, self.held_out, self.config.batch_size, lambda: stop.signal is not None)
+            quality: dict[str, Any] = evaluate(model, self.held_out, self.config.batch_size, told)
+            self._require_finite(torch.tensor(list(quality.values())))
+            if self.judge is not None and self.done == self.config.steps:
+                quality |= self.judge(model, told)
         except Interrupted:
             self._heed(stop)
             raise
-        self._require_finite(torch.tensor(list(quality.values())))
         lr = self.optimizer.param_groups[0]["lr"]
         writer.write(step=self.done, lr=lr, **self.losses, **quality, revived=self.revived, elapsed_sec=seconds)
         self.revived = 0
@@ -425,20 +387,24 @@ class _Training:
             "step": self.done,
             **self.described,
             "held_out_images": len(self.held_out),
+            "held_out_tokens": len(self.held_out) * self._tokens_per_image,
             "parameters": sum(parameter.numel() for parameter in model.parameters()),
             **quality,
             "train_sec": seconds,
         }
-        save_tokenizer(model, self.folder / TOKENIZER)
-        write_json(self.folder / METRICS, metrics)
-        # Evenly over all, since data sets are ordered by class.
+        save_tokenizer(model, self.folder / TOKENIZER, {name: quality[name] for name in QUALITY if name in quality})
+        self._draw(model)
+        write_json(self.folder / METRICS, metrics)  # last: it says that a training is finished
+        return metrics
+
+    def _draw(self, model: VQModel) -> None:
+        """Write held-out images, evenly over all since data sets are ordered by class, and their reconstructions."""
         shown = torch.linspace(0, len(self.held_out) - 1, min(_PICTURES, len(self.held_out))).round().long()
-        originals = self.held_out[shown.to(self.held_out.device)]
+        originals = self.held_out[shown.to(self.device)]
         made = to_uint8(model.decode(model.encode(to_float(originals))))
         pictures = torch.cat([originals, made]).cpu()
         grid = image_grid(pictures, len(originals), row_titles=["original", "reconstruction"])
         save_png(grid, self.folder / "reconstructions.png")
-        return metrics
 
 
 def _initial_model(config: VQConfig, start: Path | None) -> VQModel:

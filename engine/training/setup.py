@@ -31,7 +31,7 @@ from engine.training.validation import Validation
 from models.lpd import LPD, LPDConfig, load_weights
 from orders import published_group_sizes, read_schedules
 from orders.config import parse_shares
-from tokenizers import VQModel, load_tokenizer
+from tokenizers import VQModel, load_tokenizer, log_quality
 from util.checkpoint import load_checkpoint, load_newest
 from util.config import record
 from util.data.codes import CodeDataset
@@ -162,6 +162,7 @@ def prepare_training(config: Config, dist: Dist, lock: FolderLock) -> PreparedTr
     download, tokenizer_file = not config.dry_run, None
     if tokenizer_path is not None:
         tokenizer_file = local_file(tokenizer_path, choose_tokenizer, dist, download)
+        log_quality(tokenizer_file)
     if not config.dry_run:
         dist.on_main(lock.acquire)
     start = _resumed(config, training, dist) or _pretrained(config, dist)

@@ -18,7 +18,8 @@ FULL = Scale(
         **_STATISTICS,
         "tokenizer": (
             "--stride", str(STRIDE), "--base_width", "64", "--z_channels", "128", "--codebook_size", "1024",
-            "--code_dim", "8", "--steps", "3000", "--batch_size", "256", "--lr", "1e-3", "--eval_freq", "500", "--flip",
+            "--code_dim", "8", "--steps", "3000", "--batch_size", "256", "--lr", "1e-3", "--ema", "0",
+            "--eval_freq", "500", "--flip",
         ),
         "codes": ("--batch_size", "256", "--num_workers", "8"),
         "classifier": (
@@ -56,7 +57,7 @@ TINY = Scale(
         "tokenizer": (
             "--stride", str(STRIDE), "--base_width", "8", "--res_blocks", "1", "--z_channels", "16",
             "--codebook_size", "32", "--code_dim", "4", "--steps", "30", "--batch_size", "8", "--lr", "4e-3",
-            "--eval_freq", "30", "--num_workers", "0",
+            "--ema", "0", "--eval_freq", "30", "--num_workers", "0",
         ),
         "codes": ("--num_workers", "0"),
         "classifier": ("--epochs", "2", "--batch_size", "32", "--flip"),

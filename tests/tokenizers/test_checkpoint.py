@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import logging
 from pathlib import Path
 
 import pytest
 import torch
 
-from tokenizers import VQConfig, VQModel, load_tokenizer, save_tokenizer
+from tokenizers import VQConfig, VQModel, load_tokenizer, log_quality, save_tokenizer
 from tokenizers import checkpoint as checkpoint_module
 from util.errors import UserError
 
@@ -124,3 +125,43 @@ def test_an_interrupted_save_keeps_the_old_file(
         save_tokenizer(model, path)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("name", ["t.pt", "t.safetensors"])
+def test_a_file_says_what_its_reconstructions_are_worth(
+    model: VQModel, tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str
+) -> None:
+    caplog.set_level(logging.INFO)
+    judged = {"class_accuracy_real": 0.664, "class_accuracy_reconstructed": 0.446}
+    for quality in ({"psnr_db": 20.74, "ssim": 0.6}, {"psnr_db": 20.74, "ssim": 0.6, **judged}):
+        save_tokenizer(model, tmp_path / name, quality)
+        assert load_tokenizer(tmp_path / name).config == CONFIG
+        log_quality(tmp_path / name)
+    line = "tokenizer: PSNR 20.7 dB, SSIM 0.60 on held-out pictures"
+    assert caplog.messages == [
+        line, f"{line}; its reconstructions are read right 44.6% of the time, the pictures 66.4%"
+    ]  # fmt: skip
+
+
+def test_a_file_that_does_not_say_its_worth_is_passed_over(
+    model: VQModel, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Of the released file, of an earlier version, odd or damaged: whether it can be used is another function's."""
+    caplog.set_level(logging.INFO)
+    path = tmp_path / "t.pt"
+    for content in (
+        model.state_dict(),
+        {"model": model.state_dict(), "quality": {}},
+        {"model": model.state_dict(), "quality": [1]},
+        {"model": model.state_dict(), "quality": {"psnr_db": "high", "ssim": 1}},
+    ):
+        torch.save(content, path)
+        log_quality(path)
+    torch.save(model.state_dict(), path, _use_new_zipfile_serialization=False)
+    log_quality(path)
+    path.write_bytes(b"half")
+    log_quality(path)
+    save_tokenizer(model, tmp_path / "t.safetensors")
+    log_quality(tmp_path / "t.safetensors")
+    log_quality(tmp_path / "nowhere.pt")
+    assert caplog.messages == []
