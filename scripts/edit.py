@@ -36,7 +36,7 @@ from util.pictures import image_grid, save_png
 
 _TINT = (230, 60, 60)  # of what is generated anew, in the strip
 _OUTSIDE = (244, 244, 244)  # of a canvas that outpainting fills
-_STRIP_COLUMNS = 6
+_STRIP_COLUMNS, _STRIP_HEIGHT = 6, 128
 _NUMBER = r"\d{1,9}(?:\.\d{1,9})?"
 
 
@@ -156,7 +156,8 @@ def run(config: EditConfig) -> None:
         with atomic_write(path.with_suffix(".npy")) as file:
             np.save(file, grid)
         made.append({"file": path.name, "codes": path.with_suffix(".npy").name, "class": label, "number": i})
-    strip = np.stack([np.asarray(before), _tinted(before, hole), *images])
+    factor = max(1, -(-_STRIP_HEIGHT // before.height))
+    strip = np.stack([enlarge(pixels, factor) for pixels in (np.asarray(before), _tinted(before, hole), *images)])
     texts = ["before", "mask", *(f"{title}, {i}" for i in range(len(images)))]
     save_png(image_grid(strip, min(_STRIP_COLUMNS, len(strip)), texts), config.output_dir / "strip.png")
     write_record(

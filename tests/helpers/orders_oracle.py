@@ -16,17 +16,18 @@ def slow_order(
     grid: tuple[int, int],
     tau: float | tuple[float | None, ...] | None,
     rho: int | tuple[int, ...],
-    first: int,
+    first: int | list[int],
     ties: Callable[[int], list[float]],
 ) -> list[int]:
-    """Raster indices in generation order, from the cell ``first``.
+    """Raster indices in generation order, from the cell ``first``, or from those that are known.
 
     ``tau`` and ``rho`` are the proximity and the repulsion threshold, of all steps or of each; where ``tau`` is None,
     proximity plays no part. ``ties(step)`` has a random number for each cell, and of equals the cell with the larger
     one goes first.
     """
     h, w = grid
-    order, selected = [first], {divmod(first, w)}
+    order = [first] if isinstance(first, int) else list(first)
+    selected = {divmod(cell, w) for cell in order}
     taus = tau if isinstance(tau, tuple) else (tau,) * len(sizes)
     rhos = rho if isinstance(rho, tuple) else (rho,) * len(sizes)
 
