@@ -13,12 +13,10 @@ import numpy as np
 import pytest
 
 import scripts.plots
-from engine.hub.export import export
 from tests.helpers.commands import run
-from tests.helpers.evaluation_case import CLASSES, SIZE, networks
+from tests.helpers.evaluation_case import CLASSES, SIZE
 from tests.helpers.pictures import assert_not_blank
-from tokenizers import save_tokenizer
-from util.checkpoint import save_checkpoint
+from tests.helpers.trained_model import write_trained
 from util.data.codes import CacheHeader
 
 SETTINGS = {
@@ -106,11 +104,7 @@ def test_quality_is_a_curve_per_setting_that_differs(tmp_path: Path, drawn: list
 
 def test_attention_of_a_model(tmp_path: Path) -> None:
     """By command, while decoding and over a code cache: JSON beside the picture."""
-    model, tokenizer = networks()
-    content = {"model": model.float().state_dict(), "config": dataclasses.asdict(model.config)}
-    save_checkpoint(tmp_path / "model.pth", content)
-    save_tokenizer(tokenizer, tmp_path / "tokenizer.pt")
-    export(tmp_path / "model.pth", tmp_path / "exported", vqgan_path=tmp_path / "tokenizer.pt")
+    write_trained(tmp_path)
     output = ("--device", "cpu", "--output", tmp_path / "attention.png")
     command = ("attention", "--pretrained_ckpt", tmp_path / "exported", "--num_images", 9, "--steps", 4, *output)
     assert run(scripts.plots.main, *command, "--cfg", 2) == 0
