@@ -109,6 +109,11 @@ def fill(page: Any, label: str, value: object) -> None:
     field.press("Tab")
 
 
+def upload(page: Any, name: str, content: bytes) -> None:
+    field = page.locator("#upload").locator("..").locator("input[type=file]").first
+    field.set_input_files({"name": name, "mimeType": "image/png", "buffer": content})
+
+
 def generate(page: Any) -> None:
     """Click, and wait for the line that says it is done."""
     page.click("#generate")
@@ -164,10 +169,12 @@ def test_mistakes_are_messages_and_the_page_goes_on(page: Any, served: Served) -
         ("small.png", png_of(Image.new("RGB", (15, 15))), "15×15 pixels, fewer than the model's 16×16"),
         ("large.png", bytes(17 << 20), "large.png"),
     ):
-        page.locator("#upload").locator("..").locator("input[type=file]").first.set_input_files(
-            {"name": name, "mimeType": "image/png", "buffer": content}
-        )
+        upload(page, name, content)
         wait_for_message(page, sentence)
+    upload(page, "good.png", png_of(Image.new("RGB", (40, 30))))
+    page.wait_for_timeout(3000)
+    page.click("#edit")
+    wait_for_message(page, "nothing is painted")
     tab(page, "Generate")
     fill(page, "Seed", 6)
     generate(page)

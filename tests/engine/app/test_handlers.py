@@ -154,7 +154,7 @@ def test_mistakes_are_sentences(handlers: Handlers) -> None:
         (lambda: handlers.generate(["ash"], 1, **{**GENERATE, "seed": -1}), "seed -1"),
         (lambda: handlers.generate(["ash"], 1, **{**GENERATE, "seed": None}), "the field of seed is empty"),
         (lambda: handlers.generate(["ash"], 1, **GENERATE, top_k=None), "the field of top-k is empty"),
-        (lambda: handlers.watch(None, **GENERATE), "the field of class is empty"),
+        (lambda: handlers.watch("ash", **{**GENERATE, "steps": None}), "the field of steps is empty"),
         (lambda: handlers.watch("ash", **{**GENERATE, "steps": 65}), "at most 64 can be watched"),
         (lambda: handlers.take_generated(None, 0), "no generated picture yet"),
         (lambda: handlers.edit(None, something, False, *edit), "no picture to edit yet"),
