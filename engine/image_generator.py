@@ -104,6 +104,7 @@ class ImageGenerator:
         tokenizer_file = find_file(
             _tokenizer_of(self.source) if tokenizer is None else Path(tokenizer), choose_tokenizer
         )
+        self.files = {"pretrained_ckpt": weights, "vqgan_path": tokenizer_file}
         self.tokenizer = load_tokenizer(tokenizer_file, self.device)
         if content.get("tokenizer_sha256") is not None:
             check_tokenizer(content, weights, sha256(tokenizer_file))

@@ -29,10 +29,12 @@ class Canvas:
 
     Attributes:
         codes: int64 (variants, h, w).
+        hole: bool (h, w), False where the picture was.
         windows: (top, left) of each in tokens, in the order of their turns.
     """
 
     codes: Tensor
+    hole: np.ndarray
     windows: tuple[tuple[int, int], ...]
 
 
@@ -68,7 +70,7 @@ def outpaint(
     known = np.zeros(shape, bool)
     canvas[:, top : top + grid, left : left + grid] = codes.view(grid, grid)
     known[top : top + grid, left : left + grid] = True
-    turns = []
+    outside, turns = ~known, []
     for turn, (row, column) in enumerate(_windows(known, grid)):
         window = slice(row, row + grid), slice(column, column + grid)
         hole = ~known[window]
@@ -80,7 +82,7 @@ def outpaint(
         parts[...] = edited.codes.view_as(parts)
         known[window] = True
         turns.append((row, column))
-    return Canvas(canvas, tuple(turns))
+    return Canvas(canvas, outside, tuple(turns))
 
 
 def _canvas_shape(grid: int, columns: float, rows: float) -> tuple[int, int]:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from engine.hub.export import export
-from engine.image_generator import ImageGenerator
+from engine.image_generator import TRAIN_SETTINGS, ImageGenerator
 from models import build_model
 from tests.helpers.evaluation_case import CLASSES, SIZE, eval_config, networks
+from tests.helpers.tiny_models import tiny_tokenizer
 from tokenizers import save_tokenizer
-from util.checkpoint import save_checkpoint
+from util.checkpoint import load_checkpoint, save_checkpoint
 from util.errors import UserError
 
 NAMES = ["ash", "birch", "cedar", "date", "elm"]
@@ -67,6 +71,51 @@ def test_released_weights_record_no_sizes(tmp_path: Path, trained: Path) -> None
     save_checkpoint(tmp_path / "odd.pth", {"model": networks()[0].state_dict()})
     with pytest.raises(UserError, match="not those of lpd_l"):
         ImageGenerator(tmp_path / "odd.pth", trained / "tokenizer.pt", device="cpu")
+
+
+def test_the_tokenizer_is_the_one_that_the_training_names(trained: Path, tmp_path: Path) -> None:
+    """The settings beside a checkpoint say which; without them it must be named."""
+    shutil.copy(trained / "model.pth", tmp_path)
+    with pytest.raises(UserError, match=r"has no tokenizer beside it: name its file \(--vqgan_path\)"):
+        ImageGenerator(tmp_path / "model.pth", device="cpu")
+    settings = tmp_path / TRAIN_SETTINGS
+    settings.write_text(json.dumps({"settings": {"vqgan_path": str(trained / "tokenizer.pt")}}))
+    found = ImageGenerator(tmp_path / "model.pth", device="cpu")
+    assert found.files["vqgan_path"] == trained / "tokenizer.pt"
+    expected = ImageGenerator(trained / "exported", device="cpu")([1])[0]
+    assert found([1])[0].tobytes() == expected.tobytes()
+    settings.write_text("{")
+    with pytest.raises(UserError, match="settings of the training"):
+        ImageGenerator(tmp_path / "model.pth", device="cpu")
+
+
+def test_a_tokenizer_that_does_not_fit_is_refused(trained: Path, tmp_path: Path) -> None:
+    for stride, codes, said in ((8, 12, "has stride 8, but the model"), (4, 13, "has codes 13, but the model")):
+        save_tokenizer(tiny_tokenizer(stride, codes), tmp_path / "other.pt")
+        with pytest.raises(UserError, match=said):
+            ImageGenerator(trained / "model.pth", tmp_path / "other.pt", device="cpu")
+    content = load_checkpoint(trained / "model.pth") | {"tokenizer_sha256": "00" * 32}
+    save_checkpoint(tmp_path / "model.pth", content)
+    with pytest.raises(UserError, match="trained on codes of another tokenizer"):
+        ImageGenerator(tmp_path / "model.pth", trained / "tokenizer.pt", device="cpu")
+
+
+def test_batches_of_one_run_have_numbers(trained: Path) -> None:
+    """And any decode path; orders and codes come with the pictures."""
+    generator = ImageGenerator(trained / "exported", device="cpu")
+    generator.model.double()
+    generator.tokenizer.double()
+    whole = generator.generate([0, 1, 2, 3], steps=4, seed=1)
+    part = generator.generate([2, 3], steps=4, seed=1, numbers=[2, 3])
+    assert torch.equal(part.codes, whole.codes[2:])
+    assert (part.orders == whole.orders[2:]).all()
+    assert (part.images == whole.images[2:]).all()
+    assert (generator.decode_pixels(whole.codes) == whole.images).all()
+    assert whole.known == 0
+    assert sum(whole.group_sizes) == whole.codes.shape[1]
+    single = ImageGenerator(trained / "exported", device="cpu")
+    packed, plain = (single.generate([0, 1], steps=4, path=path).codes for path in ("packed", "plain"))
+    assert torch.equal(packed, plain)
 
 
 def test_mistakes_are_named(trained: Path) -> None:

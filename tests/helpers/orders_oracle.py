@@ -8,15 +8,21 @@ from collections.abc import Callable
 
 
 def slow_order(
-    sizes: tuple[int, ...], grid: tuple[int, int], tau: float, rho: int, first: int, ties: Callable[[int], list[float]]
+    sizes: tuple[int, ...],
+    grid: tuple[int, int],
+    tau: float,
+    rho: int,
+    first: int | list[int],
+    ties: Callable[[int], list[float]],
 ) -> list[int]:
-    """Raster indices in generation order, from the cell ``first``.
+    """Raster indices in generation order, from the cell ``first``, or from those that are known.
 
     ``tau`` and ``rho`` are the proximity and the repulsion threshold; ``ties(step)`` has a random number for each cell,
     and of equals the cell with the larger one goes first.
     """
     h, w = grid
-    order, selected = [first], {divmod(first, w)}
+    order = [first] if isinstance(first, int) else list(first)
+    selected = {divmod(cell, w) for cell in order}
 
     def proximity(cell: tuple[int, int]) -> float:
         others = selected & {(cell[0] + dy, cell[1] + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)}

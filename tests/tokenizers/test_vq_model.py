@@ -11,6 +11,7 @@ import torch
 
 from tests.helpers.commands import DATA
 from tests.helpers.reference_weights import reference_state_dict
+from tests.helpers.tiny_models import tiny_tokenizer
 from tokenizers import VQConfig, VQModel
 from tokenizers import vq_model as vq_module
 from util.errors import UserError
@@ -160,3 +161,15 @@ def test_images_of_a_wrong_shape_or_type_are_refused(images: torch.Tensor) -> No
 def test_indices_of_a_wrong_shape_or_type_are_refused(indices: torch.Tensor) -> None:
     with pytest.raises(UserError, match="indices"):
         VQModel(TINY).decode(indices)
+
+
+def test_any_grid_of_codes_is_decoded() -> None:
+    """Rows and columns as they are: a square as two dimensions or one, and a wide one, transposed a high one."""
+    tokenizer = tiny_tokenizer()
+    codes = torch.randint(12, (2, 3, 5), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert tokenizer.decode(codes).shape == (2, 3, 12, 20)
+        assert torch.equal(tokenizer.decode(codes[:, :, :3]), tokenizer.decode(codes[:, :, :3].flatten(1)))
+        for conv in (module for module in tokenizer.modules() if isinstance(module, torch.nn.Conv2d)):
+            conv.weight.copy_((conv.weight + conv.weight.transpose(2, 3)) / 2)
+        torch.testing.assert_close(tokenizer.decode(codes.mT).mT, tokenizer.decode(codes))

@@ -10,9 +10,11 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 
 import engine.decoding.decoder
 from engine.decoding.decoder import Decoder
+from models.kv_cache import KVCache
 from models.lpd import LPD, LPDConfig
 from models.sampling import Sampling
 from orders import group_sizes
+from orders.schedule import hole_group_sizes
 from tests.helpers.fake_gpu import NoCopiesBetweenDevices, fake_gpu
 from tokenizers import VQConfig, VQModel
 
@@ -55,6 +57,31 @@ def test_from_labels_to_pixels(monkeypatch: pytest.MonkeyPatch, path: str, bf16:
         assert {logits.dtype for logits in drawn_from} == {torch.float32}
         rows = 6 if sampling.guided else 3
         assert [tuple(logits.shape) for logits in drawn_from] == [(rows, n, 64) for n in group_sizes(256, 20, 16)]
+
+
+@pytest.mark.parametrize("path", ["plain", "compiled"])
+def test_known_codes_enter_the_cache_without_waiting(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    """100 known codes in one pass, behind the class token."""
+    monkeypatch.setattr(torch, "compile", lambda function, **options: function)
+    monkeypatch.setattr(engine.decoding.decoder, "check_batch", lambda *batch: None)
+    sizes = (100, *hole_group_sizes(16, 20, 156))
+    kept: list[int] = []
+    commit = KVCache.commit
+
+    def recorded(cache: KVCache, rows: int) -> None:
+        kept.append(rows)
+        commit(cache, rows)
+
+    monkeypatch.setattr(KVCache, "commit", recorded)
+    with fake_gpu():
+        with torch.device("cuda"):
+            model = LPD(CONFIG).eval()
+        decoder = Decoder(model, sizes, Sampling(cfg=4.8), 3, path=path, bf16=True, with_known=True)
+        kept.clear()
+        with NoCopiesBetweenDevices():
+            codes = decoder(*fake_batch(3), torch.zeros(3, 256, dtype=torch.int64, device="cuda")).codes
+        assert (codes.device.type, codes.dtype, codes.shape) == ("cuda", torch.int64, (3, 256))
+        assert kept == [1, *sizes[:-1]]
 
 
 def test_what_would_wait_is_seen() -> None:
