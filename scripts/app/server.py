@@ -11,9 +11,9 @@ import threading
 from dataclasses import dataclass
 from pathlib import Path
 
-from engine.app.handlers import Handlers
-from engine.app.uploads import MAX_BYTES
 from engine.image_generator import ImageGenerator
+from scripts.app.handlers import Handlers
+from scripts.app.uploads import MAX_BYTES
 from util.config import check, setting
 from util.errors import UserError
 
@@ -58,7 +58,7 @@ def serve(generator: ImageGenerator, config: ServerConfig) -> None:
     with tempfile.TemporaryDirectory(prefix="lpd_app_", ignore_cleanup_errors=True) as folder:
         # Read when gradio is imported.
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
-        from engine.app.page import CSS, THEME, build
+        from scripts.app.page import CSS, THEME, build
 
         page = build(Handlers(generator), Path(folder))
         page.launch(
@@ -79,4 +79,4 @@ def serve(generator: ImageGenerator, config: ServerConfig) -> None:
         host = f"[{config.host}]" if ":" in config.host else config.host
         print(f"http://{host}:{config.port} shows the page; Ctrl-C stops it.", flush=True)
         stopped.wait()
-        page.close()
+        page.close(verbose=False)

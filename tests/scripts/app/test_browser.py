@@ -22,12 +22,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine.app.handlers import png_of, shown
-from engine.app.server import ServerConfig
 from engine.image_generator import ImageGenerator
+from scripts.app.handlers import png_of, shown
+from scripts.app.server import ServerConfig
 from tests.helpers.browser import chromium
 from tests.helpers.commands import ROOT
-from tests.helpers.trained_model import write_trained
+from tests.helpers.tiny_generator import write_model
 
 pytestmark = [pytest.mark.browser, pytest.mark.slow]
 STEPS, CFG = 16, 4.0  # what the page proposes
@@ -40,7 +40,7 @@ class Served:
     url: str
     port: int
     process: subprocess.Popen[str]
-    model: Path
+    model: tuple[Path, Path]
     working: Path
     temporary: Path
 
@@ -54,17 +54,16 @@ def free_port() -> int:
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     folder, port = tmp_path_factory.mktemp("page"), free_port()
-    model = write_trained(folder) / "exported"
+    model = write_model(folder, img_size=16)
     working, temporary = folder / "working", folder / "temporary"
     working.mkdir()
     temporary.mkdir()
-    command = [sys.executable, "-m", "scripts.app", "--pretrained_ckpt", str(model), "--port", str(port)]
+    command = [sys.executable, "-m", "scripts.app", "--port", str(port), "--device", "cpu"]
+    command += ["--pretrained_ckpt", str(model[0]), "--vqgan_path", str(model[1])]
     paths = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
     environment = os.environ | {"PYTHONPATH": paths, "TMPDIR": str(temporary), "PYTHONDONTWRITEBYTECODE": "1"}
     pipe = subprocess.PIPE
-    with subprocess.Popen(
-        [*command, "--device", "cpu"], cwd=working, env=environment, stdout=pipe, stderr=pipe, text=True
-    ) as process:
+    with subprocess.Popen(command, cwd=working, env=environment, stdout=pipe, stderr=pipe, text=True) as process:
         assert process.stdout is not None
         assert process.stderr is not None
         url = f"http://127.0.0.1:{port}"
@@ -142,7 +141,7 @@ def wait_for_message(page: Any, sentence: str) -> None:
 
 
 def expected(served: Served, seed: int) -> list[bytes]:
-    made = ImageGenerator(served.model, device="cpu")(["ash"] * 4, STEPS, seed=seed, cfg=CFG)
+    made = ImageGenerator(*served.model, device="cpu")(["ash"] * 4, STEPS, seed=seed, cfg=CFG)
     return [png_of(picture) for picture in made]
 
 

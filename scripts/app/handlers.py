@@ -17,7 +17,6 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from engine.app.uploads import read_upload
 from engine.class_names import class_label
 from engine.editing.edit import blend, edit
 from engine.editing.masks import enlarge, hole_of_mask
@@ -26,6 +25,8 @@ from engine.watch import Trace, frames, pictures_so_far
 from orders.config import OrderConfig
 from orders.schedule import default_steps
 from orders.statistics import order_statistics
+from scripts.app.uploads import read_upload
+from scripts.picture_flags import file_name
 from util.errors import UserError
 
 MAX_PICTURES = 64  # of one click
@@ -84,8 +85,7 @@ class Handlers:
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w") as archive:
             for number, (picture, label) in enumerate(zip(made.pictures, labels, strict=True)):
-                name = "".join(c if c.isalnum() else "_" for c in label)
-                archive.writestr(f"{number:04}_{name}.png", png_of(picture))
+                archive.writestr(file_name(number, label), png_of(picture))
             text = json.dumps({"model": str(self.generator.source), **settings}, indent=2, ensure_ascii=False)
             archive.writestr("settings.json", text + "\n")
         return buffer.getvalue()

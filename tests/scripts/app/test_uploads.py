@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine.app import uploads
-from engine.app.uploads import read_upload
+from scripts.app import uploads
+from scripts.app.uploads import read_upload
 from util.errors import UserError
 
 

@@ -12,23 +12,21 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from engine.app.handlers import Handlers, mask_of_layers, png_of, shown, to_paint
 from engine.image_generator import ImageGenerator
 from orders.config import OrderConfig
 from orders.statistics import order_statistics
-from tests.helpers.evaluation_case import CLASSES, SIZE
+from scripts.app.handlers import Handlers, mask_of_layers, png_of, shown, to_paint
 from tests.helpers.pictures import assert_not_blank
-from tests.helpers.trained_model import CLASS_NAMES, write_trained
+from tests.helpers.tiny_generator import NAMES, write_model
 from util.errors import UserError
 
-GRID, STRIDE = 4, 4
+SIZE, GRID, STRIDE = 16, 4, 4
 GENERATE: dict[str, Any] = {"steps": 4, "order": "lpd", "seed": 3, "cfg": 2.0}
 
 
 @pytest.fixture(scope="module")
 def handlers(tmp_path_factory: pytest.TempPathFactory) -> Handlers:
-    folder = write_trained(tmp_path_factory.mktemp("trained"))
-    return Handlers(ImageGenerator(folder / "exported", device="cpu"))
+    return Handlers(ImageGenerator(*write_model(tmp_path_factory.mktemp("trained"), SIZE), device="cpu"))
 
 
 def pixels(picture: Image.Image) -> np.ndarray:
@@ -49,7 +47,7 @@ def test_pictures_are_the_generators(handlers: Handlers) -> None:
     assert [png_of(one) for one in made.pictures] == [png_of(one) for one in expected]
     assert labels == ["cedar", "cedar", "elm", "elm"]
     assert line.startswith("4 pictures of 16 tokens in 4 steps: ")
-    assert f"{SIZE}×{SIZE} pixels from {GRID}×{GRID} tokens · {CLASSES} classes · CPU" in handlers.description()
+    assert f"{SIZE}×{SIZE} pixels from {GRID}×{GRID} tokens · {len(NAMES)} classes · CPU" in handlers.description()
 
 
 def test_the_archive_has_the_pictures_and_their_settings(handlers: Handlers) -> None:
@@ -149,7 +147,7 @@ def test_mistakes_are_sentences(handlers: Handlers) -> None:
     for run, message in (
         (lambda: handlers.generate([], 1, **GENERATE), "no class is chosen"),
         (lambda: handlers.generate(["beech"], 1, **GENERATE), "no class 'beech'; it has ash, birch"),
-        (lambda: handlers.generate(CLASS_NAMES, 16, **GENERATE), "80 pictures are asked for; at once there can be 1"),
+        (lambda: handlers.generate(NAMES, 16, **GENERATE), "80 pictures are asked for; at once there can be 1"),
         (lambda: handlers.generate(["ash"], 1, **{**GENERATE, "steps": 17}), "number of steps 17"),
         (lambda: handlers.generate(["ash"], 1, **{**GENERATE, "seed": -1}), "seed -1"),
         (lambda: handlers.generate(["ash"], 1, **{**GENERATE, "seed": None}), "the field of seed is empty"),

@@ -1,4 +1,4 @@
-"""The command of the page: what is wrong is one sentence, before a model is loaded. The page: tests/engine/app."""
+"""The command of the page: what is wrong is one sentence, before a model is loaded. The page: test_browser.py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-import scripts.app
+from scripts.app.__main__ import main
 from tests.helpers.commands import run
 
 
@@ -24,7 +24,7 @@ def with_gradio(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def sentence(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
-    assert run(scripts.app.main, *arguments) == 2
+    assert run(main, *arguments) == 2
     printed = capsys.readouterr().err
     assert printed.count("\n") == 1
     return printed

@@ -1,4 +1,4 @@
-"""The page: fields and buttons around :mod:`engine.app.handlers`. Needs the package gradio."""
+"""The page: fields and buttons around :mod:`scripts.app.handlers`. Needs the package gradio."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from engine.app.handlers import MAX_WATCHED, Handlers, Source, mask_of_layers, png_of, shown, to_paint
 from engine.image_generator import Generated
 from models.sampling import CFG_SCHEDULES
 from orders.draw import ORDER_KINDS, default_repulsion
+from scripts.app.handlers import MAX_WATCHED, Handlers, Source, mask_of_layers, png_of, shown, to_paint
+from scripts.picture_flags import CFG
 from util.errors import UserError
 
 TITLE = "Locality-aware parallel decoding"
 THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
 CSS = ".pictures img, .frame img { image-rendering: pixelated; }"
-_CFG = 4.0  # guidance that suits the demo's and the released models
 _PLAYED_IN = 8.0  # seconds, as far as that leaves each step a time within these:
 _STEP_AT_LEAST, _STEP_AT_MOST = 0.15, 0.5
 # All that computes waits in one line, so that requests do not take each other's processor.
@@ -48,7 +48,7 @@ class _Sampling:
     names = ("cfg", "cfg_schedule", "temperature", "top_k", "top_p")
 
     def __init__(self, vocab_size: int) -> None:
-        guidance = gr.Slider(1, 10, value=_CFG, step=0.1, label="Guidance (1: none)")
+        guidance = gr.Slider(1, 10, value=CFG, step=0.1, label="Guidance (1: none)")
         with gr.Accordion("Sampling", open=False):
             schedule = gr.Radio(CFG_SCHEDULES, value="linear", label="Guidance along the order")
             temperature = gr.Slider(0.1, 2, value=1, step=0.05, label="Temperature")
@@ -144,7 +144,7 @@ def _watch_tab(handlers: Handlers) -> None:
     fields, images, lines = [], [], []
     with gr.Row(equal_height=True):
         name, seed = _class(handlers, label="Class", value=handlers.classes[0]), _seed()
-        guidance = gr.Slider(1, 10, value=_CFG, step=0.1, label="Guidance (1: none)")
+        guidance = gr.Slider(1, 10, value=CFG, step=0.1, label="Guidance (1: none)")
         button = gr.Button("Decode both", variant="primary", elem_id="watch")
     with gr.Row():
         for side, (order, steps) in enumerate((("lpd", min(most, handlers.default_steps)), ("raster", most))):

@@ -1,1 +1,0 @@
-"""A page for the browser: generate, watch, edit, look at orders."""
