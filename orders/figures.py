@@ -16,6 +16,7 @@ from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
@@ -92,10 +93,11 @@ def _save(figure: plt.Figure, path: Path) -> None:
     plt.close(figure)
 
 
-def draw_order(path: Path, order: SteppedOrder) -> None:
+def order_figure(order: SteppedOrder) -> Figure:
     """A grid of cells in the colour, and where there is room the number, of the step that generates them."""
     (h, w), last = order.spec.grid, len(order.spec.group_sizes)
-    figure, axes = plt.subplots(figsize=(7, 6.2), layout="constrained")
+    figure = Figure(figsize=(7, 6.2), layout="constrained")
+    axes = figure.subplots()
     mesh = _draw_steps(axes, order)
     if max(h, w) <= 20:
         for (row, col), step in np.ndenumerate(order.steps()):
@@ -103,7 +105,12 @@ def draw_order(path: Path, order: SteppedOrder) -> None:
             axes.text(col + 0.5, row + 0.5, str(step), ha="center", va="center", size=120 / max(h, w), color=color)
     figure.colorbar(mesh, label="step that generates the token", shrink=0.8, ticks=MaxNLocator(integer=True))
     axes.set_title(f"{TITLES[order.spec.kind]}: {h}×{w} tokens in {last} steps")
-    _save(figure, path)
+    return figure
+
+
+def draw_order(path: Path, order: SteppedOrder) -> None:
+    """Write the figure of an order."""
+    save_figure(order_figure(order), path)
 
 
 def draw_comparison(path: Path, orders: Sequence[SteppedOrder]) -> None:

@@ -21,8 +21,8 @@ CFG = 4.0  # where none is asked for: of a class, guidance makes more than it co
 
 
 @dataclass(frozen=True, kw_only=True)
-class PictureConfig(DeviceConfig):
-    """Which model makes pictures, how, and where they go."""
+class GeneratorConfig(DeviceConfig):
+    """Which model makes pictures."""
 
     pretrained_ckpt: Path | None = setting(
         None, "a checkpoint, an exported folder or a name on the hub (default: the demo's model, in runs/demo)"
@@ -30,17 +30,23 @@ class PictureConfig(DeviceConfig):
     vqgan_path: Path | None = setting(None, "its tokenizer (default: the model's own)")
     use_ema: bool = setting(False, "the moving average of the weights")
     bf16: bool | None = setting(None, "bfloat16 autocast (default: on a GPU)")
-    seed: int = setting(0, "of orders and draws", at_least=0, below=2**63)
-    steps: int | None = setting(None, "of decoding a whole picture (default: as published)", at_least=1)
-    order: str = setting("lpd", "kind of the orders", choices=ORDER_KINDS)
-    decode_path: str = setting("plain", "others than plain pay for many pictures", choices=DECODE_PATHS)
-    sampling: Sampling = part(default_factory=Sampling)
 
     def open_generator(self) -> ImageGenerator:
         """The model; UserError for a file that is missing or does not fit."""
         return ImageGenerator(
             self.pretrained_ckpt, self.vqgan_path, device=self.device, use_ema=self.use_ema, bf16=self.bf16
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PictureConfig(GeneratorConfig):
+    """That, and how it makes them."""
+
+    seed: int = setting(0, "of orders and draws", at_least=0, below=2**63)
+    steps: int | None = setting(None, "of decoding a whole picture (default: as published)", at_least=1)
+    order: str = setting("lpd", "kind of the orders", choices=ORDER_KINDS)
+    decode_path: str = setting("plain", "others than plain pay for many pictures", choices=DECODE_PATHS)
+    sampling: Sampling = part(default_factory=Sampling)
 
     def settings(self) -> dict[str, Any]:
         """For the methods of the generator."""

@@ -19,10 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from engine.attention import AttentionByDistance, in_training_pass, while_decoding
 from engine.evaluation.results_table import load_results
+from models.sampling import Sampling, image_seeds
+from orders.config import OrderConfig
+from orders.schedule import default_steps
+from scripts.picture_flags import GeneratorConfig
 from util.cli import Parser, exit_on_user_error, from_args, path_ending_in
 from util.data.codes import open_codes
-from util.dist import DeviceConfig
 from util.errors import UserError, reading
 from util.files import check_output_dir, write_json
 from util.plots import SUFFIXES, plot_attention, plot_curves
@@ -130,17 +134,10 @@ def quality(args: argparse.Namespace) -> None:
 
 def attention(args: argparse.Namespace) -> None:
     """Measure and draw how far attention reaches, per layer and head; writes the figures as JSON beside the plot."""
-    # These take seconds to load, and the other plots do without them.
-    from engine.attention import AttentionByDistance, in_training_pass, while_decoding
-    from engine.image_generator import ImageGenerator
-    from models.sampling import Sampling, image_seeds
-    from orders.config import OrderConfig
-    from orders.schedule import default_steps
-
     if args.num_images < 1:
         raise UserError(f"--num_images is {args.num_images}; it must be at least 1.")
     sampling = from_args(Sampling, args)
-    generator = ImageGenerator(args.pretrained_ckpt, args.vqgan_path, device=args.device, use_ema=args.use_ema)
+    generator = from_args(GeneratorConfig, args).open_generator()
     model, config, device = generator.model, generator.model.config, generator.device
     sampling.check_top_k(config.vocab_size)
     if args.generation_steps is None:
@@ -168,7 +165,7 @@ def attention(args: argparse.Namespace) -> None:
             in_training_pass(model, codes.to(device), labels.to(device), drawn, orders.group_sizes, measured)
     figures = {
         "measured": "while decoding" if dataset is None else "in a training pass",
-        "checkpoint": str(args.pretrained_ckpt),
+        "checkpoint": str(generator.source),
         "group_sizes": list(orders.group_sizes),
         "order": orders.spec.kind,
         "num_images": len(numbers),
@@ -181,9 +178,6 @@ def attention(args: argparse.Namespace) -> None:
 
 
 def _parser() -> Parser:
-    from models.sampling import Sampling
-    from orders.config import OrderConfig
-
     parser = Parser(prog="python -m scripts.plots", description="Plots of runs and of what a model attends to.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
@@ -203,9 +197,7 @@ def _parser() -> Parser:
     added.add_argument("--figure", choices=tuple(FIGURES), default="frechet_distance", help="what is drawn")
 
     added = command(attention)
-    added.add_argument("--pretrained_ckpt", required=True, help="checkpoint, exported folder, or a name on the hub")
-    added.add_argument("--vqgan_path", help="its tokenizer (default: that of the exported folder)")
-    added.add_argument("--use_ema", action="store_true", help="the moving average of the weights")
+    added.add_config(GeneratorConfig)
     added.add_argument(
         "--cached_path", type=Path, help="code cache: measure a training pass over its images instead of decoding"
     )
@@ -214,7 +206,6 @@ def _parser() -> Parser:
     added.add_argument("--steps", dest="generation_steps", metavar="STEPS", type=int, help="decoding steps")
     added.add_config(OrderConfig, skip=("generation_steps",))
     added.add_config(Sampling)
-    added.add_config(DeviceConfig)
     return parser
 
 

@@ -1,4 +1,4 @@
-"""What holds for all tests: one thread, a fixed seed, no GPU tests without a GPU."""
+"""What holds for all tests: one thread, a fixed seed, and none without the GPU or the browser that it needs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 import torch
 
+from tests.helpers.browser import missing
+
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
@@ -19,7 +21,8 @@ def _seed() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+    lacking = {"gpu": "" if torch.cuda.is_available() else "needs a CUDA GPU", "browser": missing()}
+    for item in items:
+        for mark, reason in lacking.items():
+            if reason and mark in item.keywords:
+                item.add_marker(pytest.mark.skip(reason=reason))

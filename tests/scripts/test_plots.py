@@ -13,12 +13,9 @@ import numpy as np
 import pytest
 
 import scripts.plots
-from engine.hub.export import export
 from tests.helpers.commands import run
-from tests.helpers.evaluation_case import CLASSES, SIZE, networks
 from tests.helpers.pictures import assert_not_blank
-from tokenizers import save_tokenizer
-from util.checkpoint import save_checkpoint
+from tests.helpers.tiny_generator import NAMES, write_model
 from util.data.codes import CacheHeader
 
 SETTINGS = {
@@ -106,13 +103,20 @@ def test_quality_is_a_curve_per_setting_that_differs(tmp_path: Path, drawn: list
 
 def test_attention_of_a_model(tmp_path: Path) -> None:
     """By command, while decoding and over a code cache: JSON beside the picture."""
-    model, tokenizer = networks()
-    content = {"model": model.float().state_dict(), "config": dataclasses.asdict(model.config)}
-    save_checkpoint(tmp_path / "model.pth", content)
-    save_tokenizer(tokenizer, tmp_path / "tokenizer.pt")
-    export(tmp_path / "model.pth", tmp_path / "exported", vqgan_path=tmp_path / "tokenizer.pt")
+    model, tokenizer = write_model(tmp_path, img_size=16)
     output = ("--device", "cpu", "--output", tmp_path / "attention.png")
-    command = ("attention", "--pretrained_ckpt", tmp_path / "exported", "--num_images", 9, "--steps", 4, *output)
+    command = (
+        "attention",
+        "--pretrained_ckpt",
+        model,
+        "--vqgan_path",
+        tokenizer,
+        "--num_images",
+        9,
+        "--steps",
+        4,
+        *output,
+    )
     assert run(scripts.plots.main, *command, "--cfg", 2) == 0
     figures = json.loads((tmp_path / "attention.json").read_text())
     assert (figures["measured"], figures["num_images"], figures["num_queries"]) == ("while decoding", 9, 9 * 16)
@@ -124,9 +128,9 @@ def test_attention_of_a_model(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     for name in ("codes.npy", "codes_flip.npy"):
         np.save(cache / name, rng.integers(0, 12, (5, 16)).astype(np.uint16))
-    np.save(cache / "labels.npy", np.arange(5) % CLASSES)
+    np.save(cache / "labels.npy", np.arange(5))
     header = CacheHeader(
-        img_size=SIZE, grid_size=4, num_images=5, classes=list("abcde"), tokenizer_sha256="", vocab_size=12, source=""
+        img_size=16, grid_size=4, num_images=5, classes=NAMES, tokenizer_sha256="", vocab_size=12, source=""
     )
     (cache / "header.json").write_text(json.dumps(dataclasses.asdict(header)))
     assert run(scripts.plots.main, *command, "--cached_path", cache) == 0
