@@ -20,6 +20,7 @@ from engine.recipes import EXPECTED
 from models.lpd import LPD, LPDConfig, load_weights
 from tokenizers import VQModel, load_tokenizer
 from util.dist import Dist
+from util.errors import about
 from util.files import check_output_dir, sha256
 from util.folder_lock import FolderLock
 
@@ -84,7 +85,8 @@ def prepare_evaluation(config: Config, dist: Dist, lock: FolderLock) -> Prepared
     checkpoint = load_pretrained(weights_file, config.use_ema)
     tokenizer = load_tokenizer(tokenizer_file, dist.device)
     check_tokenizer(checkpoint, weights_file, sha256(tokenizer_file))
-    model_config = config.model.resolve(checkpoint.get("config"), tokenizer.stride, tokenizer.config.codebook_size)
+    with about(weights_file):
+        model_config = config.model.resolve(checkpoint.get("config"), tokenizer.stride, tokenizer.config.codebook_size)
     classes = class_names(model_config, checkpoint.get("classes"))
     inputs = open_inputs(config.evaluation, model_config, dist, classes, download=download)
     if inputs.orders.rows is not None:
