@@ -17,7 +17,7 @@ from PIL import Image
 
 from engine.generate import generate_images
 from engine.hub.remote import choose_tokenizer, choose_weights, find_file, own_tokenizer
-from engine.model_choice import class_names, load_pretrained, recorded_config
+from engine.model_choice import check_tokenizer, class_names, load_pretrained, recorded_config
 from models import config_of_weights
 from models.lpd import LPD, load_weights
 from models.sampling import Sampling, image_seeds
@@ -26,6 +26,7 @@ from orders.schedule import default_steps
 from tokenizers import load_tokenizer
 from util.dist import resolve_device
 from util.errors import UserError
+from util.files import sha256
 
 
 class ImageGenerator:
@@ -56,7 +57,12 @@ class ImageGenerator:
         codes = own_tokenizer(Path(checkpoint)) if tokenizer is None else Path(tokenizer)
         if codes is None:
             raise UserError(f"{checkpoint} is a file: give its tokenizer as well; an exported folder has its own.")
-        self.tokenizer = load_tokenizer(find_file(codes, choose_tokenizer), self.device)
+        tokenizer_file = find_file(codes, choose_tokenizer)
+        self.tokenizer = load_tokenizer(tokenizer_file, self.device)
+        check_tokenizer(content, weights, sha256(tokenizer_file))
+        files = {"pretrained_ckpt": weights, "vqgan_path": tokenizer_file}
+        # Path and hash of the files, as the results of an evaluation have them.
+        self.files = {name: {"path": str(path), "sha256": sha256(path)} for name, path in files.items()}
         config = recorded_config(content, weights) or config_of_weights(content["model"], self.tokenizer.stride)
         model = LPD(config)
         load_weights(model, content["model"], str(weights))

@@ -45,11 +45,11 @@ def load_tokenizer(path: str | Path, device: str | torch.device = "cpu") -> VQMo
     except UserError as error:
         raise UserError(f"tokenizer file: {str(error).rstrip('.')}; {RELEASED}.") from error
     state, described = content["model"], content.get("config")
+    _check_kind(state, described, path)
     try:
         if path.suffix == ".safetensors":
             with safetensors.safe_open(path, framework="pt") as file:
                 described = json.loads((file.metadata() or {}).get("config", "null"))
-        _check_kind(state, described, path)
         config = VQConfig(**described or {})
     except (TypeError, ValueError) as error:
         raise UserError(f"tokenizer file {str(path)!r} has a bad config {described!r}: {error}") from error

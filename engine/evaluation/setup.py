@@ -55,7 +55,7 @@ class PreparedEvaluation:
     def _record(self) -> dict[str, Any]:
         """What the results say of how they came about."""
         recipe = self.config.recipe
-        record: dict[str, Any] = {"recipe": recipe, "expected": None}
+        record: dict[str, Any] = {"recipe": recipe, "expected": None, "ema": self.config.use_ema}
         if recipe is not None:
             record |= {"expected": dataclasses.asdict(EXPECTED[recipe]), "changed": recipe_changes(self.config)}
         if self.dist.is_main:
