@@ -110,8 +110,10 @@ def test_a_recipe_is_announced_and_recorded_with_its_changes(
     """Flags behind a recipe win, and the results do not pass for those of the published run."""
     flags = ("--recipe", "lpd_l_res256_steps20", "--model", "lpd_debug", *SIZE, "--no-bf16", "--speed_runs", 0)
     assert run(main_lpd.main, *evaluation(workspace, "recipe"), *flags) == 0
-    announced, _ = json.JSONDecoder().raw_decode(capsys.readouterr().out)
-    assert announced == json.loads((workspace / "recipe" / "eval_settings.json").read_text())
+    printed = capsys.readouterr().out
+    assert "evaluation  20 images, 4 steps, order lpd, guidance 2" in printed
+    assert "all of them: " + str(workspace / "recipe" / "eval_settings.json") in printed
+    announced = json.loads((workspace / "recipe" / "eval_settings.json").read_text())
     assert announced["published"]["fid"] == 2.40
     assert announced["settings"]["repulsion_threshold"] == 2
     record = json.loads((workspace / "recipe" / "results.json").read_text())["record"]
