@@ -16,8 +16,7 @@ from util.logger import setup_logging
 def main() -> None:
     parser = Parser(
         description="Cache the tokenizer's codes of images, once plain and once mirrored, for training. A killed run "
-        "is resumed by the same command, with any number of processes; a finished cache is verified, and new images "
-        "are added."
+        "is resumed by the same command, with any number of processes; to a finished one new images are added."
     )
     parser.add_config(CacheConfig)
     add_unused_tokenizer_flags(parser)

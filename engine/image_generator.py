@@ -104,10 +104,11 @@ class ImageGenerator:
         tokenizer_file = find_file(
             _tokenizer_of(self.source) if tokenizer is None else Path(tokenizer), choose_tokenizer
         )
-        self.files = {"pretrained_ckpt": weights, "vqgan_path": tokenizer_file}
         self.tokenizer = load_tokenizer(tokenizer_file, self.device)
-        if content.get("tokenizer_sha256") is not None:
-            check_tokenizer(content, weights, sha256(tokenizer_file))
+        check_tokenizer(content, weights, sha256(tokenizer_file))
+        files = {"pretrained_ckpt": weights, "vqgan_path": tokenizer_file}
+        # Path and hash of the files, as the results of an evaluation have them.
+        self.files = {name: {"path": str(path), "sha256": sha256(path)} for name, path in files.items()}
         config = recorded_config(content, weights) or config_of_weights(content["model"], self.tokenizer.stride)
         for name, own, needed in (
             ("stride", self.tokenizer.stride, config.stride),

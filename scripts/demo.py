@@ -19,14 +19,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+from engine.evaluation.compare import Comparison
 from engine.evaluation.config import EvalConfig
-from engine.evaluation.evaluate import evaluate
-from engine.evaluation.inputs import open_inputs
 from engine.image_generator import ImageGenerator
 from engine.scoring.config import ScoringConfig
 from engine.scoring.features import load_feature_extractor
 from models.sampling import Sampling
-from orders.config import OrderConfig
 from scripts.plots import plot_losses
 from scripts.stages import Stages, train_and_judge
 from util.checkpoint import LAST
@@ -125,18 +123,17 @@ def compare_orders(out: Path, device: torch.device, num_images: int) -> str:
         accuracy, distance = scores["class_accuracy"], scores["frechet_distance"]
         lines.append(f"| {NAMES[name]} | {steps} | {accuracy:.1%} | {distance:.2f} | {seconds} |")
 
+    config = EvalConfig(
+        output_dir=out / "eval",
+        num_images=num_images,
+        eval_bsz=num_images // 5,
+        decode_path="plain",  # so small a model is decoded before anything is compiled
+        sampling=Sampling(cfg=CFG),
+        scoring=scoring,
+    )
+    comparison = Comparison(trained, config, dist, {"ema": False, **trained.files}, extractor)
     for order, steps in ROWS:
-        config = EvalConfig(
-            output_dir=out / "eval" / f"{order}_{steps}",
-            num_images=num_images,
-            eval_bsz=num_images // 5,
-            decode_path="plain",  # so small a model is decoded before anything is compiled
-            orders=OrderConfig(order=order, generation_steps=steps),
-            sampling=Sampling(cfg=CFG),
-            scoring=scoring,
-        )
-        inputs = open_inputs(config, trained.model.config, dist, trained.classes, extractor)
-        add(order, steps, evaluate(trained.model, trained.tokenizer, config, inputs, dist))
+        add(order, steps, comparison.results(order, steps))
     for floor in ("real", "reconstructed"):
         add(floor, "–", json.loads((out / "floors" / f"reference_{floor}.json").read_text()))
     return "\n".join(lines)

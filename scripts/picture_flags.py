@@ -15,7 +15,7 @@ from models.sampling import Sampling
 from orders.draw import ORDER_KINDS
 from util.config import part, record, setting
 from util.dist import DeviceConfig
-from util.files import atomic_write, sha256
+from util.files import atomic_write
 
 CFG = 4.0  # where none is asked for: of a class, guidance makes more than it costs
 
@@ -62,10 +62,9 @@ def file_name(number: int, title: str, suffix: str = ".png") -> str:
 
 def write_record(path: Path, generator: ImageGenerator, config: PictureConfig, **made: Any) -> None:
     """One line of JSON, to a file and to stdout: what was made, and all that it follows from."""
-    files = {name: {"path": str(file), "sha256": sha256(file)} for name, file in generator.files.items()}
     device = str(generator.device)
     versions = {"torch": importlib.metadata.version("torch"), "device": device, "bf16": generator.bf16}
-    line = json.dumps(made | {"settings": record(config), "files": files, "environment": versions})
+    line = json.dumps(made | {"settings": record(config), "files": generator.files, "environment": versions})
     with atomic_write(path) as file:
         file.write(f"{line}\n".encode())
     print(line, flush=True)

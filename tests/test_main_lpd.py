@@ -110,8 +110,10 @@ def test_a_recipe_is_announced_and_recorded_with_its_changes(
     """Flags behind a recipe win, and the results do not pass for those of the published run."""
     flags = ("--recipe", "lpd_l_res256_steps20", "--model", "lpd_debug", *SIZE, "--no-bf16", "--speed_runs", 0)
     assert run(main_lpd.main, *evaluation(workspace, "recipe"), *flags) == 0
-    announced, _ = json.JSONDecoder().raw_decode(capsys.readouterr().out)
-    assert announced == json.loads((workspace / "recipe" / "eval_settings.json").read_text())
+    printed = capsys.readouterr().out
+    assert "evaluation  20 images, 4 steps, order lpd, guidance 2" in printed
+    assert "all of them: " + str(workspace / "recipe" / "eval_settings.json") in printed
+    announced = json.loads((workspace / "recipe" / "eval_settings.json").read_text())
     assert announced["published"]["fid"] == 2.40
     assert announced["settings"]["repulsion_threshold"] == 2
     record = json.loads((workspace / "recipe" / "results.json").read_text())["record"]
@@ -344,7 +346,15 @@ def test_swapped_files_and_unusable_folders(workspace: Path, capsys: pytest.Capt
     """A tokenizer or classifier in place of the checkpoint, a file in place of a folder."""
     for name in ("tok/tokenizer.pt", "classifier.pt"):
         assert run(main_lpd.main, *evaluation(workspace, "wrong"), "--pretrained_ckpt", workspace / name) == 2
-        assert capsys.readouterr().err.splitlines()[-1].startswith("error: the checkpoint is not one of an LPD model")
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith(f"error: {workspace / name}: the checkpoint is not one of an LPD model")
+    # And the other way round:
+    for file, said in (
+        (workspace / "lpd" / "checkpoint-last.pth", "is a checkpoint of an LPD model, not a tokenizer"),
+        (workspace / "classifier.pt", "is not a tokenizer: its config has arch, input_size, num_classes"),
+    ):
+        assert run(main_lpd.main, *evaluation(workspace, "wrong"), "--vqgan_path", file) == 2
+        assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {file} {said}")
     for arguments in (training(workspace), evaluation(workspace, "wrong")):
         assert run(main_lpd.main, *arguments, "--output_dir", workspace / "classifier.pt") == 2
         assert "is a file" in capsys.readouterr().err
@@ -355,7 +365,14 @@ def test_resuming_with_another_batch_or_tokenizer_is_refused(
 ) -> None:
     """The steps of a run are counted in its global batches; its codes belong to its tokenizer."""
     assert run(main_lpd.main, *training(workspace), "--epochs", 3, "--batch_size", 4) == 2
-    assert "global_batch 8 (--batch_size × --grad_accum × processes), this one has 4" in capsys.readouterr().err
+    checkpoint = workspace / "lpd" / "checkpoint-last.pth"
+    said = capsys.readouterr().err
+    assert f"error: checkpoint {checkpoint} is of a run with global_batch 8 (--batch_size × --grad_accum" in said
+    assert "another --output_dir" in said
+    assert run(main_lpd.main, *training(workspace), "--epochs", 3, "--model", "lpd_tiny") == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"error: {checkpoint}: the checkpoint is of a model with embed_dim 32, but --model lpd_tiny")
+    assert said.endswith("This run is resumed from it; for a new one give another --output_dir.")
     other = load_checkpoint(workspace / "lpd" / "checkpoint-last.pth") | {"tokenizer_sha256": "f" * 64}
     save_checkpoint(workspace / "other.pth", other)
     arguments = (*training(workspace), "--output_dir", workspace / "wrong", "--epochs", 3)

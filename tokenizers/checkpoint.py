@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import safetensors
 import safetensors.torch
@@ -47,6 +48,7 @@ def load_tokenizer(path: str | Path, device: str | torch.device = "cpu") -> VQMo
     except UserError as error:
         raise UserError(f"tokenizer file: {str(error).rstrip('.')}; {RELEASED}.") from error
     state, described = content["model"], content.get("config")
+    _check_kind(state, described, path)
     try:
         if path.suffix == ".safetensors":
             with safetensors.safe_open(path, framework="pt") as file:
@@ -118,6 +120,20 @@ def picture_size(asked: int | None, tokenizer: VQModel | None) -> int:
     if tokenizer is not None and asked is None and trained is None:
         logger.info("the tokenizer does not record the size of its pictures; taking 256 px (--img_size)")
     return next(size for size in (asked, trained, 256) if size is not None)
+
+
+def _check_kind(state: dict[str, Tensor], described: Any, path: Path) -> None:
+    """Refuse what is something else than a tokenizer."""
+    if "class_emb.weight" in state:
+        raise UserError(
+            f"{path} is a checkpoint of an LPD model, not a tokenizer; give it as --pretrained_ckpt, and the tokenizer "
+            "of its codes as --vqgan_path."
+        )
+    if isinstance(described, dict) and (unknown := described.keys() - VQConfig.__dataclass_fields__.keys()):
+        raise UserError(
+            f"{path} is not a tokenizer: its config has {', '.join(sorted(unknown))}; {RELEASED}, "
+            "python -m tokenizers.train makes one."
+        )
 
 
 def _check_parameters(state: dict[str, Tensor], expected: dict[str, Tensor], path: Path) -> None:

@@ -36,6 +36,16 @@ def reason_of(error: Exception) -> str:
 
 
 @contextlib.contextmanager
+def about(path: str | Path, remedy: str = "") -> Iterator[None]:
+    """Let the UserErrors of a block name the file that they are about, and what to do about it."""
+    try:
+        yield
+    except UserError as error:
+        text = str(error) if str(path) in str(error) else f"{path}: {error}"
+        raise UserError(f"{text} {remedy}".strip()) from None
+
+
+@contextlib.contextmanager
 def reading(what: str, path: str | Path) -> Iterator[None]:
     """Turn whatever a damaged file makes of its readers into a UserError that names ``what``, the file and the reason.
 

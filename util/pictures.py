@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,6 +36,15 @@ def save_png(image: Tensor | NDArray[np.uint8] | Image.Image, path: str | Path) 
         image = Image.fromarray(np.asarray(image))
     with atomic_write(path) as file:
         image.save(file, format="PNG")
+
+
+def picture_name(number: int, class_name: str) -> str:
+    """File name of a numbered picture that says its class, such as ``000012-golden_retriever.png``.
+
+    Letters and digits of any script are kept, all else becomes an underscore, and long names are cut.
+    """
+    words = re.sub(r"[^\w-]+", "_", class_name).strip("_")[:40]
+    return f"{number:06}-{words}.png" if words else f"{number:06}.png"
 
 
 def image_grid(

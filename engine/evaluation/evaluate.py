@@ -31,7 +31,14 @@ from engine.decoding.decoder import Decoder
 from engine.decoding.latency import PUBLISHED_BATCH_SIZE, measure_latency, synchronize
 from engine.evaluation.config import EvalConfig
 from engine.evaluation.inputs import EvalInputs
-from engine.evaluation.outputs import append_results, describe_environment, draw_grid, grid_indices, write_adm_npz
+from engine.evaluation.outputs import (
+    append_results,
+    describe_environment,
+    draw_grid,
+    grid_indices,
+    write_adm_npz,
+    write_labels,
+)
 from engine.evaluation.partial_results import BatchResult, PartialResults, read_parts, weights_summary
 from engine.scoring.features import SPATIAL_DIM, FeatureExtractor
 from engine.scoring.metrics import adm_scores, conventions, score
@@ -42,7 +49,7 @@ from tokenizers import VQModel
 from util.dist import Dist
 from util.errors import UserError
 from util.files import sha256, write_json
-from util.pictures import save_png
+from util.pictures import picture_name, save_png
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +106,7 @@ class _Evaluation:
         self.model, self.tokenizer, self.config, self.dist = model, tokenizer, config, dist
         self.orders, self.reference, self.extractor = inputs.orders, inputs.reference, inputs.extractor
         self.classes = inputs.classes
+        self.class_names = self.classes or [f"class {label}" for label in range(model.config.class_num)]
         sizes = self.orders.group_sizes
         # The schedule and the orders are recorded as they are used, whatever flag or file they come from.
         self.recorded = util.config.record(config) | config.orders.used(self.orders.spec)
@@ -210,7 +218,10 @@ class _Evaluation:
 
     def _write_png(self, index: int, pixels: NDArray[np.uint8]) -> None:
         self.png_dir.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(self.png_dir / f"{index:06}.png", compress_level=1)
+        Image.fromarray(pixels).save(self.png_dir / self._png_name(index), compress_level=1)
+
+    def _png_name(self, index: int) -> str:
+        return picture_name(index, self.class_names[self.labels[index]])
 
     def finish(self, record: dict[str, Any]) -> dict[str, Any]:
         """Score what all processes made, write the results and drop the partial state."""
@@ -284,9 +295,11 @@ class _Evaluation:
         save_png(draw_grid(shown, self.grid_indices, self.labels.numpy(), self.classes), folder / "grid.png")
         # After a kill in the middle of this function the pictures may have been moved already.
         if self.png_dir.exists():
+            names, labels = [self._png_name(index) for index in range(config.num_images)], self.labels.numpy()
             if config.save_npz:
-                write_adm_npz(folder / "samples.npz", self.png_dir, self.labels.numpy(), config.seed)
+                write_adm_npz(folder / "samples.npz", [self.png_dir / name for name in names], labels, config.seed)
             if config.save_images:
+                write_labels(self.png_dir, names, labels, self.class_names)
                 shutil.rmtree(self.images_dir, ignore_errors=True)
                 os.replace(self.png_dir, self.images_dir)
         # A call that found all images there may be the second after a kill that came when the line was written.

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.metadata
+import io
 import json
 import platform
 import re
@@ -24,6 +26,7 @@ from util.files import atomic_write
 from util.pictures import image_grid
 
 RECORDED_PACKAGES = ("torch", "torchvision", "torch-fidelity", "timm", "numpy", "scipy", "pillow")
+LABELS = "labels.csv"
 GRID_CLASSES, GRID_IMAGES_PER_CLASS = 10, 8
 MEASURED_ANEW = ("images_per_sec", "latency_s", "throughput_images_per_sec", "environment")
 
@@ -47,12 +50,22 @@ def draw_grid(
 def check_replaceable(folder: Path) -> None:
     """Refuse a folder of images that is not the output of an earlier evaluation, since it will be replaced."""
     names = [path.name for path in folder.iterdir()] if folder.exists() else []
-    foreign = [name for name in names if not re.fullmatch(r"\d{6,}\.png", name)]
+    foreign = [name for name in names if name != LABELS and not re.fullmatch(r"\d{6,}(-[\w-]+)?\.png", name)]
     if foreign:
         raise UserError(f"{folder} holds {foreign[0]!r}, which no evaluation wrote; choose another --output_dir.")
 
 
-def write_adm_npz(path: Path, png_dir: Path, labels: NDArray[np.int64], seed: int) -> None:
+def write_labels(folder: Path, names: Sequence[str], labels: NDArray[np.int64], classes: Sequence[str]) -> None:
+    """Write ``labels.csv`` beside the images of these names: a list of images as every command takes it."""
+    text = io.StringIO(newline="")
+    rows = csv.writer(text)
+    rows.writerow(["image", "class", "label"])
+    rows.writerows([name, classes[label], label] for name, label in zip(names, labels.tolist(), strict=True))
+    with atomic_write(folder / LABELS) as file:
+        file.write(text.getvalue().encode())
+
+
+def write_adm_npz(path: Path, files: Sequence[Path], labels: NDArray[np.int64], seed: int) -> None:
     """`arr_0` uint8 (N, H, W, 3) and `arr_1` labels int64 (N,), shuffled together.
 
     The ADM evaluator splits the file in order for its Inception Score, which images sorted by class would cap. Images
@@ -61,7 +74,7 @@ def write_adm_npz(path: Path, png_dir: Path, labels: NDArray[np.int64], seed: in
     order = np.random.default_rng(seed).permutation(len(labels))
 
     def load(index: int) -> NDArray[np.uint8]:
-        return np.asarray(Image.open(png_dir / f"{index:06}.png"))
+        return np.asarray(Image.open(files[index]))
 
     header = {"descr": "|u1", "fortran_order": False, "shape": (len(labels), *load(0).shape)}
     with atomic_write(path) as file, zipfile.ZipFile(file, "w") as archive, ThreadPoolExecutor() as pool:

@@ -15,6 +15,11 @@ from util.files import atomic_write
 
 # Column: where its value stands in results.json, and its format.
 COLUMNS = {
+    "order": ("settings.order", ""),
+    "steps": ("settings.generation_steps", "d"),
+    "guidance": ("settings.cfg", "g"),
+    "checkpoint": ("record.pretrained_ckpt.path", ""),
+    "EMA": ("record.ema", ""),
     "images": ("num_images", "d"),
     "FID, published": ("record.expected.fid", ".2f"),
     "FID": ("fid", ".2f"),
@@ -29,6 +34,7 @@ COLUMNS = {
     "latency s": ("latency_s", ".4f"),
     "images/s, published": ("record.expected.images_per_sec", ".1f"),
     "images/s": ("throughput_images_per_sec", ".1f"),
+    "s/image": ("sec_per_image", ".4f"),
     "images/s with scoring": ("images_per_sec", ".1f"),
     "features": ("extractor.name", ""),
     "statistics": ("reference.path", ""),
@@ -44,16 +50,23 @@ def _value(results: Any, keys: str) -> Any:
     return results
 
 
-def _row(path: Path, results: dict[str, Any]) -> Row:
+def row_of(folder: Path, results: dict[str, Any]) -> Row:
     """A run, named after its recipe and what was changed of it, or after its folder."""
     recipe, changes = _value(results, "record.recipe"), _value(results, "record.changed") or {}
     changed_recipe = [recipe, *(f"{flag} {value}" for flag, value in changes.items())]
-    row = {"run": path.absolute().parent.name if recipe is None else ", ".join(changed_recipe)}
+    row = {"run": folder.absolute().name if recipe is None else ", ".join(changed_recipe)}
     for column, (keys, form) in COLUMNS.items():
         if (value := _value(results, keys)) is not None:
             row[column] = format(value, form)
     if "FID" in row:
         row.pop("Fréchet distance", None)  # the same number
+    if (epoch := _value(results, "record.epoch")) is not None:
+        row["checkpoint"] = f"epoch {epoch}"
+    elif "checkpoint" in row:
+        file = Path(row["checkpoint"])
+        row["checkpoint"] = f"{file.parent.name}/{file.name} ({results['record']['pretrained_ckpt']['sha256'][:8]})"
+    if "EMA" in row:
+        row["EMA"] = "yes" if _value(results, "record.ema") else "no"
     if "statistics" in row:
         row["statistics"] = f"{Path(row['statistics']).name} ({results['reference']['sha256'][:8]})"
     if (processes := _value(results, "environment.world_size")) != 1 and "device" in row:
@@ -78,7 +91,8 @@ def load_results(path: Path) -> list[dict[str, Any]]:
 
 def read_results(path: Path) -> list[Row]:
     """The table's rows of :func:`load_results`."""
-    return [_row(path, results) for results in load_results(path)]
+    folder = path if path.is_dir() else path.parent
+    return [row_of(folder, results) for results in load_results(path)]
 
 
 def markdown_table(rows: list[Row]) -> str:

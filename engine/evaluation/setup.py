@@ -21,6 +21,7 @@ from engine.recipes import EXPECTED
 from models.lpd import LPD, LPDConfig, load_weights
 from tokenizers import VQModel, load_tokenizer, log_quality
 from util.dist import Dist
+from util.errors import about
 from util.files import check_output_dir, sha256
 from util.folder_lock import FolderLock
 
@@ -55,7 +56,7 @@ class PreparedEvaluation:
     def _record(self) -> dict[str, Any]:
         """What the results say of how they came about."""
         recipe = self.config.recipe
-        record: dict[str, Any] = {"recipe": recipe, "expected": None}
+        record: dict[str, Any] = {"recipe": recipe, "expected": None, "ema": self.config.use_ema}
         if recipe is not None:
             record |= {"expected": dataclasses.asdict(EXPECTED[recipe]), "changed": recipe_changes(self.config)}
         if self.dist.is_main:
@@ -86,7 +87,8 @@ def prepare_evaluation(config: Config, dist: Dist, lock: FolderLock) -> Prepared
     tokenizer = load_tokenizer(tokenizer_file, dist.device)
     log_quality(tokenizer_file)
     check_tokenizer(checkpoint, weights_file, sha256(tokenizer_file))
-    model_config = config.model.resolve(checkpoint.get("config"), tokenizer.stride, tokenizer.config.codebook_size)
+    with about(weights_file):
+        model_config = config.model.resolve(checkpoint.get("config"), tokenizer.stride, tokenizer.config.codebook_size)
     classes = class_names(model_config, checkpoint.get("classes"))
     inputs = open_inputs(config.evaluation, model_config, dist, classes, download=download)
     if inputs.orders.rows is not None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -38,7 +40,7 @@ from util.data.codes import CodeDataset
 from util.data.images import ImageDataset
 from util.data.sampler import GlobalBatchSampler
 from util.dist import Dist
-from util.errors import UserError
+from util.errors import UserError, about
 from util.files import check_output_dir, sha256
 from util.folder_lock import FolderLock
 from util.signals import exit_status
@@ -57,6 +59,12 @@ class StartingPoint:
     @property
     def step(self) -> int:
         return self.content["step"] if self.resumed else 0
+
+    def named(self) -> AbstractContextManager[None]:
+        """Errors about it name it, and say how to begin without it."""
+        return about(
+            self.path, "This run is resumed from it; for a new one give another --output_dir." if self.resumed else ""
+        )
 
 
 @dataclass(frozen=True)
@@ -112,6 +120,7 @@ class PreparedTraining:
                 self.dist,
                 tokenizer=self.tokenizer,
                 resume=start.content if start is not None and start.resumed else None,
+                resume_from="" if start is None else f"checkpoint {start.path}",
                 metadata={
                     "args": record(self.config),
                     "classes": self.dataset.classes,
@@ -178,13 +187,14 @@ def prepare_training(config: Config, dist: Dist, lock: FolderLock) -> PreparedTr
         tokenizer_sha256 = dataset.header.tokenizer_sha256
     validation = open_validation(config.data, dataset, codes, tokenizer, tokenizer_sha256)
     resumed = start is not None and start.resumed
-    if start is not None:
-        check_tokenizer(start.content, start.path, tokenizer_sha256)
-        if not resumed:
-            _check_classes(config, start, dataset.classes)
     num_classes = len(dataset.classes)
     choice = dataclasses.replace(config.model, img_size=codes.img_size)
-    model_config = choice.resolve(recorded, codes.stride, codes.vocab_size, num_classes, resizable=not resumed)
+    with contextlib.nullcontext() if start is None else start.named():
+        if start is not None:
+            check_tokenizer(start.content, start.path, tokenizer_sha256)
+            if not resumed:
+                _check_classes(config, start, dataset.classes)
+        model_config = choice.resolve(recorded, codes.stride, codes.vocab_size, num_classes, resizable=not resumed)
     if isinstance(dataset, CodeDataset):
         dataset.vocab_size = codes.vocab_size
     classes = class_names(model_config, dataset.classes)

@@ -54,6 +54,7 @@ class Trainer:
         tokenizer: encodes images; not needed for cached codes.
         resume: a checkpoint of an earlier run of this one; its `model` is loaded already. It is emptied once it is
             loaded, so that it does not stay in memory.
+        resume_from: what messages call it.
         metadata: plain data stored in every checkpoint (flags, class names, tokenizer hash).
         evaluate: called as (model, epoch) every `eval_freq` epochs and after the last, on all processes; once more when
             a run is resumed just there, since it may have been killed in the middle.
@@ -78,6 +79,7 @@ class Trainer:
         *,
         tokenizer: VQModel | None = None,
         resume: dict[str, Any] | None = None,
+        resume_from: str = "the checkpoint",
         metadata: dict[str, Any] | None = None,
         evaluate: Callable[[LPD, int], None] | None = None,
         validate: Callable[[LPD], float] | None = None,
@@ -99,7 +101,7 @@ class Trainer:
         shares = parse_shares(config.train_orders)
         self.orders = OrderMixture(shares, model.config.grid_size, schedules, config.seed)
         self.train_step = TrainStep(model, config, dist)
-        self.start_step = 0 if resume is None else self._load(resume)
+        self.start_step = 0 if resume is None else self._load(resume, resume_from)
 
     def _sampler(self, start: int, num_steps: int) -> GlobalBatchSampler:
         size, dist = len(self.dataset), self.dist
@@ -107,19 +109,20 @@ class Trainer:
             size, self.global_batch, dist.rank, dist.world_size, self.config.seed, start, num_steps
         )
 
-    def _load(self, checkpoint: dict[str, Any]) -> int:
+    def _load(self, checkpoint: dict[str, Any], source: str) -> int:
         """Load the state of an earlier run of this one and empty `checkpoint`; the step to resume from."""
         for name, value in self.counted_in.items():
             if checkpoint[name] != value:
                 flags = " (--batch_size × --grad_accum × processes)" if name == "global_batch" else ""
                 raise UserError(
-                    f"the checkpoint is of a run with {name} {checkpoint[name]}{flags}, this one has {value}; resume "
-                    "with the same, or start a new run from its weights with --pretrained_ckpt."
+                    f"{source} is of a run with {name} {checkpoint[name]}{flags}, this one has {value}; resume "
+                    "with the same, or start a new run in another --output_dir, from these weights with "
+                    "--pretrained_ckpt."
                 )
         start_step = int(checkpoint["step"])
         if start_step > self.total_steps:
             raise UserError(
-                f"--epochs is {self.config.epochs}, but the checkpoint was saved after "
+                f"--epochs is {self.config.epochs}, but {source} was saved after "
                 f"{start_step / self.steps_per_epoch:.4g} epochs; give more epochs or another --output_dir."
             )
         self._warn_of_other_orders(checkpoint.get("args") or {})

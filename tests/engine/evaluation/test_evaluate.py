@@ -44,7 +44,7 @@ from tests.helpers.evaluation_case import (
 )
 from tests.helpers.pictures import assert_shows
 from tests.helpers.processes import ALONE, meeting_place, rank_variables
-from util.data.images import ImageFolder
+from util.data.images import ImageFiles, ImageFolder, open_images
 from util.data.loading import image_batches
 from util.errors import UserError
 from util.files import sha256
@@ -70,13 +70,14 @@ def output_dir(tmp_path: Path) -> Path:
 
 
 def png_bytes(folder: Path) -> dict[str, np.ndarray]:
-    return {path.name: np.asarray(Image.open(path)) for path in (folder / "images").iterdir()}
+    """The pictures by their numbers; their names say the class too."""
+    return {path.name[:6]: np.asarray(Image.open(path)) for path in (folder / "images").glob("*.png")}
 
 
 def assert_same(folder: Path, results: dict[str, Any], whole: tuple[Path, dict[str, Any]]) -> None:
     expected = png_bytes(whole[0])
     found = png_bytes(folder)
-    assert sorted(found) == sorted(expected) == [f"{i:06}.png" for i in range(NUM_IMAGES)]
+    assert sorted(found) == sorted(expected) == [f"{i:06}" for i in range(NUM_IMAGES)]
     assert all(np.array_equal(found[name], expected[name]) for name in expected)
     assert {name: results[name] for name in SCORES} == pytest.approx(
         {name: whole[1][name] for name in SCORES}, rel=1e-6
@@ -200,10 +201,28 @@ def test_results_say_what_was_done(whole: tuple[Path, dict[str, Any]]) -> None:
     assert "fid" not in results
 
 
+def test_names_and_a_list_say_the_classes_of_pictures(whole: tuple[Path, dict[str, Any]], output_dir: Path) -> None:
+    """The list beside the pictures is one that every command takes."""
+    labels = image_labels(NUM_IMAGES, CLASSES).numpy()
+    listed = open_images(whole[0] / "images" / "labels.csv", SIZE)
+    assert isinstance(listed, ImageFiles)
+    assert listed.paths == [f"{i:06}-class_{label}.png" for i, label in enumerate(labels)]
+    assert [listed.classes[label] for label in listed.labels] == [f"class {label}" for label in labels]
+    model, tokenizer = networks()
+    config = eval_config(output_dir, num_images=CLASSES, feature_extractor=None, save_images=True)[0]
+    names = ("tench, Tinca tinca", "Äpfel/Birnen", "../..", "a" * 99, "x")
+    evaluate(model, tokenizer, config, open_inputs(config, model.config, ALONE, names), ALONE)
+    written = sorted(path.name for path in (output_dir / "images").glob("*.png"))
+    assert written == [
+        "000000-tench_Tinca_tinca.png", "000001-Äpfel_Birnen.png", "000002.png", f"000003-{'a' * 40}.png",
+        "000004-x.png",
+    ]  # fmt: skip
+
+
 def test_grid_shows_the_first_images_of_each_class(whole: tuple[Path, dict[str, Any]]) -> None:
     images, labels = png_bytes(whole[0]), image_labels(NUM_IMAGES, CLASSES)
     firsts = [int((labels == label).nonzero()[0]) for label in range(CLASSES)]
-    shown = [images[f"{first + i:06}.png"] for first in firsts for i in range(4)]
+    shown = [images[f"{first + i:06}"] for first in firsts for i in range(4)]
     assert_shows(whole[0] / "grid.png", shown, columns=4).assert_labelled()
 
 

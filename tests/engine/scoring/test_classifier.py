@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +18,10 @@ from engine import classifier
 from engine.scoring.classifier import (
     Classifier,
     ClassifierConfig,
-    ClassifierTrainConfig,
-    augment,
     load_classifier,
     save_classifier,
 )
+from engine.scoring.classifier_training import ClassifierTrainConfig, ClassifierTraining, augment
 from engine.scoring.features import load_feature_extractor
 from tests.helpers.commands import run
 from util.errors import UserError
@@ -78,8 +79,41 @@ def test_a_training_that_diverges_says_so_and_writes_nothing(
     flags = f"--data_path {tmp_path}/train --test_path {tmp_path}/train --output {tmp_path}/c.pt --img_size 16"
     flags += f" --epochs {epochs} --lr 1e30 --device cpu"
     assert run(classifier.main, *flags.split()) == 1
-    assert capsys.readouterr().err.splitlines()[-1].startswith("error: the classifier's outputs are not finite")
-    assert not (tmp_path / "c.pt").exists()
+    assert "not finite" in capsys.readouterr().err.splitlines()[-1]
+    assert not list(tmp_path.glob("c.pt*"))
+
+
+@pytest.mark.parametrize("stop_at", [1, 4, 8, 11])
+def test_a_stopped_training_ends_as_an_uninterrupted_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, stop_at: int
+) -> None:
+    """Bit for bit, in the middle of an epoch and at its end."""
+    write_stripes(tmp_path / "train", 16, seed=0)
+    flags = f"--data_path {tmp_path}/train --test_path {tmp_path}/train --img_size 16 --epochs 3 --batch_size 8".split()
+    flags += ["--device", "cpu"]
+    assert run(classifier.main, *flags, "--output", tmp_path / "whole.pt") == 0
+    step, steps = ClassifierTraining._step, []
+
+    def stopping(self: ClassifierTraining, rows: torch.Tensor) -> torch.Tensor:
+        steps.append(rows)
+        if len(steps) == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(self, rows)
+
+    monkeypatch.setattr(ClassifierTraining, "_step", stopping)
+    assert run(classifier.main, *flags, "--output", tmp_path / "parts.pt") == 75
+    assert run(classifier.main, *flags, "--output", tmp_path / "parts.pt") == 0
+    assert len(steps) == 3 * 4
+    whole, parts = (torch.load(tmp_path / name, weights_only=True)["model"] for name in ("whole.pt", "parts.pt"))
+    assert all(torch.equal(value, parts[name]) for name, value in whole.items())
+    assert not (tmp_path / "parts.pt.state.pth").exists()
+    # Finished: left alone; of another training: refused.
+    capsys.readouterr()
+    assert run(classifier.main, *flags, "--output", tmp_path / "parts.pt") == 0
+    assert len(steps) == 3 * 4
+    assert json.loads(capsys.readouterr().out)["train_images"] == 32
+    assert run(classifier.main, *flags, "--output", tmp_path / "parts.pt", "--lr", 0.1) == 2
+    assert "parts.pt is of a classifier trained with lr 0.002, not 0.1" in capsys.readouterr().err
 
 
 def test_file_restores_the_network(tmp_path: Path, network: Classifier) -> None:
