@@ -38,6 +38,9 @@ from util.files import atomic_write
 logger = logging.getLogger(__name__)
 
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"})
+# What such files may hold, whatever their names; of the others Pillow knows, some run a program (Ghostscript).
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
+MAX_ASPECT = 100  # longer strips would take gigabytes, enlarged until the short side is that of the crop
 SPLITS = ("train", "test")  # by the number that stands for them in an image archive
 CIFAR10_FOLDER = "cifar-10-batches-py"  # as torchvision unpacks it
 
@@ -282,15 +285,35 @@ def list_class_folders(root: Path, extensions: Collection[str], kind: str) -> tu
 
 
 def _find_files(root: Path, extensions: Collection[str]) -> Iterator[str]:
-    """Paths, relative to ``root``, of the files in it and its subfolders; hidden ones are left out."""
-    for folder, _, names in os.walk(root, followlinks=True):
+    """Paths, relative to ``root``, of the files in it and its subfolders; hidden ones are left out.
+
+    Links are followed, but a folder is read once: one that leads back to it, or to a folder that ``root`` lies in, is
+    left out with a warning.
+    """
+    real = root.resolve()
+    above = (os.stat(folder) for folder in (real, *real.parents) if folder.exists())
+    seen = {(status.st_dev, status.st_ino) for status in above}
+    for folder, folders, names in os.walk(root, onerror=_refuse_folder, followlinks=True):
+        links = {name for name in folders if os.path.islink(os.path.join(folder, name))}
+        ordered, folders[:] = sorted(folders, key=lambda name: (name in links, name)), []
+        for name in ordered:
+            status = os.stat(os.path.join(folder, name))
+            if (status.st_dev, status.st_ino) in seen:
+                logger.warning("left out: %s leads to a folder that is read already", os.path.join(folder, name))
+            else:
+                seen.add((status.st_dev, status.st_ino))
+                folders.append(name)
         for name in names:
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in extensions:
                 yield os.path.relpath(os.path.join(folder, name), root)
 
 
+def _refuse_folder(error: OSError) -> None:
+    raise UserError(f"{error.filename} can't be read: {error.strerror}.") from None
+
+
 def load_rgb(source: str | Path | BinaryIO, name: str | None = None) -> Image.Image:
-    """Read any image file as an 8-bit RGB picture, decoded completely, just as ADM's loader does.
+    """Read an image file as an 8-bit RGB picture, decoded completely, just as ADM's loader does.
 
     Grey, palette and CMYK pictures become RGB by Pillow's conversion, which drops an alpha channel and clips 16-bit
     grey at 255 (with a warning: such files should be scaled beforehand). A rotation noted in EXIF is not applied. Of an
@@ -300,19 +323,27 @@ def load_rgb(source: str | Path | BinaryIO, name: str | None = None) -> Image.Im
         name: what messages call a ``source`` that is not a path.
 
     Raises:
-        UserError: naming the image, when it is missing, damaged, not an image, or has floating-point pixels.
+        UserError: naming the image, when it is missing, damaged, not an image, has floating-point pixels, more than
+            179 million of them (Pillow's limit), or sides whose ratio is above ``MAX_ASPECT``.
     """
-    name = repr(str(source)) if name is None else name
+    named = repr(str(source)) if name is None else name
+    if isinstance(source, str | Path) and os.path.exists(source) and not os.path.isfile(source):
+        raise UserError(f"Image file {named} can't be read: it is not a file.")  # reading a pipe would wait forever
     try:
-        with Image.open(source) as image:
+        with Image.open(source, formats=IMAGE_FORMATS) as image:
+            if max(image.size) > MAX_ASPECT * min(image.size):
+                wanted = f"one side may be up to {MAX_ASPECT} times the other"
+                raise UserError(f"Image file {named} is {image.width}×{image.height} pixels; {wanted}.")
             image.load()
+            if image.mode == "F":
+                raise UserError(f"Image file {named} has floating-point pixels; 8-bit images can be used.")
+            if image.mode.startswith("I"):
+                logger.warning("image file %s has 16-bit pixels: what is above 255 becomes white", named)
+            return image.convert("RGB")
+    except UserError:
+        raise
     except UnidentifiedImageError:
-        raise UserError(f"Image file {name} can't be read: it is damaged or not an image.") from None
+        raise UserError(f"Image file {named} can't be read: it is damaged or not an image.") from None
     # Decoders fail on damaged bytes in many ways: OSError, SyntaxError, struct.error, DecompressionBombError, ...
     except Exception as error:
-        raise UserError(f"Image file {name} can't be read: {error}.") from error
-    if image.mode == "F":
-        raise UserError(f"Image file {name} has floating-point pixels; 8-bit images can be used.")
-    if image.mode.startswith("I"):
-        logger.warning("image file %s has 16-bit pixels: what is above 255 becomes white", name)
-    return image.convert("RGB")
+        raise UserError(f"Image file {named} can't be read: {error}.") from error
