@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import logging
 import shutil
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,14 +25,15 @@ from tqdm import tqdm
 
 from tokenizers import exact_precision, load_tokenizer, picture_size
 from util.config import check, setting
-from util.data.codes import HEADER, PARTS, CacheHeader, NpzCodes, write_codes
+from util.data.codes import HEADER, PARTS, CacheHeader, NpzCodes, verify_files, write_codes
 from util.data.images import ImageDataset, open_images
 from util.data.loading import load_batches
 from util.dist import DeviceConfig, Dist
 from util.errors import UserError
-from util.files import atomic_write, sha256, write_json
+from util.files import atomic_write, sha256
 from util.folder_lock import LOCK_FILE, FolderLock
 from util.pictures import to_float
+from util.readers import load_arrays
 
 logger = logging.getLogger(__name__)
 
@@ -81,16 +81,6 @@ def build_cache(config: CacheConfig, dist: Dist) -> CacheHeader:
             2¹⁶ codes, or a ``cached_path`` that holds something else or is written to by another process.
     """
     return _Builder(config, dist).build()
-
-
-def verify_cache(path: str | Path) -> CacheHeader:
-    """Compare every file of a finished code cache with the hash in its header; UserError if one differs."""
-    path = Path(path)
-    header = CacheHeader.read(path / HEADER)
-    for name, expected in header.files.items():
-        if not (path / name).is_file() or sha256(path / name) != expected:
-            raise UserError(f"{path / name} is missing or damaged; delete {path} and cache again.")
-    return header
 
 
 class _Rows(Dataset[tuple[Tensor, str]]):
@@ -166,7 +156,7 @@ class _Builder:
         if (cache / HEADER).exists():
             self._require_same(cache / HEADER)
             logger.info("%s is finished; verifying its files", cache)
-            header = verify_cache(cache)
+            header = verify_files(cache, again=True)
             if header.skipped and not self.config.skip_broken:
                 logger.warning("%s was made without %d broken files, listed in %s", cache, len(header.skipped), HEADER)
             shutil.rmtree(cache / PARTS, ignore_errors=True)
@@ -177,7 +167,7 @@ class _Builder:
         elif any(entry.name not in (PARTS, LOCK_FILE) for entry in cache.iterdir()):
             raise UserError(f"{cache} exists and is not a cache of this format; give --cached_path a new folder.")
         else:
-            write_json(job_file, dataclasses.asdict(self.job))
+            self.job.write(job_file)
         todo = [part for part in self.parts if self._read_part(part) is None]
         if made := len(self.parts) - len(todo):
             logger.info("%s is unfinished: %d of %d parts are there, resuming", cache, made, len(self.parts))
@@ -248,14 +238,17 @@ class _Builder:
     def _read_part(self, part: range) -> tuple[np.ndarray, np.ndarray] | None:
         """Codes (2, n, L) uint16 and why an image is missing (n,), "" for the others; None if absent or damaged."""
         path = self._part_path(part)
+        if not path.exists():
+            return None
         try:
-            with np.load(path) as file:  # checks the archive's CRC
-                return file["codes"], file["reasons"]
-        except FileNotFoundError:
+            codes, reasons = load_arrays("part", path, ("codes", "reasons")).values()
+        except UserError as error:
+            logger.warning("%s It is made again.", error)
             return None
-        except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-            logger.warning("%s is damaged (%s) and is made again", path, error)
+        if codes.shape != (2, len(part), self.job.grid_size**2) or len(reasons) != len(part):
+            logger.warning("%s holds something else and is made again", path)
             return None
+        return codes, reasons
 
     def _join_parts(self) -> CacheHeader:
         """Write the files of the finished cache, all codes in memory (ImageNet's: 1.3 GB), and remove the parts."""

@@ -173,4 +173,4 @@ def write_code_cache(cache: Path, num_images: int, num_tokens: int, vocab_size: 
         tokenizer_sha256="", vocab_size=vocab_size, max_code=vocab_size - 1, crop="adm_center", source="synthetic",
         source_sha256="", skipped=[], files={},
     )  # fmt: skip
-    write_json(cache / HEADER, dataclasses.asdict(header))
+    header.write(cache / HEADER)

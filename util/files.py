@@ -56,6 +56,12 @@ def check_output_dir(path: Path) -> None:
         raise UserError(f"the output folder {path} can't be used: no permission to write to {existing}.")
 
 
+def refuse_link(path: Path) -> None:
+    """Raise UserError if ``path`` is a symbolic link: what is replaced and deleted there would be elsewhere."""
+    if path.is_symlink():
+        raise UserError(f"{path} is a symbolic link, which can't be written through; remove it.")
+
+
 def write_json(path: str | Path, value: Any) -> None:
     """Write ``value`` as indented JSON, atomically."""
     with atomic_write(path) as file:
@@ -68,3 +74,9 @@ def sha256(path: str | Path) -> str:
         raise UserError(f"{path} does not exist or is not a file.")
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def content_sha256(values: dict[str, Any], key: str) -> str:
+    """Hex SHA-256 of a JSON object without the ``key`` that records it; blanks and the order of keys do not matter."""
+    rest = {name: value for name, value in values.items() if name != key}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()

@@ -5,13 +5,13 @@ python -m engine.evaluation.results_table runs/eval/*/results.json --output docs
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from util.cli import Parser, exit_on_user_error
 from util.errors import UserError, reading
 from util.files import atomic_write
+from util.readers import read_json, read_json_lines
 
 # Column: where its value stands in results.json, and its format.
 COLUMNS = {
@@ -68,12 +68,11 @@ def read_results(path: Path) -> list[Row]:
         UserError: if there is no such file, or it is something else.
     """
     path = path / "results.json" if path.is_dir() else path
-    with reading("results", path):
-        text = path.read_text()
-        runs = [json.loads(line) for line in (text.splitlines() if path.suffix == ".jsonl" else [text])]
-    if not all(isinstance(results, dict) and "num_images" in results for results in runs):
+    runs = read_json_lines(path, "num_images") if path.suffix == ".jsonl" else [read_json("results", path)]
+    if not runs or not all(isinstance(results, dict) and "num_images" in results for results in runs):
         raise UserError(f"{path} holds no results of an evaluation; expected a results.json of main_lpd.py --evaluate.")
-    return [_row(path, results) for results in runs]
+    with reading("results", path):
+        return [_row(path, results) for results in runs]
 
 
 def markdown_table(rows: list[Row]) -> str:

@@ -15,9 +15,9 @@ from engine.model_choice import recorded_config
 from models.lpd import LPD, LPDConfig, load_weights
 from orders.schedule import default_steps
 from tokenizers import load_tokenizer
-from util.checkpoint import EXPORT_FORMAT, EXPORTED_CONFIG, EXPORTED_MODEL, description_sha256, load_checkpoint
+from util.checkpoint import EXPORT_FORMAT, EXPORTED_CONFIG, EXPORTED_MODEL, load_checkpoint
 from util.errors import UserError
-from util.files import atomic_write, sha256, write_json
+from util.files import atomic_write, content_sha256, sha256, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -65,7 +65,7 @@ def export(checkpoint: Path, folder: Path, *, ema: bool = False, vqgan_path: Pat
         (folder / name).unlink(missing_ok=True)  # of an earlier export
     described = {"config": vars(config), "classes": content.get("classes"), "tokenizer_sha256": trained_with}
     described = EXPORT_FORMAT | described | {"weights_sha256": sha256(folder / EXPORTED_MODEL)}
-    write_json(folder / EXPORTED_CONFIG, described | {"config_sha256": description_sha256(described)})
+    write_json(folder / EXPORTED_CONFIG, described | {"config_sha256": content_sha256(described, "config_sha256")})
     with atomic_write(folder / CARD) as file:
         file.write(_model_card(folder.name, config, trained_with, tokenizer is not None).encode())
     logger.info("%s: %d tensors, %s", folder, len(tensors), "averaged weights" if ema else "weights")

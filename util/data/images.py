@@ -20,7 +20,6 @@ import io
 import itertools
 import logging
 import os
-import zipfile
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -34,6 +33,7 @@ from torch.utils.data import Dataset
 from util.crop import center_crop_arr
 from util.errors import UserError
 from util.files import atomic_write
+from util.readers import load_arrays
 
 logger = logging.getLogger(__name__)
 
@@ -228,17 +228,9 @@ def write_image_archive(
 
 def _read_archive(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an image archive, checked."""
-    if not path.is_file():
-        raise UserError(f"image archive {path} does not exist.")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("data", "offsets", "labels", "classes", "split") if name in file}
-    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged or not an image archive ({error}).") from None
+    arrays = load_arrays("image archive", path, ("data", "offsets", "labels", "classes"), ("split",))
     kinds = {"data": np.uint8, "offsets": np.integer, "labels": np.integer, "classes": np.str_, "split": np.integer}
     for name, kind in kinds.items():
-        if name not in arrays and name != "split":
-            raise UserError(f"{path} has no array {name!r}; an image archive has data, offsets, labels and classes.")
         if name in arrays and (arrays[name].ndim != 1 or not np.issubdtype(arrays[name].dtype, kind)):
             raise UserError(f"array {name!r} of image archive {path} is not of the type it should be.")
     labels, offsets, size = arrays["labels"], arrays["offsets"].astype(np.int64), len(arrays["data"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,18 @@ def change(path: Path, **arrays: Any) -> None:
     with np.load(path) as file:
         contents = dict(file) | arrays
     np.savez(path, **{name: array for name, array in contents.items() if array is not None})
+
+
+def claim(path: Path, count: int) -> None:
+    """Write the file again with a header of 'data' that claims so many bytes."""
+    with np.load(path) as file:
+        contents = dict(file)
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (count,)})
+    del contents["data"]
+    np.savez(path, **contents)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("data.npy", header.getvalue() + bytes(10))
 
 
 def test_an_image_archive_gives_what_a_folder_of_its_files_gives(archive: Path, tmp_path: Path) -> None:
@@ -88,17 +101,18 @@ def test_a_broken_archived_image_is_named_or_replaced(archive: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (lambda path: path.write_bytes(path.read_bytes()[:-900]), "damaged or not an image archive"),
-        (lambda path: path.write_bytes(b"no archive"), "damaged or not an image archive"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-900]), "image archive .*damaged"),
+        (lambda path: path.write_bytes(b"no archive"), "image archive .*damaged"),
         (lambda path: path.unlink(), "does not exist|is not a folder"),
-        (lambda path: change(path, labels=None), "no array 'labels'"),
+        (lambda path: change(path, labels=None), "has no array 'labels'"),
         (lambda path: change(path, offsets=np.arange(6)), "6 labels and 6 offsets"),
         (lambda path: change(path, offsets=np.arange(7)), "do not cut its"),
         (lambda path: change(path, split=np.zeros(5, int)), "6 labels"),
         (lambda path: change(path, labels=np.full(6, 2)), "labels outside its 2 classes"),
         (lambda path: change(path, labels=np.zeros(6)), "array 'labels'.*type"),
         (lambda path: change(path, data=np.zeros(10, np.uint16)), "array 'data'.*type"),
-        (lambda path: change(path, classes=np.array([{}, {}], object)), "damaged or not an image archive"),
+        (lambda path: change(path, classes=np.array([{}, {}], object)), "image archive .*damaged"),
+        (lambda path: claim(path, 2**40), "array of shape .1099511627776,. is claimed in"),
     ],
 )
 def test_damaged_archives_are_refused(archive: Path, damage: Callable[[Path], None], sentence: str) -> None:
