@@ -24,13 +24,13 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from tokenizers import exact_precision, load_tokenizer, picture_size
-from util.config import check, setting
+from util.config import MAX_SIDE, MAX_WORKERS, check, setting
 from util.data.codes import HEADER, PARTS, CacheHeader, NpzCodes, verify_files, write_codes
 from util.data.images import ImageDataset, open_images
 from util.data.loading import load_batches
 from util.dist import DeviceConfig, Dist
 from util.errors import UserError
-from util.files import atomic_write, sha256
+from util.files import atomic_write, check_output_dir, refuse_link, sha256
 from util.folder_lock import LOCK_FILE, FolderLock
 from util.pictures import to_float
 from util.readers import load_arrays
@@ -58,10 +58,13 @@ class CacheConfig(DeviceConfig):
         None, "instead of images, a cache with one .npz per image, made with this tokenizer at this size"
     )
     img_size: int | None = setting(
-        None, "side of the centre crop, pixels (default: of the tokenizer's training, else 256)", at_least=1
+        None,
+        "side of the centre crop, pixels (default: of the tokenizer's training, else 256)",
+        at_least=1,
+        at_most=MAX_SIDE,
     )
     batch_size: int = setting(32, f"images encoded at once per process, at most {PART_SIZE}", at_least=1)
-    num_workers: int = setting(4, "reading processes per process", at_least=0)
+    num_workers: int = setting(4, "reading processes per process", at_least=0, at_most=MAX_WORKERS)
     skip_broken: bool = setting(False, "leave out files that cannot be read; the cache's header lists them")
 
     def __post_init__(self) -> None:
@@ -80,6 +83,7 @@ def build_cache(config: CacheConfig, dist: Dist) -> CacheHeader:
         UserError: for a broken image (unless skipped), an image size the tokenizer cannot take, a codebook of more than
             2¹⁶ codes, or a ``cached_path`` that holds something else or is written to by another process.
     """
+    dist.on_main(lambda: check_output_dir(config.cached_path))
     return _Builder(config, dist).build()
 
 
@@ -153,6 +157,7 @@ class _Builder:
     def _prepare(self) -> list[range] | None:
         """The parts still to be made; None if the cache is finished, in which case it has been verified."""
         cache, job_file = self.cache, self.cache / PARTS / JOB
+        refuse_link(cache / PARTS)
         if (cache / HEADER).exists():
             self._require_same(cache / HEADER)
             logger.info("%s is finished; verifying its files", cache)

@@ -16,6 +16,7 @@ from orders.schedule import default_steps, grid_shape, grid_side
 from orders.statistics import order_statistics
 from util.cli import Parser, exit_on_user_error, from_args
 from util.errors import UserError
+from util.files import check_output_file
 
 _COMPARED = ("lpd", "lpd_near_only", "lpd_far_only", "random", "halton", "par", "raster", "zipar", "nar")
 _ANIMATED = ("lpd", "random", "nar")
@@ -168,6 +169,8 @@ def _parser() -> Parser:
 
 def main() -> None:
     args = _parser().parse_args()
+    if "output" in args:
+        check_output_file(args.output)
     args.run(args)
 
 

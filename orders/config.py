@@ -9,7 +9,7 @@ from typing import Any
 from orders.draw import ORDER_KINDS, Orders, OrderSpec, default_repulsion
 from orders.files import drawn_with, load_orders
 from orders.schedule import GridSize, grid_group_sizes, grid_shape, parse_group_sizes
-from util.config import check, setting
+from util.config import MAX_COUNT, check, setting
 from util.errors import UserError
 
 
@@ -17,14 +17,16 @@ from util.errors import UserError
 class OrderConfig:
     """Group sizes and orders, whatever the grid; :meth:`for_grid` gives those of one."""
 
-    generation_steps: int = setting(20, "decoding steps per image")
+    generation_steps: int = setting(20, "decoding steps per image", at_least=1, at_most=MAX_COUNT)
     group_sizes: str | tuple[int, ...] | None = setting(
         None, "tokens per step instead: '1,3,5', '[1]*256', 'uniform:STEPS', a JSON list, or a file with one"
     )
     order: str = setting("lpd", "kind of the orders, drawn on the fly", choices=ORDER_KINDS)
     lpd_order_file: Path | None = setting(None, "file of orders instead of --order; image i uses order i")
     proximity_threshold: float = setting(1.0, "proximity that makes a position a candidate")
-    repulsion_threshold: int | None = setting(None, "distance positions of a step keep (default: grid side / 8)")
+    repulsion_threshold: int | None = setting(
+        None, "distance positions of a step keep (default: grid side / 8)", at_least=0, at_most=MAX_COUNT
+    )
 
     def __post_init__(self) -> None:
         check(self, prefix="")

@@ -39,12 +39,7 @@ def save_checkpoint(path: str | Path, payload: dict[str, Any]) -> None:
     """
     path = Path(path)
     with atomic_write(path) as file:
-        try:
-            torch.save(payload, file)
-        except RuntimeError as error:
-            if isinstance(error.__context__, OSError):  # a full disk, hidden behind "unexpected pos"
-                raise error.__context__ from None
-            raise
+        torch.save(payload, file)
     write_json(path.with_suffix(".json"), {key: value for key, value in payload.items() if key not in TENSORS})
 
 

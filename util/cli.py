@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 from collections.abc import Callable, Collection, Mapping
@@ -10,7 +11,7 @@ from dataclasses import MISSING, Field
 from typing import Any, NoReturn, TypeVar
 
 from util.config import parts_of, settings_of, value_type
-from util.errors import DISK_FULL, UserError
+from util.errors import DISK_FULL, UserError, reason_of
 
 C = TypeVar("C")
 
@@ -34,6 +35,19 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; --help explains the flags.")
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does, without empty texts, which would be paths to the working directory, and absurd numbers."""
+        words = sys.argv[1:] if args is None else list(args)
+        for before, word in itertools.pairwise(["", *words]):
+            if not word.strip() or (word.startswith("--") and word.endswith("=")):
+                self.error(f"{word.rstrip('=') or before or 'a word'} is given an empty text")
+        namespace, rest = super().parse_known_args(words, namespace)
+        for name, value in vars(namespace).items():
+            for number in value if isinstance(value, list) else [value]:
+                if isinstance(number, int) and not -(2**63) <= number < 2**63:
+                    self.error(f"--{name} is a number of more than 64 bits")
+        return namespace, rest
 
     def add_config(self, cls: type, defaults: Mapping[str, Any] | None = None, skip: Collection[str] = ()) -> None:
         """Add a flag for every setting of a configuration; those of its parts under headings.
@@ -120,8 +134,8 @@ def from_args(cls: type[C], args: argparse.Namespace, **given: Any) -> C:
 def exit_on_user_error(main: Callable[[], None]) -> None:
     """Run ``main``; what ends it early becomes one line on stderr and an exit status.
 
-    A :class:`UserError` exits with 2, numbers that are no longer finite and a full disk with 1, Ctrl-C with 130. Of
-    several processes with the same line only one prints it.
+    A :class:`UserError` exits with 2; numbers that are no longer finite, a full disk, a file that can't be written and
+    too little memory with 1; Ctrl-C with 130. Of several processes with the same line only one prints it.
     """
     try:
         main()
@@ -130,14 +144,26 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
         sentence = str(error).rsplit("UserError: ", 1)[-1].strip()
         _say_once(f"error: {sentence}")
         raise SystemExit(2 if isinstance(error, UserError) else 1) from None
-    except OSError as error:
-        if error.errno not in DISK_FULL:
+    except OSError as error:  # what is not of a file is a defect of the program
+        if error.errno not in DISK_FULL and error.filename is None:
             raise
-        _say_once(f"error: the disk is full ({error}).")
+        problem = "the disk is full" if error.errno in DISK_FULL else f"{error.filename} can't be read or written"
+        _say_once(f"error: {problem} ({error}).")
+        raise SystemExit(1) from None
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        _say_once(f"error: there is not enough memory ({reason_of(error)}); try a smaller batch.")
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         _say_once("interrupted")
         raise SystemExit(130) from None
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether memory was refused, by whatever allocates it: torch has no exception of its own for a CPU's."""
+    signs = ("can't allocate memory", "out of memory", "Storage size calculation overflowed", "bad_alloc")
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 
 def _say_once(line: str) -> None:

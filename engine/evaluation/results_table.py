@@ -10,7 +10,7 @@ from typing import Any
 
 from util.cli import Parser, exit_on_user_error
 from util.errors import UserError, reading
-from util.files import atomic_write
+from util.files import atomic_write, check_output_file
 from util.readers import read_json, read_json_lines
 
 # Column: where its value stands in results.json, and its format.
@@ -91,6 +91,8 @@ def main() -> None:
     parser.add_argument("results", nargs="+", type=Path, help="results.json, results.jsonl, or folders with the former")
     parser.add_argument("--output", type=Path, help="write the table to this file too")
     args = parser.parse_args()
+    if args.output is not None:
+        check_output_file(args.output)
     table = markdown_table([row for path in args.results for row in read_results(path)])
     print(table, end="")
     if args.output is not None:

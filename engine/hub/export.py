@@ -17,7 +17,7 @@ from orders.schedule import default_steps
 from tokenizers import load_tokenizer
 from util.checkpoint import EXPORT_FORMAT, EXPORTED_CONFIG, EXPORTED_MODEL, load_checkpoint
 from util.errors import UserError
-from util.files import atomic_write, content_sha256, sha256, write_json
+from util.files import atomic_write, check_output_dir, content_sha256, sha256, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -36,6 +36,7 @@ def export(checkpoint: Path, folder: Path, *, ema: bool = False, vqgan_path: Pat
         UserError: for a checkpoint without configuration or average, a tokenizer of another model, or a folder that
             holds something else.
     """
+    check_output_dir(folder)
     content = load_checkpoint(checkpoint)
     config = _recorded_config(content, checkpoint)
     state = content.get("model_ema") if ema else content["model"]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from engine.run_config import RunConfig
 from engine.training.trackers import TrackerConfig
-from util.config import check, part, setting
+from util.config import MAX_WORKERS, check, part, setting
 from util.errors import UserError
 from util.lr_sched import LR_SCHEDULES
 
@@ -64,7 +64,9 @@ class TrainConfig(RunConfig):
     attention: str = setting("auto", "flex needs a GPU; auto: flex where it can be used", choices=ATTENTIONS)
     compile: bool | None = setting(None, "compile the training step (default: on a GPU, not on a CPU)")
     fsdp: bool = setting(False, "shard weights and optimizer over the processes (FSDP2): less memory")
-    num_workers: int = setting(8, "processes that load images; the code cache needs none", at_least=0)
+    num_workers: int = setting(
+        8, "processes that load images; the code cache needs none", at_least=0, at_most=MAX_WORKERS
+    )
     resume: Path | None = setting(None, "checkpoint, or folder of checkpoints, where --output_dir holds none yet")
     log_freq: int = setting(50, "steps between lines of metrics.jsonl", at_least=1)
     save_last_freq: int = setting(1, "epochs between saves of checkpoint-last.pth", at_least=1)

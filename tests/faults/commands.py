@@ -128,8 +128,8 @@ COMMANDS = {
         ),
         Command(
             "train on pictures", main_lpd.main,
-            "--data_path pictures --vqgan_path tokenizer.pt --model lpd_debug --device cpu --epochs 1 --batch_size 6 "
-            "--num_workers 0 --output_dir OUT",
+            "--data_path pictures --img_size 16 --vqgan_path tokenizer.pt --model lpd_debug --device cpu --epochs 1 "
+            "--batch_size 6 --num_workers 0 --output_dir OUT",
             lambda out, said: _weights(out / LAST),
         ),
         Command(
