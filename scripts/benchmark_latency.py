@@ -56,6 +56,7 @@ from scripts.benchmarking import (
 from tokenizers import VQConfig, VQModel, load_tokenizer
 from util.cli import exit_on_user_error
 from util.config import MAX_COUNT, MAX_SIDE, record, setting
+from util.files import check_output_dir
 
 # Where the path decides it: bytes per weight of blocks and head, and what the model's products are calculated in.
 WEIGHT_BYTES = {"packed_float16": (2, 2), "packed_bfloat16": (2, 4), "packed_int8": (1, 1), "graph_float8": (1, 1)}
@@ -280,6 +281,8 @@ def measure_startup(row: Row) -> dict[str, Any]:
 
 def main() -> None:
     config, device = read_config(LatencyBenchmark, __doc__)
+    if config.profile is not None:
+        check_output_dir(config.profile)
     cuda = device.type == "cuda"
     config = config.with_defaults(
         batch_sizes=(1, 64) if cuda else (1, 8),

@@ -18,6 +18,7 @@ from tokenizers import load_tokenizer
 from util.checkpoint import EXPORT_FORMAT, EXPORTED_CONFIG, EXPORTED_MODEL, load_checkpoint
 from util.errors import UserError
 from util.files import atomic_write, check_output_dir, content_sha256, sha256, write_json
+from util.folder_lock import LOCK_FILE, FolderLock
 
 logger = logging.getLogger(__name__)
 
@@ -51,24 +52,25 @@ def export(checkpoint: Path, folder: Path, *, ema: bool = False, vqgan_path: Pat
         if trained_with not in (None, given):
             raise UserError(f"{checkpoint} was trained with another tokenizer than {vqgan_path} (SHA-256 differs).")
         trained_with = given
-    others = {path.name for path in folder.glob("*")} - FILES
-    if others:
-        raise UserError(f"{folder} holds {min(others)!r}, which no export wrote; choose another folder.")
-
-    with atomic_write(folder / EXPORTED_MODEL) as file:
-        tensors = {name: tensor.contiguous() for name, tensor in state.items()}
-        # Not `save_file`, which puts a file of its own, of mode 0600, in the place of this one.
-        file.write(safetensors.torch.save(tensors, metadata={"format": "pt"}))
-    if vqgan_path is not None and tokenizer is not None:
-        with atomic_write(folder / tokenizer) as file:
-            file.write(vqgan_path.read_bytes())
-    for name in {*TOKENIZERS} - {tokenizer}:
-        (folder / name).unlink(missing_ok=True)  # of an earlier export
-    described = {"config": vars(config), "classes": content.get("classes"), "tokenizer_sha256": trained_with}
-    described = EXPORT_FORMAT | described | {"weights_sha256": sha256(folder / EXPORTED_MODEL)}
-    write_json(folder / EXPORTED_CONFIG, described | {"config_sha256": content_sha256(described, "config_sha256")})
-    with atomic_write(folder / CARD) as file:
-        file.write(_model_card(folder.name, config, trained_with, tokenizer is not None).encode())
+    with FolderLock(folder) as lock:
+        lock.acquire()
+        others = {path.name for path in folder.glob("*")} - FILES - {LOCK_FILE}
+        if others:
+            raise UserError(f"{folder} holds {min(others)!r}, which no export wrote; choose another folder.")
+        with atomic_write(folder / EXPORTED_MODEL) as file:
+            tensors = {name: tensor.contiguous() for name, tensor in state.items()}
+            # Not `save_file`, which puts a file of its own, of mode 0600, in the place of this one.
+            file.write(safetensors.torch.save(tensors, metadata={"format": "pt"}))
+        if vqgan_path is not None and tokenizer is not None:
+            with atomic_write(folder / tokenizer) as file:
+                file.write(vqgan_path.read_bytes())
+        for name in {*TOKENIZERS} - {tokenizer}:
+            (folder / name).unlink(missing_ok=True)  # of an earlier export
+        described = {"config": vars(config), "classes": content.get("classes"), "tokenizer_sha256": trained_with}
+        described = EXPORT_FORMAT | described | {"weights_sha256": sha256(folder / EXPORTED_MODEL)}
+        write_json(folder / EXPORTED_CONFIG, described | {"config_sha256": content_sha256(described, "config_sha256")})
+        with atomic_write(folder / CARD) as file:
+            file.write(_model_card(folder.name, config, trained_with, tokenizer is not None).encode())
     logger.info("%s: %d tensors, %s", folder, len(tensors), "averaged weights" if ema else "weights")
 
 

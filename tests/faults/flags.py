@@ -79,7 +79,7 @@ def _values(action: argparse.Action) -> Iterator[tuple[str | None, bool]]:
             yield value, True
     elif kind is Path:
         for value in NO_INPUTS:
-            yield value, value != "/"
+            yield value, value == ""  # others matter only where they are read
     else:
         yield "", True
         yield "no such thing", action.choices is not None

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
+from util.config import MAX_SIDE
 from util.crop import center_crop_arr
 from util.errors import UserError
 from util.files import atomic_write
@@ -63,6 +64,8 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int]], abc.ABC):
     def __init__(
         self, source: str | Path, classes: list[str], labels: NDArray[np.int64], img_size: int, skip_broken: bool
     ) -> None:
+        if not 1 <= img_size <= MAX_SIDE:
+            raise UserError(f"images of {img_size}×{img_size} pixels can't be made; a side has 1 to {MAX_SIDE} pixels.")
         self.source = str(source)
         self.classes = classes
         self.labels = labels
@@ -282,7 +285,7 @@ def _find_files(root: Path, extensions: Collection[str]) -> Iterator[str]:
     Links are followed, but a folder is read once: one that leads back to it, or to a folder that ``root`` lies in, is
     left out with a warning.
     """
-    real = root.resolve()
+    real = Path(os.path.realpath(root))
     above = (os.stat(folder) for folder in (real, *real.parents) if folder.exists())
     seen = {(status.st_dev, status.st_ino) for status in above}
     for folder, folders, names in os.walk(root, onerror=_refuse_folder, followlinks=True):
