@@ -75,9 +75,9 @@ def check_output_dir(path: Path) -> None:
 
 def check_output_file(path: Path) -> None:
     """Raise UserError unless ``path`` can be written, its folder made where it is missing; otherwise as above."""
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(f"the output file {path} can't be written: it is a folder.")
-    if path.exists() and not path.is_file():
+    if os.path.exists(path) and not os.path.isfile(path):
         raise UserError(f"the output file {path} can't be written: it is not a file.")
     _check_output(path, f"the output file {path}")
 
