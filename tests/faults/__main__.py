@@ -1,6 +1,6 @@
 """All faults, and the table of what they came to:
 
-    python -m tests.faults [--rounds 1] [--flags 1000] [--turns 3] [--output TABLE.md]
+    python -m tests.faults [--rounds 1] [--flags 1000] [--turns 3] [--only files flags disturbances] [--output TABLE.md]
 
 Exit status 1 if something ended in a traceback, hung, or gave a wrong result silently; each of these is printed.
 """
@@ -14,8 +14,9 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -27,6 +28,9 @@ from tests.faults.flags import BadFlags, add_odd_files, share_of
 from tests.faults.worker import Kind, Outcome
 from util.cli import Parser, exit_on_user_error
 from util.files import atomic_write, check_output_file
+
+Case = tuple[Callable[..., Outcome], tuple[Any, ...]]
+GROUPS = ("files", "flags", "disturbances")
 
 
 class Faults:
@@ -42,21 +46,20 @@ class Faults:
         add_odd_files(folder / "inputs_of_flags")
         self.flags = BadFlags(folder / "inputs_of_flags", folder / "scratch")
 
-    def outcomes(self, rounds: int, flags: int, turns: int, every: int = 1) -> Iterable[Outcome]:
-        """What the cases come to.
+    def cases(self, rounds: int, flags: int, turns: int, only: Sequence[str] = GROUPS) -> list[Case]:
+        """Functions, each of which makes an outcome, and their arguments.
 
         Args:
             rounds: how often each kind of damage is done to each kind of file.
             flags: how many bad flags.
             turns: how often a command is killed, started twice, and so on.
-            every: take one of so many damaged files and disturbances.
         """
-        for case in list(self.files.cases(rounds))[::every]:
-            yield self.files.run(*case)
-        for flag in share_of(list(self.flags.cases()), flags):
-            yield self.flags.run(flag)
-        for function, arguments in list(self.disturbances.cases(turns))[::every]:
-            yield function(*arguments)
+        groups: dict[str, list[Case]] = {
+            "files": [(self.files.run, case) for case in self.files.cases(rounds)],
+            "flags": [(self.flags.run, (case,)) for case in share_of(list(self.flags.cases()), flags)],
+            "disturbances": list(self.disturbances.cases(turns)),
+        }
+        return [case for name in only for case in groups[name]]
 
 
 def table(outcomes: Iterable[Outcome]) -> str:
@@ -76,6 +79,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1, help="of each damage to each kind of file")
     parser.add_argument("--flags", type=int, default=1000, help="bad flags")
     parser.add_argument("--turns", type=int, default=3, help="of kills, full disks and double starts per command")
+    parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="(default: all)")
     parser.add_argument("--output", type=Path, help="write the table to this file")
     args = parser.parse_args()
     if args.output is not None:
@@ -83,8 +87,8 @@ def main() -> None:
     start, found = time.monotonic(), []
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # what is synced to a disk takes longer
     with tempfile.TemporaryDirectory(prefix="faults_", dir=memory) as folder:
-        for outcome in tqdm(Faults(Path(folder)).outcomes(args.rounds, args.flags, args.turns), unit="case"):
-            found.append(outcome)
+        for function, arguments in tqdm(Faults(Path(folder)).cases(args.rounds, args.flags, args.turns, args.only)):
+            found.append(outcome := function(*arguments))
             if outcome.kind.failed:
                 tqdm.write(f"{outcome.kind.value}: {outcome.group}: {outcome.case}: {outcome.said}")
     minutes, cores = (time.monotonic() - start) / 60, len(os.sched_getaffinity(0))

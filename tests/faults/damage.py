@@ -16,7 +16,24 @@ import torch
 
 Damage = Callable[[Path, random.Random], None]
 
-ODD = (None, True, -1, 0, 3.5, 1e308, float("nan"), 10**30, "", "3", "x" * 300, [], [[]], {}, {"a": [1]}, "\u0000")
+ODD: tuple[Any, ...] = (
+    None,
+    True,
+    -1,
+    0,
+    3.5,
+    1e308,
+    float("nan"),
+    10**30,
+    "",
+    "3",
+    "x" * 300,
+    [],
+    [[]],
+    {},
+    {"a": [1]},
+    "\u0000",
+)
 FOREIGN = {
     "empty": b"",
     "text": b"this is no such file\n",

@@ -19,7 +19,10 @@ import sys
 from pathlib import Path
 from tests.faults.__main__ import Faults, table
 
-found = list(Faults(Path(sys.argv[1])).outcomes(rounds=1, flags=60, turns=1, every=8))
+faults = Faults(Path(sys.argv[1]))
+cases = [case for name, every in (("files", 9), ("flags", 1), ("disturbances", 6))
+         for case in faults.cases(1, 50, 1, [name])[::every]]
+found = [function(*arguments) for function, arguments in cases]
 print(table(found))
 for outcome in found:
     if outcome.kind.failed:

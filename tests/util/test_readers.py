@@ -68,7 +68,7 @@ def _npy(array: np.ndarray) -> bytes:
 def test_arrays_are_read_as_they_were_written(tmp_path: Path) -> None:
     arrays = {"x": np.arange(6).reshape(2, 3), "text": np.array("é"), "none": np.empty((0, 4), np.float32)}
     for number, save in enumerate((np.savez, np.savez_compressed)):
-        save(tmp_path / f"{number}.npz", **arrays)
+        save(tmp_path / f"{number}.npz", **arrays)  # type: ignore[arg-type]
         read = load_arrays("part", tmp_path / f"{number}.npz", ("x", "none"), ("text", "more"))
         assert sorted(read) == ["none", "text", "x"]
         for name, array in read.items():

@@ -171,7 +171,12 @@ class TestCodes:
         """Guards against reading gigabytes at every start, and against trusting times where it must not."""
         read: list[str] = []
         write_codes(tmp_path, PLAIN, FLIP, LABELS, HEADER)
-        monkeypatch.setattr(codes_module, "sha256", lambda path: read.append(path.name) or sha256(path))
+
+        def counted(path: Path) -> str:
+            read.append(path.name)
+            return sha256(path)
+
+        monkeypatch.setattr(codes_module, "sha256", counted)
         verify_files(tmp_path, remember=False)
         verify_files(tmp_path)
         assert len(read) == 6
