@@ -41,7 +41,7 @@ class Parser(argparse.ArgumentParser):
         words = sys.argv[1:] if args is None else list(args)
         for before, word in itertools.pairwise(["", *words]):
             if not word.strip() or (word.startswith("--") and word.endswith("=")):
-                self.error(f"{word.rstrip('=') or before or 'a word'} is given an empty text")
+                self.error(f"{word.strip(' =') or before or 'a word'} is given an empty text")
         namespace, rest = super().parse_known_args(words, namespace)
         for name, value in vars(namespace).items():
             for number in value if isinstance(value, list) else [value]:
