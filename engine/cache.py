@@ -14,7 +14,6 @@ import json
 import logging
 import os
 import shutil
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,17 +26,18 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from tokenizers import exact_precision, load_tokenizer, log_quality, picture_size
-from util.config import check, setting
+from util.config import MAX_SIDE, MAX_WORKERS, check, setting
 from util.config import part as config_part
 from util.data.classes import ClassChoice
-from util.data.codes import CODES, CODES_FLIP, HEADER, NAMES, PARTS, CacheHeader, NpzCodes, write_codes
+from util.data.codes import CODES, CODES_FLIP, HEADER, NAMES, PARTS, CacheHeader, NpzCodes, verify_files, write_codes
 from util.data.images import ImageDataset, ImageFiles, open_images
 from util.data.loading import load_batches
 from util.dist import DeviceConfig, Dist
 from util.errors import UserError
-from util.files import atomic_write, sha256, write_json
+from util.files import atomic_write, check_output_dir, refuse_link, sha256
 from util.folder_lock import LOCK_FILE, FolderLock
 from util.pictures import to_float
+from util.readers import load_arrays
 
 logger = logging.getLogger(__name__)
 
@@ -68,10 +68,13 @@ class CacheConfig(DeviceConfig):
         None, "instead of images, a cache with one .npz per image, made with this tokenizer at this size"
     )
     img_size: int | None = setting(
-        None, "side of the centre crop, pixels (default: of the tokenizer's training, else 256)", at_least=1
+        None,
+        "side of the centre crop, pixels (default: of the tokenizer's training, else 256)",
+        at_least=1,
+        at_most=MAX_SIDE,
     )
     batch_size: int = setting(32, f"images encoded at once per process, at most {PART_SIZE}", at_least=1)
-    num_workers: int = setting(4, "reading processes per process", at_least=0)
+    num_workers: int = setting(4, "reading processes per process", at_least=0, at_most=MAX_WORKERS)
     skip_broken: bool = setting(False, "leave out files that cannot be read; the cache's header lists them")
     choice: ClassChoice = config_part(default_factory=ClassChoice)
 
@@ -92,17 +95,8 @@ def build_cache(config: CacheConfig, dist: Dist) -> CacheHeader:
         UserError: for a broken image (unless skipped), an image size the tokenizer cannot take, a codebook of more than
             2¹⁶ codes, or a ``cached_path`` that holds something else or is written to by another process.
     """
+    dist.on_main(lambda: check_output_dir(config.cached_path))
     return _Builder(config, dist).build()
-
-
-def verify_cache(path: str | Path) -> CacheHeader:
-    """Compare every file of a finished code cache with the hash in its header; UserError if one differs."""
-    path = Path(path)
-    header = CacheHeader.read(path / HEADER)
-    for name, expected in header.files.items():
-        if not (path / name).is_file() or sha256(path / name) != expected:
-            raise UserError(f"{path / name} is missing or damaged; delete {path} and cache again.")
-    return header
 
 
 class _Rows(Dataset[tuple[Tensor, str]]):
@@ -180,6 +174,7 @@ class _Builder:
     def _prepare(self) -> tuple[np.ndarray, list[range]] | None:
         """The rows to make and their parts that are not there; None if the cache is finished, and has been verified."""
         cache, header_file, job_file = self.cache, self.cache / HEADER, self.cache / PARTS / JOB
+        refuse_link(cache / PARTS)
         self._commit()
         found = [CacheHeader.read(file) for file in (job_file, header_file) if file.exists()]
         for earlier in found:
@@ -204,11 +199,11 @@ class _Builder:
         """Verify a finished cache; classes may have other names by now."""
         cache = self.cache
         logger.info("%s is finished; verifying its files", cache)
-        verify_cache(cache)
+        verify_files(cache, again=True)
         if header.skipped and not self.config.skip_broken:
             logger.warning("%s was made without %d broken files, listed in %s", cache, len(header.skipped), HEADER)
         if header.classes != self.job.classes:
-            write_json(cache / HEADER, dataclasses.asdict(dataclasses.replace(header, classes=self.job.classes)))
+            dataclasses.replace(header, classes=self.job.classes).write(cache / HEADER)
             logger.info("%s: its classes have their new names", cache)
         shutil.rmtree(cache / PARTS, ignore_errors=True)
         logger.info("%s is undamaged, with %d images: nothing to do", cache, header.num_images)
@@ -226,7 +221,7 @@ class _Builder:
         if (self.cache / HEADER).exists():
             if NAMES not in found[-1].files or self.names is None:
                 self._require_same(found[-1], "source_sha256", "a list of files of SHA-256 {:.12}…")
-            verify_cache(self.cache)
+            verify_files(self.cache, again=True)
             finished = np.stack([np.load(self.cache / name) for name in (CODES, CODES_FLIP)])
             made.append((np.array(json.loads((self.cache / NAMES).read_text())), finished))
         names = np.concatenate([names for names, _ in made])
@@ -244,7 +239,7 @@ class _Builder:
                 np.savez(file, names=names, codes=codes[:, first])
         for path in numbered:
             path.unlink()
-        write_json(parts / JOB, dataclasses.asdict(self.job))
+        self.job.write(parts / JOB)
 
     def _kept(self) -> tuple[np.ndarray, np.ndarray]:
         """Names (n,) and codes (2, n, L) of images whose codes were made for an earlier list of images."""
@@ -319,7 +314,12 @@ class _Builder:
     def _read_part(self, part: range) -> tuple[np.ndarray, np.ndarray] | None:
         """Codes (2, n, L) uint16 and why an image is missing (n,), "" for the others; None if absent or damaged."""
         content = _read(self._part_path(part))
-        return None if content is None else (content["codes"], content["reasons"])
+        if content is None:
+            return None
+        if content["codes"].shape != (2, len(part), self.job.grid_size**2) or len(content["reasons"]) != len(part):
+            logger.warning("%s holds something else and is made again", self._part_path(part))
+            return None
+        return content["codes"], content["reasons"]
 
     def _join_parts(self) -> CacheHeader:
         """Write the files of the finished cache, all codes in memory (ImageNet's: 1.3 GB), and remove the parts."""
@@ -380,11 +380,10 @@ def _parts_of(rows: np.ndarray) -> list[range]:
 
 def _read(path: Path) -> dict[str, np.ndarray] | None:
     """The arrays of an archive, None if it is absent or damaged."""
-    try:
-        with np.load(path) as file:  # checks the archive's CRC
-            return {name: file[name] for name in ("codes", "reasons", "names") if name in file}
-    except FileNotFoundError:
+    if not path.exists():
         return None
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
-        logger.warning("%s is damaged (%s) and is made again", path, error)
+    try:
+        return load_arrays("part", path, ("codes",), optional=("reasons", "names"))
+    except UserError as error:
+        logger.warning("%s It is made again.", error)
         return None

@@ -9,7 +9,7 @@ from engine.evaluation.config import EvalConfig
 from engine.model_choice import ModelChoice
 from engine.recipes import EVAL_RECIPES, TRAIN_RECIPES
 from engine.training.config import DataConfig, TrainConfig
-from util.config import check, part, setting
+from util.config import MAX_WORKERS, check, part, setting
 from util.dist import DeviceConfig
 
 
@@ -30,7 +30,9 @@ class Config(DeviceConfig):
         None, "weights to evaluate or start from: a file, an exported folder, or user/model on the hub"
     )
     use_ema: bool = setting(False, "take --pretrained_ckpt's moving average of the weights (see --ema)")
-    threads: int | None = setting(None, "of the CPU, per process (default: torch's, one per core)", at_least=1)
+    threads: int | None = setting(
+        None, "of the CPU, per process (default: torch's, one per core)", at_least=1, at_most=MAX_WORKERS
+    )
     dry_run: bool = setting(
         False, "check everything, print the configuration and stop; nothing is written or downloaded"
     )

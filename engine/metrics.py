@@ -23,13 +23,13 @@ from engine.scoring.metrics import conventions, score
 from engine.scoring.statistics import FeatureStatistics, load_reference_statistics, save_reference_statistics
 from tokenizers import VQModel, load_tokenizer
 from util.cli import Parser, exit_on_user_error, from_args
-from util.config import check, part, setting
+from util.config import MAX_SIDE, check, part, setting
 from util.data.classes import ClassChoice
 from util.data.images import ImageDataset, open_images
 from util.data.loading import image_batches
 from util.dist import DeviceConfig, resolve_device
 from util.errors import UserError
-from util.files import sha256
+from util.files import check_output_file, sha256
 from util.logger import setup_logging
 from util.pictures import to_float, to_uint8
 
@@ -41,7 +41,9 @@ class MetricsConfig(DeviceConfig):
     """Which images are measured, and what becomes of their statistics."""
 
     data_path: Path = setting(help="folder of images, in subfolders or not, a list photos.csv, or photos.npz:test")
-    img_size: int = setting(help="side of the centre crops, pixels: the size that is generated", at_least=1)
+    img_size: int = setting(
+        help="side of the centre crops, pixels: the size that is generated", at_least=1, at_most=MAX_SIDE
+    )
     vqgan_path: Path | None = setting(None, "score what this tokenizer makes of the images")
     output: Path | None = setting(None, "write the statistics to this npz")
     batch_size: int = setting(64, "images per batch", at_least=1)
@@ -81,6 +83,8 @@ def extract(
 
 def run(config: MetricsConfig) -> None:
     """Open and check all inputs, extract the features, write the statistics, print the scores."""
+    if config.output is not None:
+        check_output_file(config.output)
     scoring = config.scoring
     assert scoring.feature_extractor is not None
     path = scoring.reference_statistics

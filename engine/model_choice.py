@@ -10,7 +10,7 @@ from typing import Any
 from models import MODEL_SIZES, model_config
 from models.lpd import LPDConfig, Regularisation
 from util.checkpoint import load_checkpoint
-from util.config import check, part, setting
+from util.config import MAX_COUNT, MAX_SIDE, check, part, setting
 from util.errors import UserError
 
 
@@ -32,9 +32,14 @@ class ModelChoice:
         choices=tuple(MODEL_SIZES),
     )
     img_size: int | None = setting(
-        None, "pixels; a multiple of the tokenizer's stride (default: the code cache's or the tokenizer's, else 256)"
+        None,
+        "pixels; a multiple of the tokenizer's stride (default: the code cache's or the tokenizer's, else 256)",
+        at_least=1,
+        at_most=MAX_SIDE,
     )
-    class_num: int | None = setting(None, "number of classes (default: the data set's; 1000 without one)")
+    class_num: int | None = setting(
+        None, "number of classes (default: the data set's; 1000 without one)", at_least=1, at_most=MAX_COUNT
+    )
     new_classes: bool = setting(False, "fine-tune --pretrained_ckpt on other classes: a new class table")
     regularisation: Regularisation = part(default_factory=Regularisation)
 

@@ -19,7 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from models.block import Attend, Block
 from models.kv_cache import KVCache
 from models.mask import training_attention
-from util.config import check, setting
+from util.config import MAX_COUNT, check, setting
 from util.errors import UserError
 
 
@@ -50,13 +50,13 @@ class LPDConfig(Regularisation):
         check(self, prefix="")
         for name in ("img_size", "stride", "embed_dim", "depth", "num_heads", "class_num", "vocab_size"):
             value = getattr(self, name)
-            if not isinstance(value, int) or value < 1:
-                raise UserError(f"{name} is {value!r}; it must be a positive whole number.")
+            if type(value) is not int or not 1 <= value <= MAX_COUNT:
+                raise UserError(f"{name} is {value!r}; it must be a whole number from 1 to {MAX_COUNT}.")
         if self.img_size % self.stride:
             raise UserError(f"img_size {self.img_size} is not a multiple of the tokenizer's stride {self.stride}.")
         if self.embed_dim % self.num_heads:
             raise UserError(f"embed_dim {self.embed_dim} is not a multiple of num_heads {self.num_heads}.")
-        if int(self.embed_dim * self.mlp_ratio) < 1:
+        if not 1 <= self.embed_dim * self.mlp_ratio <= MAX_COUNT:
             raise UserError(f"mlp_ratio is {self.mlp_ratio}; it must be positive.")
 
     @property

@@ -26,7 +26,7 @@ class Sampling:
         UserError: for a value out of its range.
     """
 
-    cfg: float = setting(1.0, "guidance scale; 1 is none", at_least=1, note="1 means no guidance")
+    cfg: float = setting(1.0, "guidance scale; 1 is none", at_least=1, at_most=1e6, note="1 means no guidance")
     cfg_schedule: str = setting(
         "linear", "guidance along the order: growing to the scale, or constant", choices=CFG_SCHEDULES
     )

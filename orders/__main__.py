@@ -15,6 +15,7 @@ from orders.schedule import default_steps, grid_shape, grid_side
 from orders.statistics import order_statistics
 from util.cli import Parser, exit_on_user_error, from_args, path_ending_in
 from util.errors import UserError
+from util.files import check_output_file
 from util.plots import SUFFIXES
 
 _COMPARED = (
@@ -162,6 +163,8 @@ def _parser() -> Parser:
 
 def main() -> None:
     args = _parser().parse_args()
+    if "output" in args:
+        check_output_file(args.output)
     args.run(args)
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from orders.draw import ORDER_KINDS, Orders, OrderSpec, default_repulsion
 from orders.files import drawn_with, load_orders, load_schedule
 from orders.schedule import GridSize, grid_shape, hole_group_sizes, parse_group_sizes
-from util.config import check, setting
+from util.config import MAX_COUNT, check, setting
 from util.errors import UserError
 
 
@@ -19,7 +19,7 @@ from util.errors import UserError
 class OrderConfig:
     """Group sizes and orders, whatever the grid; :meth:`for_grid` gives those of one."""
 
-    generation_steps: int = setting(20, "decoding steps per image")
+    generation_steps: int = setting(20, "decoding steps per image", at_least=1, at_most=MAX_COUNT)
     group_sizes: str | tuple[int, ...] | None = setting(
         None,
         "tokens of each step instead of --generation_steps, which sum to those of an image: '1,3,5,7' for 16 tokens, "
@@ -31,7 +31,9 @@ class OrderConfig:
         None, "file of scripts.find_schedule instead: group sizes, kind of the orders and thresholds"
     )
     proximity_threshold: float = setting(1.0, "proximity that makes a position a candidate")
-    repulsion_threshold: int | None = setting(None, "distance positions of a step keep (default: grid side / 8)")
+    repulsion_threshold: int | None = setting(
+        None, "distance positions of a step keep (default: grid side / 8)", at_least=0, at_most=MAX_COUNT
+    )
 
     def __post_init__(self) -> None:
         check(self, prefix="")

@@ -25,6 +25,7 @@ from orders.draw import OrderSpec
 from orders.schedule import GridSize, grid_shape
 from util.errors import UserError, reading
 from util.files import atomic_write, sha256, write_json
+from util.readers import read_json
 
 SCHEDULE_FORMAT = "lpd-schedule"
 _SPEC = "settings"  # its key in the metadata and in the file beside a JSON file
@@ -84,7 +85,7 @@ def _not_a_permutation(path: Path, row: int, num_cells: int) -> str:
 def read_spec(path: Path) -> OrderSpec | None:
     """What the orders of a file were drawn with, if it or the file beside it says."""
     values = _recorded(path)
-    return OrderSpec(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()}) if values else None
+    return _spec(values) if values else None
 
 
 def drawn_with(path: Path) -> dict[str, Any]:
@@ -99,14 +100,28 @@ def drawn_with(path: Path) -> dict[str, Any]:
 
 
 def _recorded(path: Path) -> dict[str, Any]:
-    """The same as plain data; empty if nothing says."""
+    """The same as plain data; empty if nothing says. UserError for a record that is damaged."""
     if path.suffix == ".json":
-        if not _beside(path).is_file():
+        beside = _beside(path)
+        if not beside.exists():
             return {}
-        recorded = json.loads(_beside(path).read_text())
-        return recorded[_SPEC] if recorded["sha256"] == sha256(path) else {}  # else of an earlier file of that name
+        with reading("record of orders", beside):
+            content = read_json("record of orders", beside)
+            recorded = content[_SPEC] if content["sha256"] == sha256(path) else {}  # else of an earlier file
+            return _checked(recorded)
     with reading("order file", path), safe_open(path, framework="numpy") as file:
-        return json.loads((file.metadata() or {}).get(_SPEC, "{}"))
+        return _checked(json.loads((file.metadata() or {}).get(_SPEC, "{}")))
+
+
+def _checked(recorded: dict[str, Any]) -> dict[str, Any]:
+    """A record that describes orders, or an empty one; fails in any way for another."""
+    if recorded != {}:
+        _spec(recorded)
+    return recorded
+
+
+def _spec(recorded: dict[str, Any]) -> OrderSpec:
+    return OrderSpec(**{name: tuple(value) if isinstance(value, list) else value for name, value in recorded.items()})
 
 
 def _beside(path: Path) -> Path:

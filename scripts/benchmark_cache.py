@@ -18,7 +18,7 @@ import torch
 
 from scripts.benchmarking import BenchmarkConfig, Report, read_config, time_runs, write_code_cache
 from util.cli import exit_on_user_error
-from util.config import setting
+from util.config import MAX_COUNT, setting
 from util.data.codes import open_codes
 from util.data.loading import load_batches
 from util.data.sampler import GlobalBatchSampler
@@ -31,7 +31,7 @@ class CacheBenchmark(BenchmarkConfig):
     """What is measured."""
 
     num_images: int = setting(1_281_167, "images in the cache; ImageNet's", at_least=BATCH_SIZE)
-    num_tokens: int = setting(256, "codes per image, a square number", at_least=1)
+    num_tokens: int = setting(256, "codes per image, a square number", at_least=1, at_most=MAX_COUNT)
 
 
 def reading_rates(cache: Path, device: torch.device) -> list[float]:

@@ -36,7 +36,7 @@ from orders.config import OrderConfig
 from scripts.benchmark_latency import random_tokenizer
 from scripts.benchmarking import BenchmarkConfig, Report, read_config
 from util.cli import exit_on_user_error
-from util.config import setting
+from util.config import MAX_COUNT, MAX_SIDE, setting
 from util.dist import Dist
 from util.errors import UserError
 
@@ -50,9 +50,9 @@ class EvaluationBenchmark(BenchmarkConfig):
     """What to measure; what is None by default follows the device."""
 
     model: str = setting("lpd_l", "size", choices=tuple(MODEL_SIZES))
-    img_size: int = setting(256, "pixels")
-    generation_steps: int = setting(20, "decoding steps")
-    cfg: float = setting(4.8, "guidance scale")
+    img_size: int = setting(256, "pixels", at_least=1, at_most=MAX_SIDE)
+    generation_steps: int = setting(20, "decoding steps", at_least=1, at_most=MAX_COUNT)
+    cfg: float = setting(4.8, "guidance scale", at_least=1, at_most=1e6)
     num_images: int = setting(1024, "images of an evaluation", at_least=1)
     eval_bsz: int = setting(64, "images per batch", at_least=1)
     decode_path: str = setting("auto", "as of an evaluation", choices=DECODE_PATHS)

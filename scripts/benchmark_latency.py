@@ -55,7 +55,8 @@ from scripts.benchmarking import (
 )
 from tokenizers import VQConfig, VQModel, load_tokenizer
 from util.cli import exit_on_user_error
-from util.config import record, setting
+from util.config import MAX_COUNT, MAX_SIDE, record, setting
+from util.files import check_output_dir
 
 # Where the path decides it: bytes per weight of blocks and head, and what the model's products are calculated in.
 WEIGHT_BYTES = {"packed_float16": (2, 2), "packed_bfloat16": (2, 4), "packed_int8": (1, 1), "graph_float8": (1, 1)}
@@ -69,9 +70,11 @@ class LatencyBenchmark(BenchmarkConfig):
 
     rows: tuple[str, ...] | None = setting(None, "published rows, or all", choices=("all", *EVAL_RECIPES))
     model: str = setting("lpd_l", "without --rows: size", choices=tuple(MODEL_SIZES))
-    img_size: int = setting(256, "without --rows: pixels")
-    generation_steps: int = setting(20, "without --rows: decoding steps")
-    cfg: float = setting(4.0, "without --rows: guidance scale; 1 decodes without the second half")
+    img_size: int = setting(256, "without --rows: pixels", at_least=1, at_most=MAX_SIDE)
+    generation_steps: int = setting(20, "without --rows: decoding steps", at_least=1, at_most=MAX_COUNT)
+    cfg: float = setting(
+        4.0, "without --rows: guidance scale; 1 decodes without the second half", at_least=1, at_most=1e6
+    )
     vqgan_path: Path | None = setting(None, "tokenizer (default: random weights of the published architecture)")
     batch_sizes: tuple[int, ...] = setting(None, "images per call (default: 1 64 on a GPU, else 1 8)", at_least=1)
     paths: tuple[str, ...] = setting(
@@ -278,6 +281,8 @@ def measure_startup(row: Row) -> dict[str, Any]:
 
 def main() -> None:
     config, device = read_config(LatencyBenchmark, __doc__)
+    if config.profile is not None:
+        check_output_dir(config.profile)
     cuda = device.type == "cuda"
     config = config.with_defaults(
         batch_sizes=(1, 64) if cuda else (1, 8),

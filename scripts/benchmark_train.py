@@ -45,7 +45,7 @@ from scripts.benchmarking import (
     write_code_cache,
 )
 from util.cli import exit_on_user_error
-from util.config import setting
+from util.config import MAX_SIDE, setting
 from util.data.codes import open_codes
 from util.data.loading import load_batches
 from util.data.sampler import GlobalBatchSampler
@@ -61,7 +61,7 @@ class TrainBenchmark(BenchmarkConfig):
     """What to measure; what is None by default follows the device."""
 
     model: str = setting("lpd_l", "size", choices=tuple(MODEL_SIZES))
-    img_size: int = setting(256, "pixels")
+    img_size: int = setting(256, "pixels", at_least=1, at_most=MAX_SIDE)
     batch_size: int = setting(64, "images per step", at_least=1)
     steps: int = setting(50, "measured steps", at_least=1)
     warmup: int = setting(10, "steps before; at least one of every schedule", at_least=0)

@@ -21,10 +21,10 @@ import torch
 from engine.evaluation.outputs import describe_environment
 from models.inference import CPU_PACKINGS, can_pack
 from util.cli import Parser, from_args
-from util.config import check, record, setting
+from util.config import MAX_WORKERS, check, record, setting
 from util.data.codes import CODES, CODES_FLIP, HEADER, LABELS, CacheHeader
 from util.dist import DeviceConfig, Dist, resolve_device
-from util.files import write_json
+from util.files import check_output_file, write_json
 
 C = TypeVar("C", bound="BenchmarkConfig")
 
@@ -33,7 +33,7 @@ C = TypeVar("C", bound="BenchmarkConfig")
 class BenchmarkConfig(DeviceConfig):
     """Where a benchmark runs and writes; the base of what it measures."""
 
-    threads: int | None = setting(None, "of the CPU (default: torch's)", at_least=1)
+    threads: int | None = setting(None, "of the CPU (default: torch's)", at_least=1, at_most=MAX_WORKERS)
     output: Path | None = setting(None, "JSON file for the results")
 
     def __post_init__(self) -> None:
@@ -50,6 +50,8 @@ def read_config(cls: type[C], description: str | None) -> tuple[C, torch.device]
     parser = Parser(description=description)
     parser.add_config(cls)
     config = from_args(cls, parser.parse_args())
+    if config.output is not None:
+        check_output_file(config.output)
     device = resolve_device(config.device)
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -173,4 +175,4 @@ def write_code_cache(cache: Path, num_images: int, num_tokens: int, vocab_size: 
         tokenizer_sha256="", vocab_size=vocab_size, max_code=vocab_size - 1, crop="adm_center", source="synthetic",
         source_sha256="", skipped=[], files={},
     )  # fmt: skip
-    write_json(cache / HEADER, dataclasses.asdict(header))
+    header.write(cache / HEADER)

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from util.config import setting
+from util.config import MAX_COUNT, setting
 from util.errors import UserError
 
 # Usual widths of the resolution levels in multiples of the base width, fine to coarse, by stride.
@@ -56,8 +56,8 @@ class VQConfig:
             if name == "img_size" and value is None:
                 continue
             numbers = value if isinstance(value, tuple) else (value,)
-            if not numbers or not all(type(number) is int and number > 0 for number in numbers):
-                raise UserError(f"Tokenizer {name} {value!r} can't be used: it takes positive integers.")
+            if not numbers or not all(type(number) is int and 0 < number <= MAX_COUNT for number in numbers):
+                raise UserError(f"Tokenizer {name} {value!r} can't be used: it takes integers from 1 to {MAX_COUNT}.")
         if self.base_width % 4:
             raise UserError(
                 f"Tokenizer base_width {self.base_width} must be a multiple of 4 (channels per norm group)."

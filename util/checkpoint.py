@@ -8,8 +8,6 @@ A `.pth` holds a dict with `model` (state dict) and, for training, `optimizer`, 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 import logging
 import re
 import zipfile
@@ -21,7 +19,8 @@ import safetensors.torch
 import torch
 
 from util.errors import UserError, reading
-from util.files import atomic_write, sha256, write_json
+from util.files import atomic_write, content_sha256, sha256, write_json
+from util.readers import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +38,7 @@ def save_torch(path: str | Path, content: Any) -> None:
         OSError: if it can't be written; the old file is kept.
     """
     with atomic_write(path) as file:
-        try:
-            torch.save(content, file)
-        except RuntimeError as error:
-            if isinstance(error.__context__, OSError):  # a full disk, hidden behind "unexpected pos"
-                raise error.__context__ from None
-            raise
+        torch.save(content, file)
 
 
 def save_checkpoint(path: str | Path, payload: dict[str, Any]) -> None:
@@ -109,8 +103,7 @@ def _read_exported_config(weights: Path) -> dict[str, Any]:
     path = weights.with_name(EXPORTED_CONFIG)
     if weights.name != EXPORTED_MODEL or not path.is_file():
         return {}
-    with reading("model configuration", path):
-        values = json.loads(path.read_text())
+    values = read_json("model configuration", path)
     ours = isinstance(values, dict) and (values.get("format") == EXPORT_FORMAT["format"] or HASHES & values.keys())
     if not ours:
         return {}
@@ -119,7 +112,7 @@ def _read_exported_config(weights: Path) -> dict[str, Any]:
         raise UserError(f"{path} has format version {version}; this code reads version {known}.")
     if HASHES & values.keys():  # folders of earlier exports have none
         for file, key, found in (
-            (path, "config_sha256", description_sha256(values)),
+            (path, "config_sha256", content_sha256(values, "config_sha256")),
             (weights, "weights_sha256", sha256(weights)),
         ):
             if values.get(key) != found:
@@ -130,12 +123,6 @@ def _read_exported_config(weights: Path) -> dict[str, Any]:
     if not numbers or not names or not isinstance(tokenizer, str | None):
         raise UserError(f"{path} does not describe a model: 'config', 'classes' or 'tokenizer_sha256' is damaged.")
     return {"config": config, "classes": classes, "tokenizer_sha256": tokenizer}
-
-
-def description_sha256(values: dict[str, Any]) -> str:
-    """SHA-256 of what a `config.json` says, this hash left out; blanks and the order of keys do not matter."""
-    rest = {key: value for key, value in values.items() if key != "config_sha256"}
-    return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def saved_step(path: Path) -> int | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -13,7 +14,7 @@ from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 from util.config import parts_of, problems_of, settings_of, value_type
-from util.errors import DISK_FULL, UserError, refuse
+from util.errors import DISK_FULL, UserError, reason_of, refuse
 
 C = TypeVar("C")
 
@@ -68,11 +69,14 @@ class Parser(argparse.ArgumentParser):
         return parsed
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        words = sys.argv[1:] if args is None else list(args)
+        if not self._is_command:
+            self._problems += _empty_texts(words)
         # argparse would stop at a required flag that is missing, before it sees those that don't exist.
         self._waived = [action for action in self._actions if action.required and action.option_strings]
         self._require(False)
         try:
-            parsed, unknown = super().parse_known_args(args, namespace)
+            parsed, unknown = super().parse_known_args(words, namespace)
         finally:
             self._require(True)
         for action in self._actions:
@@ -95,11 +99,15 @@ class Parser(argparse.ArgumentParser):
         return super().format_help()
 
     def _get_value(self, action: argparse.Action, arg_string: str) -> Any:
+        name = action.option_strings[0] if action.option_strings else action.metavar or action.dest
         try:
-            return super()._get_value(action, arg_string)
+            value = super()._get_value(action, arg_string)
+            if isinstance(value, int) and not -(2**63) <= value < 2**63:
+                self._problems.append(f"{name} is a number of more than 64 bits.")
+                return _INVALID
+            return value
         except argparse.ArgumentError as error:
             kinds: dict[Any, str] = {int: "a whole number", float: "a number"}
-            name = action.option_strings[0] if action.option_strings else action.metavar or action.dest
             if action.type in kinds:
                 self._problems.append(f"{name} is {arg_string!r}; it must be {kinds[action.type]}.")
             else:
@@ -157,6 +165,15 @@ class Parser(argparse.ArgumentParser):
         self.add_argument(
             *flags, action=_Unused, nargs=nargs, dest=argparse.SUPPRESS, const=instead, help=argparse.SUPPRESS
         )
+
+
+def _empty_texts(words: Sequence[str]) -> list[str]:
+    """A sentence for each empty word, which as a path would be the working directory."""
+    return [
+        f"{word.strip(' =') or before or 'a word'} is given an empty text."
+        for before, word in itertools.pairwise(["", *words])
+        if not word.strip() or (word.startswith("--") and word.endswith("="))
+    ]
 
 
 class _Unused(argparse.Action):
@@ -239,8 +256,8 @@ def from_args(cls: type[C], args: argparse.Namespace, **given: Any) -> C:
 def exit_on_user_error(main: Callable[[], None]) -> None:
     """Run ``main``; what ends it early becomes one line on stderr and an exit status.
 
-    A :class:`UserError` exits with 2, numbers that are no longer finite and a full disk with 1, Ctrl-C with 130. Of
-    several processes with the same line only one prints it.
+    A :class:`UserError` exits with 2; numbers that are no longer finite, a full disk, a file that can't be written and
+    too little memory with 1; Ctrl-C with 130. Of several processes with the same line only one prints it.
     """
     try:
         main()
@@ -249,14 +266,26 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
         sentence = str(error).rsplit("UserError: ", 1)[-1].strip()
         _say_once(f"error: {sentence}")
         raise SystemExit(2 if isinstance(error, UserError) else 1) from None
-    except OSError as error:
-        if error.errno not in DISK_FULL:
+    except OSError as error:  # what is not of a file is a defect of the program
+        if error.errno not in DISK_FULL and error.filename is None:
             raise
-        _say_once(f"error: the disk is full ({error}).")
+        problem = "the disk is full" if error.errno in DISK_FULL else f"{error.filename} can't be read or written"
+        _say_once(f"error: {problem} ({error}).")
+        raise SystemExit(1) from None
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        _say_once(f"error: there is not enough memory ({reason_of(error)}); try a smaller batch.")
         raise SystemExit(1) from None
     except KeyboardInterrupt:
         _say_once("interrupted")
         raise SystemExit(130) from None
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Whether memory was refused, by whatever allocates it: torch has no exception of its own for a CPU's."""
+    signs = ("can't allocate memory", "out of memory", "Storage size calculation overflowed", "bad_alloc")
+    return isinstance(error, MemoryError) or any(sign in str(error) for sign in signs)
 
 
 def _say_once(line: str) -> None:

@@ -17,6 +17,11 @@ from typing import Any, get_args, get_origin, get_type_hints
 
 from util.errors import refuse
 
+# The largest that settings may be: beyond them a number is a mistake, which would be noticed after long work.
+MAX_SIDE = 2**13  # pixels of a picture
+MAX_WORKERS = 1024  # processes, threads
+MAX_COUNT = 2**24  # classes, codes, widths
+
 
 def setting(
     default: Any = MISSING,

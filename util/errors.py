@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -52,8 +53,8 @@ def reading(what: str, path: str | Path) -> Iterator[None]:
     Raises:
         UserError: if there is no such file, or the block fails. One raised in the block is passed on as it is.
     """
-    if not Path(path).is_file():
-        raise UserError(f"{what} {path} {'is not a file' if Path(path).exists() else 'does not exist'}.")
+    if not os.path.isfile(path):
+        raise UserError(f"{what} {path} {'is not a file' if os.path.exists(path) else 'does not exist'}.")
     try:
         yield
     except (UserError, MemoryError):

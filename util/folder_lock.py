@@ -57,6 +57,8 @@ class FolderLock:
             except FileNotFoundError:
                 pass
             except OSError as error:
+                if path.is_symlink() or not path.parent.is_dir():
+                    raise UserError(f"{path} can't be made: {error.strerror}; remove what is there.") from None
                 logger.warning("%s can't be locked (%s); start nothing else that writes there", self._folder, error)
                 self._close()
                 return

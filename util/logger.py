@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import sys
 from pathlib import Path
 
 from util.files import atomic_write
+from util.readers import read_json_lines
 
 
 def setup_logging(rank: int = 0) -> None:
@@ -30,16 +30,17 @@ class MetricsWriter:
 
     Args:
         resume_step: drop the lines of later steps, which a killed run wrote after its last checkpoint. 0 drops all.
+            Damaged lines are put aside.
     """
 
     def __init__(self, path: Path | None, resume_step: int = 0) -> None:
         self._file = None
         if path is None:
             return
-        lines = path.read_text().splitlines() if path.exists() else []
-        kept = [line for line in lines if _step_of(line) <= resume_step]
+        lines = read_json_lines(path, "step", put_aside=True)
+        kept = [line for line in lines if line["step"] <= resume_step]
         with atomic_write(path) as file:
-            file.write("".join(line + "\n" for line in kept).encode())
+            file.write("".join(json.dumps(line) + "\n" for line in kept).encode())
         self._file = open(path, "a", buffering=1)  # noqa: SIM115 - closed in close
 
     def write(self, **values: float | int | str) -> None:
@@ -49,10 +50,3 @@ class MetricsWriter:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
-
-
-def _step_of(line: str) -> float:
-    try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return math.inf  # cut off or garbled by a crash

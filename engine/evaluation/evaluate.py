@@ -48,10 +48,12 @@ from models.sampling import image_seeds
 from tokenizers import VQModel
 from util.dist import Dist
 from util.errors import UserError
-from util.files import sha256, write_json
+from util.files import atomic_write, refuse_link, sha256, write_json
 from util.pictures import picture_name, save_png
 
 logger = logging.getLogger(__name__)
+
+MOVED = "moved"  # in the partial state: its pictures were about to become the folder of images
 
 
 def image_labels(num_images: int, class_num: int) -> Tensor:
@@ -117,8 +119,10 @@ class _Evaluation:
         self.labels = image_labels(config.num_images, model.config.class_num)
         self.grid_indices = grid_indices(self.labels.numpy())
         fingerprint = dist.broadcast(self._fingerprint())
-        self.partial = PartialResults(config.output_dir / f"partial-{fingerprint}")
-        self.png_dir = self.partial.folder / "png"
+        folder = config.output_dir / f"partial-{fingerprint}"
+        self.png_dir = folder / "png"
+        kept = config.save_images or config.save_npz
+        self.partial = PartialResults(folder, self.png_dir if kept else None, self._png_name)
 
     def _fingerprint(self) -> str:
         """What the images and features depend on: only an evaluation with the same one is resumed."""
@@ -136,7 +140,7 @@ class _Evaluation:
         """Make this process's share of the images that are not there yet."""
         config, dist = self.config, self.dist
         start_time = time.perf_counter()
-        done = dist.broadcast(self.partial.done())
+        done = dist.on_main(self._repair)
         if len(done):
             logger.info("%d of %d images are there already; making the rest", len(done), config.num_images)
         missing = np.setdiff1d(np.arange(config.num_images), done)
@@ -161,7 +165,7 @@ class _Evaluation:
         for turn, (indices, orders_BL) in enumerate(zip(batches, orders, strict=True)):
             images, seconds = self._generate(decoder, indices, orders_BL)
             features, logits, spatial = self._extract(images)
-            if self.config.save_images or self.config.save_npz:
+            if self.partial.png_dir is not None:
                 pixels = images.cpu().numpy()
                 writing += [pool.submit(self._write_png, *pair) for pair in zip(indices, pixels, strict=True)]
             shown = np.isin(indices, self.grid_indices)
@@ -181,6 +185,14 @@ class _Evaluation:
                     future.result()  # an image counts as done when its file is there
                 writing = []
                 self.partial.save()
+
+    def _repair(self) -> NDArray[np.int64]:
+        """Numbers of the images that are there already, whole."""
+        for path in (self.partial.folder, self.png_dir, self.images_dir):
+            refuse_link(path)
+        if (self.partial.folder / MOVED).exists() and self.images_dir.exists() and not self.png_dir.exists():
+            os.replace(self.images_dir, self.png_dir)  # a kill came when the results were written
+        return self.partial.repair()
 
     def _decoder(self, batch_size: int) -> Decoder:
         config = self.config
@@ -217,8 +229,8 @@ class _Evaluation:
         return features, logits, spatial if self.config.scoring.adm_suite else spatial[:, :0]
 
     def _write_png(self, index: int, pixels: NDArray[np.uint8]) -> None:
-        self.png_dir.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(pixels).save(self.png_dir / self._png_name(index), compress_level=1)
+        with atomic_write(self.partial.picture(index)) as file:
+            Image.fromarray(pixels).save(file, format="PNG", compress_level=1)
 
     def _png_name(self, index: int) -> str:
         return picture_name(index, self.class_names[self.labels[index]])
@@ -293,15 +305,17 @@ class _Evaluation:
         config, folder = self.config, self.config.output_dir
         shown = read_parts(files, "grid_images")[np.argsort(read_parts(files, "grid_indices"))]
         save_png(draw_grid(shown, self.grid_indices, self.labels.numpy(), self.classes), folder / "grid.png")
-        # After a kill in the middle of this function the pictures may have been moved already.
-        if self.png_dir.exists():
-            names, labels = [self._png_name(index) for index in range(config.num_images)], self.labels.numpy()
-            if config.save_npz:
-                write_adm_npz(folder / "samples.npz", [self.png_dir / name for name in names], labels, config.seed)
-            if config.save_images:
-                write_labels(self.png_dir, names, labels, self.class_names)
-                shutil.rmtree(self.images_dir, ignore_errors=True)
-                os.replace(self.png_dir, self.images_dir)
+        pictures = [self.partial.picture(number) for number in range(config.num_images)] if self.partial.png_dir else []
+        if missing := [path for path in pictures if not path.is_file()]:
+            raise UserError(f"{missing[0]} has been removed; run the same command again.")
+        labels = self.labels.numpy()
+        if config.save_npz:
+            write_adm_npz(folder / "samples.npz", pictures, labels, config.seed)
+        if config.save_images:
+            write_labels(self.png_dir, [path.name for path in pictures], labels, self.class_names)
+            (self.partial.folder / MOVED).touch()
+            shutil.rmtree(self.images_dir, ignore_errors=True)
+            os.replace(self.png_dir, self.images_dir)
         # A call that found all images there may be the second after a kill that came when the line was written.
         results = append_results(folder / "results.jsonl", results, again=self.made == 0)
         write_json(folder / "results.json", results)

@@ -24,6 +24,7 @@ from util.dist import Dist
 from util.errors import UserError
 from util.files import atomic_write
 from util.pictures import image_grid
+from util.readers import read_json_lines
 
 RECORDED_PACKAGES = ("torch", "torchvision", "torch-fidelity", "timm", "numpy", "scipy", "pillow")
 LABELS = "labels.csv"
@@ -90,17 +91,19 @@ def write_adm_npz(path: Path, files: Sequence[Path], labels: NDArray[np.int64], 
 def append_results(path: Path, results: dict[str, Any], again: bool) -> dict[str, Any]:
     """Append a line to a ``results.jsonl``, which is whole at any moment; returns what the last line holds.
 
+    Damaged lines are put aside.
+
     Args:
         again: whether the last line may be of this evaluation already; it is kept then.
     """
     results = json.loads(json.dumps(results))
-    lines = path.read_text().splitlines() if path.exists() else []
-    if again and lines:
-        last = json.loads(lines[-1])
+    earlier = read_json_lines(path, put_aside=True)
+    if again and earlier:
+        last = earlier[-1]
         if all(last.get(key) == value for key, value in results.items() if key not in MEASURED_ANEW):
             return last
     with atomic_write(path) as file:
-        file.write("".join(line + "\n" for line in [*lines, json.dumps(results)]).encode())
+        file.write("".join(json.dumps(line) + "\n" for line in [*earlier, results]).encode())
     return results
 
 

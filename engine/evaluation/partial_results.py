@@ -6,7 +6,11 @@ process made which image, so another batch size or number of processes may finis
 
 from __future__ import annotations
 
+import logging
+import operator
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,11 +18,17 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
-from util.files import atomic_write
+from util.errors import UserError, reading
+from util.files import atomic_write, remove_temporary_files
+from util.readers import load_arrays
+
+logger = logging.getLogger(__name__)
 
 ARRAYS = ("indices", "features", "logits", "spatial", "grid_indices", "grid_images")  # of a batch, and of a part
+PART = "part of an evaluation"
 SAVE_INTERVAL_S = 30.0  # the work that a kill can lose, per process
 
 
@@ -43,9 +53,16 @@ class BatchResult:
 
 @dataclass
 class PartialResults:
-    """The part files of one evaluation in ``folder``; each holds the ``indices`` of its images, and other arrays."""
+    """The part files of one evaluation in ``folder``; each holds the ``indices`` of its images, and other arrays.
+
+    Args:
+        png_dir: where each image lies as a file as well; None where they are not kept.
+        picture_name: names of those files, by the images' numbers.
+    """
 
     folder: Path
+    png_dir: Path | None = None
+    picture_name: Callable[[int], str] = "{:06}.png".format
     _pending: list[dict[str, NDArray]] = field(default_factory=list)
     _last_save: float = field(default_factory=time.monotonic)
 
@@ -55,6 +72,35 @@ class PartialResults:
     def done(self) -> NDArray[np.int64]:
         """Numbers of the finished images, sorted."""
         return np.sort(read_parts(self.files(), "indices")) if self.files() else np.empty(0, np.int64)
+
+    def repair(self) -> NDArray[np.int64]:
+        """Remove parts that are damaged or whose pictures are, and what is left over; the numbers that remain.
+
+        For one process, before any of them adds something: what was removed is made again.
+        """
+        for folder in filter(None, (self.folder, self.png_dir)):
+            remove_temporary_files(folder)
+        with ThreadPoolExecutor() as pool:
+            for path in self.files():
+                try:
+                    with reading(PART, path):
+                        arrays = load_arrays(PART, path, (*ARRAYS, "timing"))
+                        numbers = [operator.index(number) for number in arrays["indices"].tolist()]
+                        if any(len(arrays[name]) != len(numbers) for name in ("features", "logits", "spatial")):
+                            raise ValueError("its arrays are of different lengths")
+                    pictures = [] if self.png_dir is None else map(self.picture, numbers)
+                    damage = next(filter(None, pool.map(_damage, pictures)), "")
+                except UserError as error:
+                    damage = str(error)
+                if damage:
+                    logger.warning("%s Its images are made again.", damage)
+                    path.unlink()
+        return self.done()
+
+    def picture(self, number: int) -> Path:
+        """File of an image."""
+        assert self.png_dir is not None
+        return self.png_dir / self.picture_name(number)
 
     def add(self, arrays: dict[str, NDArray]) -> None:
         """Arrays of the same names each time, which are concatenated; ``indices`` (B,) are those of finished images."""
@@ -79,11 +125,17 @@ class PartialResults:
 
 def read_parts(files: list[Path], name: str) -> NDArray:
     """One array of all part files, concatenated in the order of ``files``."""
-    arrays = []
-    for path in files:
-        with np.load(path) as file:
-            arrays.append(file[name])
-    return np.concatenate(arrays)
+    return np.concatenate([load_arrays(PART, path, (name,))[name] for path in files])
+
+
+def _damage(picture: Path) -> str:
+    """What is wrong with a PNG file, by its check sums; "" if nothing is."""
+    try:
+        with reading("picture", picture), Image.open(picture, formats=["PNG"]) as image:
+            image.verify()
+    except UserError as error:
+        return str(error)
+    return ""
 
 
 def weights_summary(module: torch.nn.Module) -> list[int]:

@@ -5,13 +5,13 @@ python -m engine.evaluation.results_table runs/eval/*/results.json --output docs
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from util.cli import Parser, exit_on_user_error
 from util.errors import UserError, reading
-from util.files import atomic_write
+from util.files import atomic_write, check_output_file
+from util.readers import read_json, read_json_lines
 
 # Column: where its value stands in results.json, and its format.
 COLUMNS = {
@@ -81,10 +81,8 @@ def load_results(path: Path) -> list[dict[str, Any]]:
         UserError: if there is no such file, or it is something else.
     """
     path = path / "results.json" if path.is_dir() else path
-    with reading("results", path):
-        text = path.read_text()
-        runs = [json.loads(line) for line in (text.splitlines() if path.suffix == ".jsonl" else [text])]
-    if not all(isinstance(results, dict) and "num_images" in results for results in runs):
+    runs = read_json_lines(path, "num_images") if path.suffix == ".jsonl" else [read_json("results", path)]
+    if not runs or not all(isinstance(results, dict) and "num_images" in results for results in runs):
         raise UserError(f"{path} holds no results of an evaluation; expected a results.json of main_lpd.py --evaluate.")
     return runs
 
@@ -92,7 +90,9 @@ def load_results(path: Path) -> list[dict[str, Any]]:
 def read_results(path: Path) -> list[Row]:
     """The table's rows of :func:`load_results`."""
     folder = path if path.is_dir() else path.parent
-    return [row_of(folder, results) for results in load_results(path)]
+    runs = load_results(path)
+    with reading("results", path / "results.json" if path.is_dir() else path):
+        return [row_of(folder, results) for results in runs]
 
 
 def markdown_table(rows: list[Row]) -> str:
@@ -111,6 +111,8 @@ def main() -> None:
     parser.add_argument("results", nargs="+", type=Path, help="results.json, results.jsonl, or folders with the former")
     parser.add_argument("--output", type=Path, help="write the table to this file too")
     args = parser.parse_args()
+    if args.output is not None:
+        check_output_file(args.output)
     table = markdown_table([row for path in args.results for row in read_results(path)])
     print(table, end="")
     if args.output is not None:

@@ -15,9 +15,10 @@ from engine.model_choice import recorded_config
 from models.lpd import LPD, LPDConfig, load_weights
 from orders.schedule import default_steps
 from tokenizers import load_tokenizer, read_quality, save_tokenizer
-from util.checkpoint import EXPORT_FORMAT, EXPORTED_CONFIG, EXPORTED_MODEL, description_sha256, load_checkpoint
+from util.checkpoint import EXPORT_FORMAT, EXPORTED_CONFIG, EXPORTED_MODEL, load_checkpoint
 from util.errors import UserError, reason_of
-from util.files import atomic_write, sha256, write_json
+from util.files import atomic_write, check_output_dir, content_sha256, sha256, write_json
+from util.folder_lock import LOCK_FILE, FolderLock
 from util.shapes import shapes_only
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ def export(
         UserError: for a checkpoint without configuration or average, a tokenizer of another model, notes that can't be
             read, or a folder that holds something else.
     """
+    check_output_dir(folder)
     text = _read_notes(notes)
     content = load_checkpoint(checkpoint)
     config = _recorded_config(content, checkpoint)
@@ -63,28 +65,29 @@ def export(
         if trained_with not in (None, given):
             raise UserError(f"{checkpoint} was trained with another tokenizer than {vqgan_path} (SHA-256 differs).")
         trained_with = given
-    others = {path.name for path in folder.glob("*")} - FILES
-    if others:
-        raise UserError(f"{folder} holds {min(others)!r}, which no export wrote; choose another folder.")
-
-    with atomic_write(folder / EXPORTED_MODEL) as file:
-        tensors = {name: _narrowed(tensor, bf16).contiguous() for name, tensor in state.items()}
-        # Not `save_file`, which puts a file of its own, of mode 0600, in the place of this one.
-        file.write(safetensors.torch.save(tensors, metadata={"format": "pt"}))
-    if vqgan_path is not None and tokenizer is not None:
-        if bf16:
-            save_tokenizer(loaded, folder / tokenizer, read_quality(vqgan_path), bf16=True)
-            trained_with = sha256(folder / tokenizer)
-        else:
-            with atomic_write(folder / tokenizer) as file:
-                file.write(vqgan_path.read_bytes())
-    for name in {*TOKENIZERS} - {tokenizer}:
-        (folder / name).unlink(missing_ok=True)  # of an earlier export
-    described = {"config": vars(config), "classes": content.get("classes"), "tokenizer_sha256": trained_with}
-    described = EXPORT_FORMAT | described | {"weights_sha256": sha256(folder / EXPORTED_MODEL)}
-    write_json(folder / EXPORTED_CONFIG, described | {"config_sha256": description_sha256(described)})
-    with atomic_write(folder / CARD) as file:
-        file.write(_model_card(folder.name, config, trained_with, tokenizer is not None, text).encode())
+    with FolderLock(folder) as lock:
+        lock.acquire()
+        others = {path.name for path in folder.glob("*")} - FILES - {LOCK_FILE}
+        if others:
+            raise UserError(f"{folder} holds {min(others)!r}, which no export wrote; choose another folder.")
+        with atomic_write(folder / EXPORTED_MODEL) as file:
+            tensors = {name: _narrowed(tensor, bf16).contiguous() for name, tensor in state.items()}
+            # Not `save_file`, which puts a file of its own, of mode 0600, in the place of this one.
+            file.write(safetensors.torch.save(tensors, metadata={"format": "pt"}))
+        if vqgan_path is not None and tokenizer is not None:
+            if bf16:
+                save_tokenizer(loaded, folder / tokenizer, read_quality(vqgan_path), bf16=True)
+                trained_with = sha256(folder / tokenizer)
+            else:
+                with atomic_write(folder / tokenizer) as file:
+                    file.write(vqgan_path.read_bytes())
+        for name in {*TOKENIZERS} - {tokenizer}:
+            (folder / name).unlink(missing_ok=True)  # of an earlier export
+        described = {"config": vars(config), "classes": content.get("classes"), "tokenizer_sha256": trained_with}
+        described = EXPORT_FORMAT | described | {"weights_sha256": sha256(folder / EXPORTED_MODEL)}
+        write_json(folder / EXPORTED_CONFIG, described | {"config_sha256": content_sha256(described, "config_sha256")})
+        with atomic_write(folder / CARD) as file:
+            file.write(_model_card(folder.name, config, trained_with, tokenizer is not None, text).encode())
     logger.info("%s: %d tensors, %s", folder, len(tensors), "averaged weights" if ema else "weights")
 
 

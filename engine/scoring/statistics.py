@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,8 +16,10 @@ from engine.scoring.features import INCEPTION, SPATIAL_DIM, FeatureExtractor
 from util.dist import Dist
 from util.errors import UserError, reading
 from util.files import atomic_write, sha256
+from util.readers import load_arrays, stored_array
 
 Array = NDArray[np.float64]
+WHAT = "file of reference statistics"  # in messages
 COVARIANCE_ROUNDING = 1e-5  # share of its trace that a covariance written in float32 may be off by, with a margin
 
 
@@ -101,8 +102,8 @@ class ReferenceStatistics:
 
     def load_samples(self) -> Tensor:
         """The real images of the file as uint8 (M, 3, H, W)."""
-        with np.load(self.path) as file:
-            return torch.from_numpy(file["arr_0"]).permute(0, 3, 1, 2)
+        samples = load_arrays(WHAT, self.path, ("arr_0",))["arr_0"]
+        return torch.from_numpy(samples).permute(0, 3, 1, 2)
 
 
 def load_reference_statistics(path: str | Path) -> ReferenceStatistics:
@@ -112,27 +113,23 @@ def load_reference_statistics(path: str | Path) -> ReferenceStatistics:
         UserError: if there is no such file, or it does not hold a finite mean and covariance of matching shapes.
     """
     path = Path(path)
-    with reading("file of reference statistics", path), np.load(path, allow_pickle=False) as file:
-        mu, sigma = _gaussian(file, "mu", "sigma", path)
-        spatial = _gaussian(file, "mu_s", "sigma_s", path) if "mu_s" in file else None
-        metadata = json.loads(str(file["metadata"])) if "metadata" in file else {}
-        samples = None
-        if "arr_0" in file:  # gigabytes, of which only the header is read
-            with file.zip.open("arr_0.npy") as array:
-                np.lib.format.read_magic(array)
-                shape, _, dtype = np.lib.format.read_array_header_1_0(array)
-            samples = shape if dtype == np.uint8 else None
+    arrays = load_arrays(WHAT, path, (), ("metadata",))
+    mu, sigma = _gaussian(path, "mu", "sigma")
+    spatial = None if stored_array(WHAT, path, "mu_s") is None else _gaussian(path, "mu_s", "sigma_s")
+    with reading(WHAT, path):
+        metadata = json.loads(str(arrays["metadata"])) if "metadata" in arrays else {}
+        kinds = {"extractor": str, "extractor_sha256": str, "img_size": int}
+        if any(not isinstance(metadata.get(name, kind()), kind) for name, kind in kinds.items()):
+            raise ValueError("its metadata do not say what it was made of")
+    stored = stored_array(WHAT, path, "arr_0")  # gigabytes, of which only the header is read
+    samples = stored[0] if stored is not None and stored[1] == np.uint8 else None
     return ReferenceStatistics(path, sha256(path), mu, sigma, metadata, spatial, samples)
 
 
-def _gaussian(file: Mapping[str, NDArray], mean: str, covariance: str, path: Path) -> tuple[Array, Array]:
-    missing = [f"no {name}" for name in (mean, covariance) if name not in file]
-    if missing:
-        raise UserError(
-            f"{path} has {' and '.join(missing)}; it holds {', '.join(file)}. "
-            "python -m engine.metrics computes statistics of images."
-        )
-    mu, sigma = (file[name].astype(np.float64) for name in (mean, covariance))
+def _gaussian(path: Path, mean: str, covariance: str) -> tuple[Array, Array]:
+    arrays = load_arrays(WHAT, path, (mean, covariance))
+    with reading(WHAT, path):
+        mu, sigma = (arrays[name].astype(np.float64, casting="same_kind") for name in (mean, covariance))
     shaped = mu.ndim == 1 and sigma.shape == (len(mu), len(mu))
     if not shaped or not (np.isfinite(mu).all() and np.isfinite(sigma).all()):
         raise UserError(

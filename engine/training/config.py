@@ -11,7 +11,7 @@ from pathlib import Path
 from engine.run_config import RunConfig
 from engine.training.trackers import TrackerConfig
 from orders.config import parse_shares
-from util.config import check, part, setting
+from util.config import MAX_WORKERS, check, part, setting
 from util.data.classes import ClassChoice
 from util.errors import UserError
 from util.lr_sched import LR_SCHEDULES
@@ -28,6 +28,7 @@ class DataConfig:
     )
     use_cached: bool = setting(False, "train on the codes in --cached_path instead of images")
     cached_path: Path | None = setting(None, "code cache made by main_cache.py")
+    verify_cache: bool = setting(False, "compare --cached_path with its check sums, even if it looks unchanged")
     skip_broken: bool = setting(False, "leave out images that cannot be read")
     val_path: Path | None = setting(
         None, "images that are not trained on, like --data_path: their loss is measured during training (val_loss)"
@@ -74,7 +75,9 @@ class TrainConfig(RunConfig):
     attention: str = setting("auto", "flex needs a GPU; auto: flex where it can be used", choices=ATTENTIONS)
     compile: bool | None = setting(None, "compile the training step (default: on a GPU, not on a CPU)")
     fsdp: bool = setting(False, "shard weights and optimizer over the processes (FSDP2): less memory")
-    num_workers: int = setting(8, "processes that load images; the code cache needs none", at_least=0)
+    num_workers: int = setting(
+        8, "processes that load images; the code cache needs none", at_least=0, at_most=MAX_WORKERS
+    )
     resume: Path | None = setting(None, "checkpoint, or folder of checkpoints, where --output_dir holds none yet")
     log_freq: int = setting(50, "steps between lines of metrics.jsonl", at_least=1)
     save_last_freq: int = setting(1, "epochs between saves of checkpoint-last.pth", at_least=1)

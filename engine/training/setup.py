@@ -36,7 +36,7 @@ from orders.config import parse_shares
 from tokenizers import VQModel, load_tokenizer, log_quality
 from util.checkpoint import load_checkpoint, load_newest
 from util.config import record
-from util.data.codes import CodeDataset
+from util.data.codes import CodeDataset, MappedCodes, verify_files
 from util.data.images import ImageDataset
 from util.data.sampler import GlobalBatchSampler
 from util.dist import Dist
@@ -182,6 +182,8 @@ def prepare_training(config: Config, dist: Dist, lock: FolderLock) -> PreparedTr
         assert tokenizer_file is not None
         tokenizer = load_tokenizer(tokenizer_file, dist.device)
     dataset = open_dataset(config, tokenizer, tokenizer_sha256, recorded or {})
+    if isinstance(dataset, MappedCodes):
+        dist.on_main(partial(verify_files, dataset.path, again=config.data.verify_cache, remember=not config.dry_run))
     codes = code_geometry(dataset, tokenizer)
     if isinstance(dataset, CodeDataset) and dataset.header is not None and tokenizer_file is None:
         tokenizer_sha256 = dataset.header.tokenizer_sha256

@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import fcntl
-import math
 import os
 import shutil
 import signal
@@ -42,6 +41,9 @@ STATUS_FOLDER = "LPD_STATUS_FOLDER"  # environment variable for the workers
 PREFIX = "lpd_status_"  # of that folder's name
 POLL_SECONDS = 0.2
 PR_SET_PDEATHSIG = 1  # of Linux's prctl
+# How long they may take to save and exit after the first signal. One that has been stopped, or hangs on a file system,
+# would keep all others waiting; the job then ends without its last steps.
+STOP_SECONDS = 600.0
 # How long the others may take after the first worker has exited (rank 0, which writes the checkpoint, is the last).
 EXIT_SECONDS = 300.0
 
@@ -128,27 +130,37 @@ def supervise(arguments: list[str]) -> int:
             start_new_session=True,  # so that the terminal's Ctrl-C does not reach it
             preexec_fn=_become_torchrun,
         )
-        status = _wait(torchrun, workers)
+        status, killed = _wait(torchrun, workers)
         statuses = workers.statuses()
     failures = [code for code in statuses if code not in (0, *TOLD_TO_EXIT)]
     told = [code for code in statuses if code in TOLD_TO_EXIT]
+    if workers.signals and killed:  # the last checkpoint is what the job goes on from
+        told.append(exit_status(workers.signals[0]))
     return failures[0] if failures else max(told, default=status)
 
 
-def _wait(torchrun: subprocess.Popen[bytes], workers: Workers) -> int:
-    """Pass signals on until torchrun ends; kill the workers that still run EXIT_SECONDS after the first has exited."""
-    deadline = None
+def _wait(torchrun: subprocess.Popen[bytes], workers: Workers) -> tuple[int, bool]:
+    """Pass signals on until torchrun ends; its exit status, and whether workers had to be killed.
+
+    They are when they still run EXIT_SECONDS after the first has exited, or STOP_SECONDS after the first signal.
+    """
+    deadlines: dict[str, float] = {}
+    killed = False
     while True:
         try:
-            return torchrun.wait(POLL_SECONDS)
+            return torchrun.wait(POLL_SECONDS), killed
         except subprocess.TimeoutExpired:
             workers.send()
-        if deadline is None and any(code in TOLD_TO_EXIT for code in workers.statuses()):
-            deadline = time.monotonic() + EXIT_SECONDS
-        if deadline is not None and time.monotonic() > deadline:
-            deadline = math.inf
-            print(f"a worker still runs {EXIT_SECONDS:.0f} s after the first exited: killing it", file=sys.stderr)
-            workers.send(signal.SIGKILL)
+        now = time.monotonic()
+        if workers.signals:
+            deadlines.setdefault(f"{STOP_SECONDS:.0f} s after the first signal", now + STOP_SECONDS)
+        if any(code in TOLD_TO_EXIT for code in workers.statuses()):
+            deadlines.setdefault(f"{EXIT_SECONDS:.0f} s after the first exited", now + EXIT_SECONDS)
+        for late, deadline in deadlines.items():
+            if now > deadline and not killed:
+                killed = True
+                print(f"a worker still runs {late}: killing it", file=sys.stderr)
+                workers.send(signal.SIGKILL)
 
 
 if __name__ == "__main__":

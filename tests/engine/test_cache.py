@@ -18,12 +18,12 @@ from PIL import Image
 
 import main_cache
 from engine import cache as cache_module
-from engine.cache import CacheConfig, build_cache, verify_cache
+from engine.cache import CacheConfig, build_cache
 from tests.helpers.commands import ROOT, run
 from tests.helpers.processes import ALONE
 from tests.helpers.tiny_models import tiny_tokenizer, write_images
 from tokenizers import VQConfig, VQModel, load_tokenizer, save_tokenizer
-from util.data.codes import PARTS, CacheHeader, open_codes
+from util.data.codes import PARTS, CacheHeader, open_codes, verify_files
 from util.data.images import ImageFolder, write_image_archive
 from util.errors import UserError
 from util.files import sha256
@@ -197,7 +197,7 @@ def test_finished_cache_is_kept_and_verified(
     content[-1] ^= 1
     (cache / "codes.npy").write_bytes(content)
     with pytest.raises(UserError, match=r"codes\.npy is missing or damaged"):
-        verify_cache(cache)
+        verify_files(cache, again=True)
     with pytest.raises(UserError, match=r"codes\.npy is missing or damaged"):
         _cache(images, cache, vqgan)
 
@@ -379,7 +379,7 @@ def test_a_cache_whose_files_were_not_all_in_place_is_finished(
     encoded.clear()
     assert _cache(more, cache, vqgan).num_images == 16
     assert not encoded
-    verify_cache(cache)
+    verify_files(cache)
     assert len(open_codes(cache)) == 16
 
 

@@ -168,12 +168,13 @@ def test_variables_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
     assert launch_variables(slurm.SlurmJobEnvironment()) == expected
 
 
-def start_workers(folder: Path, mode: str, leave_seconds: float) -> subprocess.Popen[str]:
+def start_workers(folder: Path, mode: str, leave_seconds: float, stop_seconds: float = 60) -> subprocess.Popen[str]:
     """Two of the workers above under the supervisor."""
     script = folder / "trainer.py"
     script.write_text(TRAINER)
     program = "import sys; from scripts.cli import supervise; "
-    program += f"supervise.EXIT_SECONDS = {leave_seconds}; sys.exit(supervise.supervise(sys.argv[1:]))"
+    program += f"supervise.EXIT_SECONDS = {leave_seconds}; supervise.STOP_SECONDS = {stop_seconds}; "
+    program += "sys.exit(supervise.supervise(sys.argv[1:]))"
     workers = ["--standalone", "--nproc_per_node", "2", "-m", "scripts.cli.worker", str(script), str(folder), mode]
     return subprocess.Popen([sys.executable, "-c", program, *workers], cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
@@ -200,6 +201,18 @@ def test_workers_leave_in_their_own_time(
     assert process.returncode == status, errors
     assert (tmp_path / "saved").exists() == (mode != "hang")
     assert errors.count("killing it") == (mode == "hang")
+
+
+@pytest.mark.slow
+def test_a_stopped_worker_does_not_keep_the_job(tmp_path: Path) -> None:
+    """Guards against a job that SIGTERM can't end, because one rank hangs and the others wait for it."""
+    process = start_workers(tmp_path, "hang", 60, stop_seconds=2)
+    wait_until(lambda: all((tmp_path / f"ready{rank}").exists() for rank in (0, 1)), 60, "two workers")
+    os.kill(int((tmp_path / "ready1").read_text().split()[0]), signal.SIGSTOP)
+    process.terminate()
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    assert "still runs 2 s after the first signal: killing it" in errors
 
 
 def _runs(pid: int) -> bool:

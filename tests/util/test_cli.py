@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch.distributed as torch_dist
@@ -122,17 +123,21 @@ def test_required_flags_are_shown_as_such(capsys: pytest.CaptureFixture[str]) ->
 
 
 COMMANDS = ["main_lpd", "main_cache", "orders.__main__", "engine.hub.__main__", "engine.classifier", "engine.metrics",
-            "engine.evaluation.results_table", "tokenizers.train", "scripts.demo", "scripts.gpu_suite",
-            "scripts.benchmark_latency", "experiments.cifar10.run"]  # fmt: skip
+            "engine.evaluation.results_table", "engine.evaluation.compare", "tokenizers.train", "scripts.demo",
+            "scripts.gpu_suite", "scripts.benchmark_latency", "scripts.likelihood", "scripts.find_schedule",
+            "scripts.generate", "scripts.edit", "scripts.plots", "experiments.cifar10.run",
+            "experiments.produce.run"]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", COMMANDS)
 def test_no_command_prints_its_whole_usage_on_a_wrong_flag(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    main: Callable[[], None] = importlib.import_module(name).main
+    module = importlib.import_module(name)
+    main: Callable[[], None] = module.EXPERIMENT.main if name.startswith("experiments") else module.main
     command = {
         "orders.__main__": ["stats"],
         "engine.hub.__main__": ["push", "a", "b"],
         "engine.evaluation.results_table": ["x"],
+        "scripts.plots": ["loss", "x"],
     }.get(name, [])
     assert run(main, *command, "--no_such_flag") == 2
     said = capsys.readouterr().err
@@ -148,3 +153,66 @@ def test_a_wrong_command_gets_a_suggestion(capsys: pytest.CaptureFixture[str]) -
     said = capsys.readouterr().err
     assert "(did you mean lpd_l_256?)" in said
     assert "there is no flag --foce" in said
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (OSError(28, "No space left on device"), "the disk is full"),
+        (PermissionError(13, "Permission denied", "a.json"), "a.json can't be read or written"),
+        (MemoryError("Unable to allocate 8 TiB"), "there is not enough memory (Unable to allocate 8 TiB)"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "there is not enough memory"),
+        (
+            RuntimeError("CUDA out of memory. You tried"),
+            "there is not enough memory (CUDA out of memory)",
+        ),
+    ],
+)
+def test_what_the_machine_refuses_is_one_sentence(
+    capsys: pytest.CaptureFixture[str], error: Exception, sentence: str
+) -> None:
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(SystemExit) as caught:
+        exit_on_user_error(fail)
+    assert caught.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {sentence}")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("shapes differ"), OSError("no number"), KeyError("x")])
+def test_defects_keep_their_traceback(error: Exception) -> None:
+    """Guards against hiding them behind a sentence about the machine."""
+
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        exit_on_user_error(fail)
+
+
+@dataclass(frozen=True)
+class Command:
+    output: Path = setting(Path("here"), "a path")
+    name: str = setting("", "a text")
+    counts: tuple[int, ...] = setting((1,), "numbers")
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["--output", ""], "--output is given an empty text"),
+        (["--output="], "--output is given an empty text"),
+        (["--name", " "], "--name is given an empty text"),
+        (["--counts", "1", str(2**63)], "--counts is a number of more than 64 bits"),
+        (["--counts", "-9223372036854775809"], "--counts is a number of more than 64 bits"),
+    ],
+)
+def test_empty_texts_and_absurd_numbers_are_refused(words: list[str], sentence: str) -> None:
+    """Guards against writing into the working directory, which an empty path is, and numbers that torch can't hold."""
+    parser = Parser()
+    parser.add_config(Command)
+    assert parser.parse_args(["--counts", "1", str(2**63 - 1)]).counts == [1, 2**63 - 1]
+    with pytest.raises(UserError, match=sentence):
+        parser.parse_args(words)

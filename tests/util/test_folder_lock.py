@@ -70,13 +70,15 @@ def test_a_lock_whose_file_was_just_removed_is_taken_anew(tmp_path: Path, monkey
         assert next(removals, None) is None
 
 
-def test_a_link_in_its_place_is_not_followed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("target", ["elsewhere", "nowhere"])
+def test_a_link_in_its_place_is_refused(tmp_path: Path, target: str) -> None:
+    """Guards against two holders where the lock can't be taken, and against a lock on someone else's file."""
     (tmp_path / "elsewhere").write_text("kept")
-    (tmp_path / LOCK_FILE).symlink_to(tmp_path / "elsewhere")
-    with FolderLock(tmp_path) as lock:
+    (tmp_path / LOCK_FILE).symlink_to(tmp_path / target)
+    with FolderLock(tmp_path) as lock, pytest.raises(UserError, match=r"\.lock can't be made"):
         lock.acquire()
-    assert "can't be locked" in caplog.text
     assert (tmp_path / "elsewhere").read_text() == "kept"
+    assert not (tmp_path / "nowhere").exists()
 
 
 def test_a_file_in_place_of_the_folder_is_named(tmp_path: Path) -> None:

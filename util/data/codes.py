@@ -13,12 +13,11 @@ from __future__ import annotations
 import abc
 import contextlib
 import dataclasses
-import json
 import logging
 import math
-import zipfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,11 +25,13 @@ from torch.utils.data import Dataset
 
 from util.data.images import hash_names, list_class_folders
 from util.errors import UserError
-from util.files import atomic_write, sha256, write_json
+from util.files import atomic_write, content_sha256, sha256, write_json
+from util.readers import load_arrays, map_array, read_json
 
 logger = logging.getLogger(__name__)
 
 HEADER = "header.json"
+VERIFIED = ".verified.json"  # sizes and times of the files whose hashes have been compared
 PARTS = ".parts"  # subfolder of an unfinished cache; hidden, so that it is not taken for a class
 CODES, CODES_FLIP, LABELS, NAMES = "codes.npy", "codes_flip.npy", "labels.npy", "images.json"
 CACHE_FORMAT, CACHE_VERSION = "lpd-codes", 1
@@ -57,14 +58,26 @@ class CacheHeader:
     format: str = CACHE_FORMAT
     version: int = CACHE_VERSION
 
+    # Of all of this, itself left out, as it is on disk; caches of earlier versions have none.
+    header_sha256: str = dataclasses.field(default="", compare=False)
+
+    def write(self, path: Path) -> None:
+        values = dataclasses.asdict(self)
+        write_json(path, values | {"header_sha256": content_sha256(values, "header_sha256")})
+
     @staticmethod
     def read(path: Path) -> CacheHeader:
-        """Read a ``header.json``; UserError if it is missing, so that the cache is unfinished, or another file."""
-        if not path.is_file():
+        """Read a ``header.json``; UserError if it is missing, so that the cache is unfinished, damaged, or another."""
+        if not path.exists():
             raise UserError(f"{path.parent} is an unfinished cache; run main_cache.py again to finish it.")
-        with contextlib.suppress(ValueError, TypeError):
-            header = CacheHeader(**json.loads(path.read_text()))
-            if (header.format, header.version) == (CACHE_FORMAT, CACHE_VERSION):
+        values = read_json("cache header", path)
+        kinds = {"int": int, "str": str, "list[str]": list, "dict[str, str]": dict}
+        with contextlib.suppress(TypeError):
+            header = CacheHeader(**values)
+            right = all(type(getattr(header, f.name)) is kinds[str(f.type)] for f in dataclasses.fields(header))
+            if right and (header.format, header.version) == (CACHE_FORMAT, CACHE_VERSION):
+                if header.header_sha256 not in ("", content_sha256(values, "header_sha256")):
+                    raise UserError(f"{path} is damaged or has been changed: its SHA-256 differs; cache again.")
                 return header
         raise UserError(f"{path} is not the header of a code cache of version {CACHE_VERSION}.")
 
@@ -99,7 +112,38 @@ def write_codes(
         max_code=int(max(codes.max(), codes_flip.max())),
         files={name: sha256(cache / name) for name in [*arrays, *([] if names is None else [NAMES])]},
     )
-    write_json(cache / HEADER, dataclasses.asdict(header))
+    header.write(cache / HEADER)
+    return header
+
+
+def verify_files(cache: Path, *, again: bool = False, remember: bool = True) -> CacheHeader:
+    """Compare the files of a finished code cache with the hashes in its header.
+
+    Files that had the right hash before and have the same size and time are not read again; the cache remembers them.
+
+    Args:
+        again: read them in any case.
+        remember: whether to write down what was found.
+
+    Raises:
+        UserError: if a file is missing or differs.
+    """
+    header = CacheHeader.read(cache / HEADER)
+    known: Any = None
+    if not again and (cache / VERIFIED).is_file():
+        with contextlib.suppress(UserError):
+            known = read_json("record", cache / VERIFIED)
+    found = {}
+    for name, expected in header.files.items():
+        path = cache / name
+        status = path.stat() if path.is_file() else None
+        found[name] = status and [status.st_size, status.st_mtime_ns, expected]
+        remembered = isinstance(known, dict) and known.get(name) == found[name]
+        if status is None or not (remembered or sha256(path) == expected):
+            raise UserError(f"{path} is missing or damaged; delete {cache} and cache again.")
+    if remember and known != found:
+        with contextlib.suppress(OSError):  # a cache that can only be read
+            write_json(cache / VERIFIED, found)
     return header
 
 
@@ -157,9 +201,15 @@ class MappedCodes(CodeDataset):
     def __init__(self, path: Path) -> None:
         self.header: CacheHeader = CacheHeader.read(path / HEADER)
         count, num_tokens = self.header.num_images, self.header.grid_size**2
-        super().__init__(path, self.header.classes, _load_array(path / LABELS, (count,), np.int64), num_tokens)
+        labels = map_array("cache file", path / LABELS, (count,), np.int64)
+        if count and not (labels.min() >= 0 and labels.max() < len(self.header.classes)):
+            raise UserError(
+                f"{path / LABELS} holds labels outside the {len(self.header.classes)} classes of the cache."
+            )
+        super().__init__(path, self.header.classes, labels, num_tokens)
         self.vocab_size = self.header.vocab_size
-        self._codes = [_load_array(path / name, (count, num_tokens), np.uint16) for name in (CODES, CODES_FLIP)]
+        shape = (count, num_tokens)
+        self._codes = [map_array("cache file", path / name, shape, np.uint16) for name in (CODES, CODES_FLIP)]
 
     def _read(self, indices: np.ndarray) -> Iterable[np.ndarray]:
         return (codes[indices] for codes in self._codes)
@@ -191,26 +241,9 @@ class NpzCodes(CodeDataset):
         return hash_names(self.paths)
 
 
-def _load_array(path: Path, shape: tuple[int, ...], dtype: type) -> np.ndarray:
-    try:
-        array = np.load(path, mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
-        raise UserError(f"{path} is missing or damaged ({error}); delete the cache and make it again.") from None
-    if array.shape != shape or array.dtype != dtype:
-        found, wanted = f"{array.dtype} {array.shape}", f"{np.dtype(dtype)} {shape}"
-        raise UserError(f"{path} holds {found}, the header says {wanted}; delete the cache and make it again.")
-    return array
-
-
 def _load_npz(path: Path) -> np.ndarray:
     """``indices`` and ``indices_flip``, int64 (2, L)."""
-    try:
-        with np.load(path) as file:
-            pair = [file[name].reshape(-1) for name in ("indices", "indices_flip")]
-    except KeyError as error:
-        raise UserError(f"{path} has no array {error}; expected 'indices' and 'indices_flip'.") from None
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is not a readable file of codes ({error}).") from None
+    pair = [array.reshape(-1) for array in load_arrays("file of codes", path, ("indices", "indices_flip")).values()]
     if any(array.dtype.kind not in "iu" for array in pair) or len(pair[0]) != len(pair[1]):
         raise UserError(f"{path} must hold two integer arrays of one length, 'indices' and 'indices_flip'.")
     return np.array(pair, dtype=np.int64)

@@ -21,7 +21,6 @@ import io
 import itertools
 import logging
 import os
-import zipfile
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -32,14 +31,19 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 from torch.utils.data import Dataset
 
+from util.config import MAX_SIDE
 from util.crop import center_crop_arr
 from util.data.classes import LISTS, ClassChoice, read_image_list, tell
 from util.errors import UserError
 from util.files import atomic_write
+from util.readers import load_arrays
 
 logger = logging.getLogger(__name__)
 
 IMAGE_EXTENSIONS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".ppm", ".pgm", ".tif", ".tiff", ".gif"})
+# What such files may hold, whatever their names; of the others Pillow knows, some run a program (Ghostscript).
+IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
+MAX_ASPECT = 100  # longer strips would take gigabytes, enlarged until the short side is that of the crop
 SPLITS = ("train", "test")  # by the number that stands for them in an image archive
 NO_CLASSES = frozenset({"__MACOSX"})  # what archivers leave; hidden folders neither
 CIFAR10_FOLDER = "cifar-10-batches-py"  # as torchvision unpacks it
@@ -63,6 +67,8 @@ class ImageDataset(Dataset[tuple[torch.Tensor, int]], abc.ABC):
     def __init__(
         self, source: str | Path, classes: list[str], labels: NDArray[np.int64], img_size: int, skip_broken: bool
     ) -> None:
+        if not 1 <= img_size <= MAX_SIDE:
+            raise UserError(f"images of {img_size}×{img_size} pixels can't be made; a side has 1 to {MAX_SIDE} pixels.")
         self.source = str(source)
         self.classes = classes
         self.labels = labels
@@ -298,17 +304,9 @@ def write_image_archive(
 
 def _read_archive(path: Path) -> dict[str, np.ndarray]:
     """The arrays of an image archive, checked."""
-    if not path.is_file():
-        raise UserError(f"image archive {path} does not exist.")
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("data", "offsets", "labels", "classes", "split") if name in file}
-    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged or not an image archive ({error}).") from None
+    arrays = load_arrays("image archive", path, ("data", "offsets", "labels", "classes"), ("split",))
     kinds = {"data": np.uint8, "offsets": np.integer, "labels": np.integer, "classes": np.str_, "split": np.integer}
     for name, kind in kinds.items():
-        if name not in arrays and name != "split":
-            raise UserError(f"{path} has no array {name!r}; an image archive has data, offsets, labels and classes.")
         if name in arrays and (arrays[name].ndim != 1 or not np.issubdtype(arrays[name].dtype, kind)):
             raise UserError(f"array {name!r} of image archive {path} is not of the type it should be.")
     labels, offsets, size = arrays["labels"], arrays["offsets"].astype(np.int64), len(arrays["data"])
@@ -360,16 +358,38 @@ def _is_ignored(folder: str) -> bool:
 
 
 def _find_files(root: Path, extensions: Collection[str]) -> Iterator[str]:
-    """Paths, relative to ``root``, of the files in it and its subfolders; hidden ones are left out."""
-    for folder, folders, names in os.walk(root, followlinks=True):
-        folders[:] = [name for name in folders if not _is_ignored(name)]
+    """Paths, relative to ``root``, of the files in it and its subfolders; hidden ones are left out.
+
+    Links are followed, but a folder is read once: one that leads back to it, or to a folder that ``root`` lies in, is
+    left out with a warning.
+    """
+    real = Path(os.path.realpath(root))
+    above = (os.stat(folder) for folder in (real, *real.parents) if folder.exists())
+    seen = {(status.st_dev, status.st_ino) for status in above}
+    for folder, folders, names in os.walk(root, onerror=_refuse_folder, followlinks=True):
+        links = {name for name in folders if os.path.islink(os.path.join(folder, name))}
+        ordered, folders[:] = (
+            sorted(itertools.filterfalse(_is_ignored, folders), key=lambda name: (name in links, name)),
+            [],
+        )
+        for name in ordered:
+            status = os.stat(os.path.join(folder, name))
+            if (status.st_dev, status.st_ino) in seen:
+                logger.warning("left out: %s leads to a folder that is read already", os.path.join(folder, name))
+            else:
+                seen.add((status.st_dev, status.st_ino))
+                folders.append(name)
         for name in names:
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in extensions:
                 yield os.path.relpath(os.path.join(folder, name), root)
 
 
+def _refuse_folder(error: OSError) -> None:
+    raise UserError(f"{error.filename} can't be read: {error.strerror}.") from None
+
+
 def load_rgb(source: str | Path | BinaryIO, name: str | None = None) -> Image.Image:
-    """Read any image file as an 8-bit RGB picture, decoded completely, just as ADM's loader does.
+    """Read an image file as an 8-bit RGB picture, decoded completely, just as ADM's loader does.
 
     Grey, palette and CMYK pictures become RGB by Pillow's conversion, which drops an alpha channel and clips 16-bit
     grey at 255 (with a warning: such files should be scaled beforehand). A rotation noted in EXIF is not applied. Of an
@@ -379,19 +399,27 @@ def load_rgb(source: str | Path | BinaryIO, name: str | None = None) -> Image.Im
         name: what messages call a ``source`` that is not a path.
 
     Raises:
-        UserError: naming the image, when it is missing, damaged, not an image, or has floating-point pixels.
+        UserError: naming the image, when it is missing, damaged, not an image, has floating-point pixels, more than
+            179 million of them (Pillow's limit), or sides whose ratio is above ``MAX_ASPECT``.
     """
-    name = repr(str(source)) if name is None else name
+    named = repr(str(source)) if name is None else name
+    if isinstance(source, str | Path) and os.path.exists(source) and not os.path.isfile(source):
+        raise UserError(f"Image file {named} can't be read: it is not a file.")  # reading a pipe would wait forever
     try:
-        with Image.open(source) as image:
+        with Image.open(source, formats=IMAGE_FORMATS) as image:
+            if max(image.size) > MAX_ASPECT * min(image.size):
+                wanted = f"one side may be up to {MAX_ASPECT} times the other"
+                raise UserError(f"Image file {named} is {image.width}×{image.height} pixels; {wanted}.")
             image.load()
+            if image.mode == "F":
+                raise UserError(f"Image file {named} has floating-point pixels; 8-bit images can be used.")
+            if image.mode.startswith("I"):
+                logger.warning("image file %s has 16-bit pixels: what is above 255 becomes white", named)
+            return image.convert("RGB")
+    except UserError:
+        raise
     except UnidentifiedImageError:
-        raise UserError(f"Image file {name} can't be read: it is damaged or not an image.") from None
+        raise UserError(f"Image file {named} can't be read: it is damaged or not an image.") from None
     # Decoders fail on damaged bytes in many ways: OSError, SyntaxError, struct.error, DecompressionBombError, ...
     except Exception as error:
-        raise UserError(f"Image file {name} can't be read: {error}.") from error
-    if image.mode == "F":
-        raise UserError(f"Image file {name} has floating-point pixels; 8-bit images can be used.")
-    if image.mode.startswith("I"):
-        logger.warning("image file %s has 16-bit pixels: what is above 255 becomes white", name)
-    return image.convert("RGB")
+        raise UserError(f"Image file {named} can't be read: {error}.") from error

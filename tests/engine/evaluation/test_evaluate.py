@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -97,13 +98,13 @@ def start_case(output_dir: Path, *args: object, variables: Mapping[str, str] = {
     return subprocess.Popen([sys.executable, CASE, output_dir, *map(str, args)], env=os.environ | variables)
 
 
-def stopping_after(batches: int) -> Callable[[Batch], None]:
+def stopping_after(batches: int, message: str = "stopped") -> Callable[..., None]:
     """Fails before a batch after so many others."""
     calls = iter(range(batches))
 
-    def stop(batch: Batch) -> None:
+    def stop(*batch: object, **_: object) -> None:
         if next(calls, None) is None:
-            raise RuntimeError("stopped")
+            raise RuntimeError(message)
 
     return stop
 
@@ -138,6 +139,66 @@ def test_killed_run_is_resumed_and_ends_the_same(output_dir: Path, whole: tuple[
     results = run(output_dir, eval_bsz=5, before_batch=lambda batch: made.append(len(batch[0])))
     assert made == [5, 5, 5], "two batches of four were finished before the kill"
     assert_same(output_dir, results, whole)
+
+
+@pytest.mark.parametrize("damage", ["no picture", "half a picture", "another picture", "half a part", "another part"])
+def test_what_is_damaged_is_made_again(
+    output_dir: Path, whole: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    """Guards against results of 35 of 40 images, and against a part that fails every rerun."""
+    monkeypatch.setattr(partial_results, "SAVE_INTERVAL_S", 0)
+    with pytest.raises(RuntimeError, match="stopped"):
+        run(output_dir, before_batch=stopping_after(2), save_npz=True)
+    (folder,) = output_dir.glob("partial-*")
+    (path,) = folder.glob("png/000001*.png" if "picture" in damage else "part_00000000.npz")
+    content = path.read_bytes()
+    path.unlink()
+    if damage.startswith("half"):
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "another part":
+        np.savez(path, indices=np.arange(4))
+    elif damage == "another picture":
+        path.write_bytes(b"\x89PNG\r\n\x1a\n")
+    (folder / "png/.000002.png.here.1.tmp").touch()
+    made: list[int] = []
+    results = run(output_dir, before_batch=lambda batch: made.append(len(batch[0])), save_npz=True)
+    assert made == [4] * 5, "one of two batches was whole"
+    assert_same(output_dir, results, whole)
+
+
+def test_a_kill_between_pictures_and_results(
+    output_dir: Path, whole: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against pictures that are made twice, or missing from the file for the ADM suite."""
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate_module, "append_results", stopping_after(0, "killed"))
+        with pytest.raises(RuntimeError, match="killed"):
+            run(output_dir)
+    assert len(list((output_dir / "images").glob("*.png"))) == NUM_IMAGES
+    (picture,) = (output_dir / "images").glob("000004*.png")
+    picture.unlink()
+    made: list[int] = []
+    assert_same(output_dir, run(output_dir, before_batch=lambda batch: made.append(len(batch[0]))), whole)
+    assert made == [4] * 6, "all were in one part"
+
+
+@pytest.mark.parametrize("name", ["images", "partial"])
+def test_links_in_the_place_of_its_folders_are_refused(output_dir: Path, tmp_path: Path, name: str) -> None:
+    """Guards against replacing or deleting what lies elsewhere."""
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "000001.png").touch()
+    if name == "partial":
+        with pytest.raises(RuntimeError, match="stopped"):
+            run(output_dir, before_batch=stopping_after(1))
+        (folder,) = output_dir.glob("partial-*")
+        shutil.rmtree(folder)
+    else:
+        folder = output_dir / "images"
+    folder.parent.mkdir(exist_ok=True)
+    folder.symlink_to(tmp_path / "mine")
+    with pytest.raises(UserError, match="is a symbolic link"):
+        run(output_dir)
+    assert (tmp_path / "mine" / "000001.png").exists()
 
 
 def test_other_settings_or_weights_are_not_resumed(output_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

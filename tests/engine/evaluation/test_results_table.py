@@ -90,6 +90,19 @@ def test_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest
     assert [row["images"] for row in cells(printed)] == ["400", "400", "50000"]
 
 
+def test_damaged_lines_are_left_out_and_odd_values_refused(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Guards against a table that one bad line of hundreds makes impossible, and against a traceback."""
+    path = tmp_path / "results.jsonl"
+    path.write_text(f"{json.dumps(OWN)}\n{{half\n[]\n{json.dumps(OWN)}\n")
+    assert len(read_results(path)) == 2
+    assert "line 2 of" in caplog.text
+    assert path.read_text().count("half") == 1
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps(OWN | {"num_images": 3.5}))
+    with pytest.raises(UserError, match=r"results\.json is truncated or damaged"):
+        read_results(path)
+
+
 @pytest.mark.parametrize("content", ["{", "[1]", '{"settings": {}}'])
 def test_other_files_are_refused(tmp_path: Path, content: str) -> None:
     path = tmp_path / "results.json"

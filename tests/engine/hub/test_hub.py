@@ -33,6 +33,7 @@ from orders import generate_orders, save_orders
 from tests.helpers.commands import ROOT
 from tests.helpers.commands import run as run_command
 from tests.helpers.fake_hub import FakeHub, start
+from tests.helpers.processes import holder
 from tests.helpers.tiny_models import tiny_tokenizer
 from tokenizers import load_tokenizer, save_tokenizer
 from util.checkpoint import HASHES, load_checkpoint, save_checkpoint
@@ -417,6 +418,17 @@ def test_a_models_own_tokenizer_is_that_of_its_folder(hub: FakeHub, checkpoint: 
         assert own_tokenizer(name) == name
     for other in (None, checkpoint, Path("hf:user/digits/model.safetensors"), tmp_path / "nowhere"):
         assert own_tokenizer(other) is None
+
+
+def test_an_export_after_a_killed_one(checkpoint: Path, tmp_path: Path) -> None:
+    """Guards against a repeat that its own leftovers block, and against two exports into one folder."""
+    folder = tmp_path / "exported"
+    folder.mkdir()
+    (folder / ".model.safetensors.here.1.tmp").write_bytes(b"half")
+    with holder(folder), pytest.raises(UserError, match="another process is writing to"):
+        export(checkpoint, folder)
+    export(checkpoint, folder)
+    assert sorted(path.name for path in folder.iterdir()) == ["README.md", "config.json", "model.safetensors"]
 
 
 def test_exported_files_follow_the_umask(checkpoint: Path, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_orders_as_they_are_written(tmp_path: Path) -> None:
         (["lpd:near:2"], ["4"], "lpd:PROXIMITY:REPULSION"),
         (["raster:1:2"], ["4"], "thresholds are those of locality-aware orders"),
         (["lpd"], ["17"], "17 must lie between 1 and the 16 tokens"),
-        (["lpd"], ["0"], "0 must lie between"),
+        (["lpd"], ["0"], "generation_steps is 0"),
         (["lpd"], ["1,2"], "sum to 3"),
         (["lpd"], ["few"], "'few' must be positive integers"),
         (["lpd", "raster"], ["4", "4"], "lpd/4 is asked for twice"),

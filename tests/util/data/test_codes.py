@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,12 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from util.data.codes import CacheHeader, CodeDataset, open_codes
+from util.data import codes as codes_module
+from util.data.codes import CacheHeader, CodeDataset, open_codes, verify_files, write_codes
 from util.data.loading import whole_batch
 from util.data.sampler import GlobalBatchSampler
 from util.errors import UserError
+from util.files import sha256
 
 N, L, V = 10, 16, 32
 RNG = np.random.default_rng(0)
@@ -122,13 +125,13 @@ class TestCodes:
         """Guards against reading a truncated, foreign, newer or unfinished cache."""
         whole = (cache / "codes.npy").read_bytes()
         (cache / "codes.npy").write_bytes(whole[:-1])
-        with pytest.raises(UserError, match=r"codes\.npy is missing or damaged"):
+        with pytest.raises(UserError, match=r"codes\.npy .*damaged"):
             open_codes(cache)
         np.save(cache / "codes.npy", PLAIN[1:])
-        with pytest.raises(UserError, match=r"codes\.npy holds uint16 \(9, 16\)"):
+        with pytest.raises(UserError, match=r"codes\.npy .*holds uint16 \(9, 16\), not uint16 \(10, 16\)"):
             open_codes(cache)
         (cache / "codes.npy").write_bytes(whole)
-        for changes in ({"version": 2}, {"format": "other"}, {"surprise": 1}):
+        for changes in ({"version": 2}, {"format": "other"}, {"surprise": 1}, {"num_images": "3"}):
             _write_header(cache, **changes)
             with pytest.raises(UserError, match=r"header\.json is"):
                 open_codes(cache)
@@ -139,12 +142,62 @@ class TestCodes:
         with pytest.raises(UserError, match="nowhere is not a folder"):
             open_codes(tmp_path / "nowhere")
 
+    def test_labels_outside_the_classes_are_refused(self, cache: Path) -> None:
+        """Guards against an index error deep in the embedding, and against training on a class that is not there."""
+        for label in (-1, 2):
+            np.save(cache / "labels.npy", np.where(np.arange(N) == 3, label, LABELS))
+            with pytest.raises(UserError, match=r"labels\.npy holds labels outside the 2 classes"):
+                open_codes(cache)
+
+    def test_changed_caches_are_noticed(self, tmp_path: Path) -> None:
+        """Guards against training on codes, labels or class names that have changed, however valid they look."""
+        write_codes(tmp_path, PLAIN, FLIP, LABELS, HEADER)
+        header = verify_files(tmp_path)
+        assert header.files.keys() == {"codes.npy", "codes_flip.npy", "labels.npy"}
+        for name in header.files:
+            whole = (tmp_path / name).read_bytes()
+            (tmp_path / name).write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+            os.utime(tmp_path / name, ns=(0, 0))
+            with pytest.raises(UserError, match=rf"{name} is missing or damaged"):
+                verify_files(tmp_path)
+            (tmp_path / name).write_bytes(whole)
+        verify_files(tmp_path)
+        text = (tmp_path / "header.json").read_text()
+        (tmp_path / "header.json").write_text(text.replace("cat", "cap"))
+        with pytest.raises(UserError, match=r"header\.json is damaged or has been changed"):
+            open_codes(tmp_path)
+
+    def test_verified_files_are_remembered(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Guards against reading gigabytes at every start, and against trusting times where it must not."""
+        read: list[str] = []
+        write_codes(tmp_path, PLAIN, FLIP, LABELS, HEADER)
+
+        def counted(path: Path) -> str:
+            read.append(path.name)
+            return sha256(path)
+
+        monkeypatch.setattr(codes_module, "sha256", counted)
+        verify_files(tmp_path, remember=False)
+        verify_files(tmp_path)
+        assert len(read) == 6
+        verify_files(tmp_path)
+        assert len(read) == 6
+        os.utime(tmp_path / "labels.npy", ns=(0, 0))
+        (tmp_path / ".verified.json").write_text((tmp_path / ".verified.json").read_text())
+        verify_files(tmp_path)
+        assert read[6:] == ["labels.npy"]
+        verify_files(tmp_path, again=True)
+        assert len(read) == 10
+        (tmp_path / ".verified.json").write_text("[[[")
+        verify_files(tmp_path)
+        assert len(read) == 13
+
     def test_damaged_npz_files_are_named(self, npz: Path) -> None:
         """Guards against a traceback of numpy for a file that does not hold codes."""
         dataset: CodeDataset = open_codes(npz)
         file = npz / "cat/3.npz"
         for damage, sentence in (
-            (lambda: file.write_bytes(b"PK no archive"), r"3\.npz is not a readable file"),
+            (lambda: file.write_bytes(b"PK no archive"), r"3\.npz is truncated or damaged"),
             (lambda: np.savez(file, indices=PLAIN[0]), r"3\.npz has no array"),
             (lambda: np.savez(file, indices=np.zeros(L), indices_flip=np.zeros(L)), r"3\.npz must hold two integer"),
             (lambda: np.savez(file, indices=PLAIN[0, :9], indices_flip=FLIP[0, :9]), r"3\.npz holds 9 codes"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import pickle
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from util.data.images import CIFAR10_FOLDER, ImageFolder, open_images, write_image_archive
+from util.data.images import CIFAR10_FOLDER, ImageFolder, load_rgb, open_images, write_image_archive
 from util.errors import UserError
 
 PIXELS = np.random.default_rng(0).integers(0, 256, (6, 10, 12, 3), dtype=np.uint8)
@@ -38,6 +40,18 @@ def change(path: Path, **arrays: Any) -> None:
     with np.load(path) as file:
         contents = dict(file) | arrays
     np.savez(path, **{name: array for name, array in contents.items() if array is not None})
+
+
+def claim(path: Path, count: int) -> None:
+    """Write the file again with a header of 'data' that claims so many bytes."""
+    with np.load(path) as file:
+        contents = dict(file)
+    header = io.BytesIO()
+    np.lib.format.write_array_header_1_0(header, {"descr": "|u1", "fortran_order": False, "shape": (count,)})
+    del contents["data"]
+    np.savez(path, **contents)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr("data.npy", header.getvalue() + bytes(10))
 
 
 def test_an_image_archive_gives_what_a_folder_of_its_files_gives(archive: Path, tmp_path: Path) -> None:
@@ -87,17 +101,18 @@ def test_a_broken_archived_image_is_named_or_replaced(archive: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "sentence"),
     [
-        (lambda path: path.write_bytes(path.read_bytes()[:-900]), "damaged or not an image archive"),
-        (lambda path: path.write_bytes(b"no archive"), "damaged or not an image archive"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-900]), "image archive .*damaged"),
+        (lambda path: path.write_bytes(b"no archive"), "image archive .*damaged"),
         (lambda path: path.unlink(), "does not exist|is not a folder"),
-        (lambda path: change(path, labels=None), "no array 'labels'"),
+        (lambda path: change(path, labels=None), "has no array 'labels'"),
         (lambda path: change(path, offsets=np.arange(6)), "6 labels and 6 offsets"),
         (lambda path: change(path, offsets=np.arange(7)), "do not cut its"),
         (lambda path: change(path, split=np.zeros(5, int)), "6 labels"),
         (lambda path: change(path, labels=np.full(6, 2)), "labels outside its 2 classes"),
         (lambda path: change(path, labels=np.zeros(6)), "array 'labels'.*type"),
         (lambda path: change(path, data=np.zeros(10, np.uint16)), "array 'data'.*type"),
-        (lambda path: change(path, classes=np.array([{}, {}], object)), "damaged or not an image archive"),
+        (lambda path: change(path, classes=np.array([{}, {}], object)), "image archive .*damaged"),
+        (lambda path: claim(path, 2**40), "array of shape .1099511627776,. is claimed in"),
     ],
 )
 def test_damaged_archives_are_refused(archive: Path, damage: Callable[[Path], None], sentence: str) -> None:
@@ -150,7 +165,7 @@ def test_images_without_class_folders(tmp_path: Path) -> None:
         (tmp_path / "tree" / name).write_bytes(png(PIXELS[0]))
     tree = open_images(tmp_path / "tree", 8, labelled=False)
     assert (tree.classes, tree.labels.tolist()) == (["a", "b"], [0, 1])
-    with pytest.raises(UserError, match="holds no images"):
+    with pytest.raises(UserError, match=r"none can't be read: No such file"):
         ImageFolder(tmp_path / "tree" / "none", 8, labelled=False)
 
 
@@ -216,3 +231,56 @@ class TestImageFolder:
         _image(tmp_path / "set/b/x.png")
         with pytest.raises(UserError, match=r"set/a holds no images"):
             ImageFolder(tmp_path / "set", 8)
+
+    def test_a_folder_that_links_lead_back_to_is_read_once(
+        self, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Guards against 42 images where there are 2, two links that never end, and images of another class."""
+        for name in ("set/a/1.png", "set/a/deep/2.png", "set/b/3.png", "elsewhere/4.png"):
+            _image(tmp_path / name)
+        for link, target in {"a/self": "a", "a/again": "a", "a/up": ".", "a/deep/down": "a/deep"}.items():
+            (tmp_path / "set" / link).symlink_to(tmp_path / "set" / target)
+        (tmp_path / "set/b/more").symlink_to(tmp_path / "elsewhere")
+        (tmp_path / "set/c").symlink_to(tmp_path / "set/b")
+        folder = ImageFolder(tmp_path / "set", 8)
+        assert folder.paths == ["a/1.png", "a/deep/2.png", "b/3.png", "b/more/4.png", "c/3.png", "c/more/4.png"]
+        assert caplog.text.count("read already") == 4
+
+    @pytest.mark.skipif(os.geteuid() == 0, reason="root reads everything")
+    def test_folders_without_permission_are_named(self, tmp_path: Path) -> None:
+        """Guards against training on what is left of a data set."""
+        _image(tmp_path / "a/1.png")
+        _image(tmp_path / "a/secret/2.png")
+        (tmp_path / "a/secret").chmod(0)
+        with pytest.raises(UserError, match=r"secret can't be read: Permission denied"):
+            ImageFolder(tmp_path, 8)
+
+    def test_what_is_no_file_is_named(self, tmp_path: Path) -> None:
+        """Guards against waiting for a pipe, and against a picture that is left out silently."""
+        _image(tmp_path / "a/1.png")
+        os.mkfifo(tmp_path / "a/2.png")
+        (tmp_path / "a/3.png").symlink_to(tmp_path / "gone.png")
+        folder = ImageFolder(tmp_path, 8)
+        with pytest.raises(UserError, match=r"2\.png' can't be read: it is not a file"):
+            folder[1]
+        with pytest.raises(UserError, match=r"3\.png' can't be read: .*No such file"):
+            folder[2]
+
+
+def test_pictures_that_would_take_gigabytes_are_named(tmp_path: Path) -> None:
+    Image.new("1", (20000, 1)).save(tmp_path / "strip.png")
+    with pytest.raises(UserError, match=r"strip\.png' is 20000×1 pixels; one side may be up to 100 times the other"):
+        load_rgb(tmp_path / "strip.png")
+    picture = bytearray(png(PIXELS[0]))
+    picture[16:24] = (50000).to_bytes(4, "big") * 2  # its header claims 50000×50000
+    (tmp_path / "bomb.png").write_bytes(picture)
+    with pytest.raises(UserError, match=r"bomb\.png' can't be read"):
+        load_rgb(tmp_path / "bomb.png")
+
+
+def test_no_program_is_run_to_read_a_picture(tmp_path: Path) -> None:
+    """Guards against PostScript under another name, which Pillow hands to Ghostscript."""
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.png")
+    with pytest.raises(UserError, match="damaged or not an image"):
+        load_rgb(tmp_path / "a.png")

@@ -1,0 +1,1 @@
+"""Faults on purpose: damaged files, bad flags, kills, full disks, two starts. ``python -m tests.faults`` runs all."""

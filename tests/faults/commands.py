@@ -1,0 +1,310 @@
+"""The commands under attack: a valid command line of each on tiny inputs, and what of its results is compared.
+
+To add a command: a line in COMMANDS. Bad flags are made from its own parser.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import shutil
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+import engine.cache
+import engine.classifier
+import engine.evaluation.results_table
+import engine.hub.__main__
+import engine.metrics
+import main_cache
+import main_lpd
+import orders.__main__
+import scripts.benchmark_cache
+import scripts.benchmark_evaluation
+import scripts.benchmark_latency
+import scripts.benchmark_orders
+import scripts.benchmark_train
+import tokenizers.train
+from engine.evaluation import partial_results
+from tests.faults.worker import Running, call, compute, patched
+from tests.helpers.tiny_models import tiny_tokenizer, write_images
+from tokenizers import save_tokenizer
+from util.checkpoint import LAST, load_checkpoint
+from util.data.images import write_image_archive
+
+SIZE, CLASSES = 16, {"ant": 5, "bee": 7}
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: `arguments` of the folder of inputs, with the output in OUT; `result` is compared between runs."""
+
+    name: str
+    main: Callable[[], None]
+    arguments: str
+    result: Callable[[Path, str], Any]
+    until: str | None = None  # pattern of what an unfinished run has in its output: such a run is resumed
+    measures: bool = False  # results are times; only what comes before the work is attacked
+
+    def words(self, out: Path) -> list[str]:
+        return [word.replace("OUT", str(out)) for word in self.arguments.split()]
+
+
+def _digest(parts: Iterable[bytes]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()
+
+
+def _weights(path: Path) -> str:
+    state = load_checkpoint(path)["model"]
+    return _digest(part for name in sorted(state) for part in (name.encode(), state[name].numpy().tobytes()))
+
+
+def _file(path: Path) -> str:
+    return _digest([path.read_bytes()])
+
+
+def _codes(out: Path, said: str) -> Any:
+    arrays = [np.load(out / f"{name}.npy").tobytes() for name in ("codes", "codes_flip", "labels")]
+    return _digest(arrays), json.loads((out / "header.json").read_text())["classes"]
+
+
+def _scores(out: Path, said: str) -> Any:
+    results = json.loads((out / "results.json").read_text())
+    pictures = sorted((out / "images").glob("*.png"))
+    names = ("num_images", "frechet_distance", "class_accuracy")
+    figures = [round(results[name], 6) for name in names]
+    return figures, len(pictures), _digest(Image.open(path).tobytes() for path in pictures)
+
+
+def _printed_scores(out: Path, said: str) -> Any:
+    printed = json.loads(said.splitlines()[-1])
+    return round(printed["frechet_distance"], 6), printed["num_images"]
+
+
+def _statistics(out: Path, said: str) -> Any:
+    with np.load(out / "statistics.npz") as file:
+        return _digest(file[name].tobytes() for name in ("mu", "sigma"))
+
+
+def _exported(out: Path, said: str) -> Any:
+    described = json.loads((out / "config.json").read_text())
+    left = sorted(path.name for path in out.iterdir())
+    return _weights(out / "model.safetensors"), described["config"], described["classes"], left
+
+
+def _orders(name: str) -> Callable[[Path, str], Any]:
+    return lambda out, said: _digest([orders.load_orders(out / name, 4).tobytes()])
+
+
+def _nothing(out: Path, said: str) -> Any:
+    return None
+
+
+_TRAIN = "--use_cached --cached_path codes --model lpd_debug --device cpu --epochs 4 --batch_size 4 --lr 1e-3"
+_EVALUATE = (
+    "--evaluate --vqgan_path tokenizer.pt --device cpu --generation_steps 4 --num_images 8 --eval_bsz 2 --cfg 2 "
+    "--feature_extractor classifier.pt --reference_statistics reference.npz --save_images"
+)
+_TOKENIZER = "--img_size 16 --stride 4 --base_width 8 --res_blocks 1 --z_channels 8 --codebook_size 12 --code_dim 4"
+_METRICS = "--data_path pictures --img_size 16 --feature_extractor classifier.pt --device cpu"
+
+COMMANDS = {
+    command.name: command
+    for command in (
+        Command(
+            "train", main_lpd.main,
+            f"{_TRAIN} --output_dir OUT --save_last_steps 2 --num_workers 0 --log_freq 1",
+            lambda out, said: _weights(out / LAST), until="checkpoint-last-1.pth",
+        ),
+        Command(
+            "train on pictures", main_lpd.main,
+            "--data_path pictures --img_size 16 --vqgan_path tokenizer.pt --model lpd_debug --device cpu --epochs 1 "
+            "--batch_size 6 --num_workers 0 --output_dir OUT",
+            lambda out, said: _weights(out / LAST),
+        ),
+        Command(
+            "train from a checkpoint", main_lpd.main,
+            f"{_TRAIN} --pretrained_ckpt run/{LAST} --epochs 1 --group_sizes_list schedules.json --output_dir OUT",
+            lambda out, said: _weights(out / LAST),
+        ),
+        Command(
+            "evaluate", main_lpd.main, f"{_EVALUATE} --pretrained_ckpt run/{LAST} --output_dir OUT", _scores,
+            until="partial-*/part_*.npz",
+        ),
+        Command(
+            "evaluate an export", main_lpd.main,
+            f"{_EVALUATE} --pretrained_ckpt exported --lpd_order_file orders.safetensors --output_dir OUT", _scores,
+        ),
+        Command(
+            "evaluate with files", main_lpd.main,
+            f"{_EVALUATE} --pretrained_ckpt exported --lpd_order_file orders.json --group_sizes sizes.json "
+            "--output_dir OUT", _scores,
+        ),
+        Command(
+            "cache", main_cache.main,
+            "--data_path pictures --vqgan_path tokenizer.pt --img_size 16 --cached_path OUT --device cpu --batch_size "
+            "2 --num_workers 0", _codes, until=".parts/*.npz",
+        ),
+        Command(
+            "cache an archive", main_cache.main,
+            "--data_path pictures.npz:train --vqgan_path tokenizer.safetensors --img_size 16 --cached_path OUT "
+            "--device cpu --num_workers 0", _codes,
+        ),
+        Command(
+            "convert a cache", main_cache.main,
+            "--convert_from published --vqgan_path tokenizer.pt --img_size 16 --cached_path OUT --device cpu "
+            "--num_workers 0", _codes,
+        ),
+        Command(
+            "tokenizers.train", tokenizers.train.main,
+            f"--data_path pictures --test_path pictures --output_dir OUT {_TOKENIZER} --steps 8 --batch_size 4 "
+            "--eval_freq 2 --num_workers 0 --device cpu",
+            lambda out, said: _weights(out / "tokenizer.pt"), until="state.pth",
+        ),
+        Command(
+            "classifier", engine.classifier.main,
+            "--data_path pictures --test_path pictures --img_size 16 --epochs 2 --batch_size 4 --device cpu "
+            "--output OUT/classifier.pt", lambda out, said: _weights(out / "classifier.pt"),
+        ),
+        Command("metrics", engine.metrics.main, f"{_METRICS} --reference_statistics reference.npz", _printed_scores),
+        Command("statistics", engine.metrics.main, f"{_METRICS} --output OUT/statistics.npz", _statistics),
+        Command(
+            "hub export", engine.hub.__main__.main, f"export run/{LAST} OUT --vqgan_path tokenizer.pt", _exported
+        ),
+        Command(
+            "hub download", engine.hub.__main__.main, "download orders", _nothing, measures=True
+        ),
+        Command(
+            "orders generate", orders.__main__.main, "generate OUT/o.json --grid 4 --steps 4 --num 20 --workers 1",
+            _orders("o.json"),
+        ),
+        Command(
+            "orders convert", orders.__main__.main, "convert orders.json OUT/o.safetensors --grid 4",
+            _orders("o.safetensors"),
+        ),
+        Command(
+            "orders stats", orders.__main__.main, "stats --file orders.safetensors --grid 4 --steps 4 --num 20",
+            lambda out, said: said.split("\n", 1)[1],
+        ),
+        *(
+            Command(f"orders {name}", orders.__main__.main, f"{name} OUT/picture.{kind} --grid 4 --steps 4", _nothing)
+            for name, kind in (("draw", "png"), ("compare", "png"), ("animate", "gif"))
+        ),
+        Command(
+            "results table", engine.evaluation.results_table.main, "evaluated/results.json evaluated/results.jsonl "
+            "--output OUT/table.md", lambda out, said: said,
+        ),
+        *(
+            Command(f"benchmark {name}", module.main, "--output OUT/figures.json", _nothing, measures=True)
+            for name, module in {
+                "cache": scripts.benchmark_cache, "evaluation": scripts.benchmark_evaluation,
+                "latency": scripts.benchmark_latency, "orders": scripts.benchmark_orders,
+                "train": scripts.benchmark_train,
+            }.items()
+        ),
+    )
+}  # fmt: skip
+
+
+class _Parser(Exception):
+    """Carries the parser of a command out of it."""
+
+
+def parser_of(command: Command) -> argparse.ArgumentParser:
+    """The parser by which a command reads its flags; for one with subcommands that of the subcommand."""
+
+    def give(parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
+        raise _Parser(parser)
+
+    with patched(argparse.ArgumentParser, "parse_args", give):
+        try:
+            command.main()
+        except _Parser as found:
+            parser: argparse.ArgumentParser = found.args[0]
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            return action.choices[command.arguments.split()[0]]
+    return parser
+
+
+def _write_inputs() -> None:
+    """The inputs that no command makes."""
+    write_images(Path("pictures"), CLASSES, SIZE + 4, SIZE)
+    files = sorted(Path("pictures").rglob("*.png"))
+    labels = [sorted(CLASSES).index(path.parent.name) for path in files]
+    Image.open(files[0]).save(Path("pictures/ant/photo.jpg"))
+    write_image_archive(
+        "pictures.npz", [path.read_bytes() for path in files], labels, sorted(CLASSES), [0, 1, *[0] * (len(files) - 2)]
+    )
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    save_tokenizer(tokenizer, "tokenizer.pt")
+    save_tokenizer(tokenizer, "tokenizer.safetensors")
+    rng = np.random.default_rng(0)
+    for name, count in CLASSES.items():
+        Path("published", name).mkdir(parents=True)
+        for number in range(count):
+            indices, flipped = rng.integers(0, 12, (2, 16))
+            np.savez(Path("published", name, f"{number}.npz"), indices=indices, indices_flip=flipped)
+    Path("sizes.json").write_text("[1, 4, 5, 6]")
+    Path("schedules.json").write_text("[[1, 3, 5, 7], [1, 15]]")
+
+
+def make_inputs(folder: Path) -> None:
+    """A folder with all inputs, made by the commands themselves where they can be."""
+    folder.mkdir(parents=True)
+    compute(_write_inputs, folder)
+    for name, arguments in (
+        ("cache", "--cached_path codes"),
+        ("train", "--output_dir run"),
+        ("hub export", f"export run/{LAST} exported"),
+        ("classifier", "--output classifier.pt"),
+        ("statistics", "--output reference.npz"),
+        ("orders generate", "generate orders.json --grid 4 --steps 4 --num 20"),
+        ("orders convert", "convert orders.json orders.safetensors --grid 4"),
+        ("evaluate", "--output_dir evaluated"),
+    ):
+        command = COMMANDS[name]
+        flags = arguments.split()
+        subcommand = not flags[0].startswith("-")
+        words = flags if subcommand else [*command.words(folder / "unused"), *flags]
+        ended = call(command.main, words, folder)
+        if ended.status != 0:
+            raise RuntimeError(f"{name} {words}: status {ended.status}\n{ended.err}")
+
+
+def stop_in_the_middle(command: Command, inputs: Path, out: Path) -> None:
+    """Start a command and kill it as soon as it has left what can be resumed from."""
+    assert command.until is not None
+    for _ in range(20):
+        running = Running(command.main, command.words(out), inputs)
+        while not running.ended(0.002) and not any(out.glob(command.until)):
+            pass
+        killed = not running.ended(0)
+        running.kill()
+        running.result()
+        if killed:
+            return
+        shutil.rmtree(out)
+    raise RuntimeError(f"{command.name} was always faster than the kill")
+
+
+def prepare_process() -> None:
+    """What the commands work with is imported here, once; evaluations and caches get parts of a few images."""
+    import matplotlib.figure  # noqa: F401
+    import timm  # noqa: F401
+    import torch._dynamo
+
+    torch.set_num_threads(1)
+    partial_results.SAVE_INTERVAL_S = 0.0
+    engine.cache.PART_SIZE = 4

@@ -1,0 +1,135 @@
+"""Damaged files: every kind of file that a command reads, damaged in every way."""
+
+from __future__ import annotations
+
+import random
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.faults.commands import COMMANDS, Command, stop_in_the_middle
+from tests.faults.damage import damages_of, odd_array, odd_json, odd_tensor, odd_torch
+from tests.faults.worker import LIMIT_S, Kind, Outcome, call, judge
+
+GROUP = "damaged files"
+
+
+@dataclass(frozen=True)
+class Target:
+    """A file that a command reads: a pattern below the folder of inputs, or below OUT what an unfinished run left.
+
+    Args:
+        free: the file has no check sum: what is valid is taken as it is. Files whose odd values are written with right
+            check sums are taken as they are in any case.
+    """
+
+    command: str
+    pattern: str
+    free: bool = False
+
+
+TARGETS = (
+    Target("cache", "pictures/ant/*.png"),
+    Target("train on pictures", "pictures/bee/*.png"),
+    Target("metrics", "pictures/ant/photo.jpg", free=True),
+    Target("cache an archive", "pictures.npz"),
+    Target("cache", "tokenizer.pt"),
+    Target("cache an archive", "tokenizer.safetensors", free=True),
+    Target("convert a cache", "published/bee/*.npz"),
+    Target("train", "codes/header.json"),
+    Target("train", "codes/codes.npy"),
+    Target("train", "codes/codes_flip.npy"),
+    Target("train", "codes/labels.npy"),
+    Target("train from a checkpoint", "run/checkpoint-last.pth"),
+    Target("train from a checkpoint", "schedules.json", free=True),
+    Target("evaluate", "run/checkpoint-last.pth"),
+    Target("evaluate an export", "exported/model.safetensors"),
+    Target("evaluate an export", "exported/config.json"),
+    Target("evaluate an export", "orders.safetensors", free=True),
+    Target("evaluate with files", "orders.json", free=True),
+    Target("evaluate with files", "orders.json.settings", free=True),
+    Target("evaluate with files", "sizes.json", free=True),
+    Target("evaluate", "classifier.pt"),
+    Target("metrics", "classifier.pt"),
+    Target("metrics", "reference.npz"),
+    Target("hub export", "run/checkpoint-last.pth"),
+    Target("orders convert", "orders.json", free=True),
+    Target("orders stats", "orders.safetensors", free=True),
+    Target("results table", "evaluated/results.json", free=True),
+    Target("results table", "evaluated/results.jsonl", free=True),
+    Target("train", "OUT/checkpoint-last.pth"),
+    Target("train", "OUT/checkpoint-last.json"),
+    Target("train", "OUT/metrics.jsonl"),
+    Target("evaluate", "OUT/partial-*/part_*.npz"),
+    Target("evaluate", "OUT/partial-*/png/*.png"),
+    Target("cache", "OUT/.parts/*.npz"),
+    Target("cache", "OUT/.parts/job.json"),
+    Target("tokenizers.train", "OUT/state.pth"),
+    Target("tokenizers.train", "OUT/metrics.json"),
+    Target("tokenizers.train", "OUT/metrics.jsonl"),
+    Target("tokenizers.train", "OUT/tokenizer.pt"),
+)
+_REWRITTEN = (odd_array, odd_json, odd_tensor, odd_torch)
+
+
+class DamagedFiles:
+    """The cases, on copies of `inputs`."""
+
+    def __init__(self, inputs: Path, scratch: Path) -> None:
+        self.inputs, self.scratch = inputs, scratch
+        self._right: dict[str, Any] = {}
+        self._unfinished: dict[str, Path] = {}
+
+    def right(self, command: Command) -> Any:
+        """The results of the undisturbed command."""
+        if command.name not in self._right:
+            out = self.scratch / "undisturbed" / command.name
+            ended = call(command.main, command.words(out), self.inputs)
+            if ended.status != 0:
+                raise RuntimeError(f"{command.name}, undisturbed: status {ended.status}\n{ended.err}")
+            self._right[command.name] = command.result(out, ended.out)
+        return self._right[command.name]
+
+    def unfinished(self, command: Command) -> Path:
+        """The output of a run that was killed in the middle."""
+        if command.name not in self._unfinished:
+            out = self.scratch / "unfinished" / command.name
+            stop_in_the_middle(command, self.inputs, out)
+            self._unfinished[command.name] = out
+        return self._unfinished[command.name]
+
+    def cases(self, rounds: int) -> Iterator[tuple[Target, int, int]]:
+        """(target, number of the damage, round)."""
+        for target in TARGETS:
+            for number in range(len(damages_of(Path(target.pattern)))):
+                for turn in range(rounds):
+                    yield target, number, turn
+
+    def run(self, target: Target, number: int, turn: int) -> Outcome:
+        command = COMMANDS[target.command]
+        right = self.right(command)
+        case, damage = self.scratch / "case", damages_of(Path(target.pattern))[number]
+        inputs, out = case / "inputs", case / "out"
+        shutil.rmtree(case, ignore_errors=True)
+        shutil.copytree(self.inputs, inputs, symlinks=True)
+        where, pattern = inputs, target.pattern
+        if target.pattern.startswith("OUT/"):
+            shutil.copytree(self.unfinished(command), out, symlinks=True)
+            where, pattern = out, target.pattern.removeprefix("OUT/")
+        rng = random.Random(f"{target} {damage.__name__} {number} {turn}")
+        path = rng.choice(sorted(where.glob(pattern)))
+        damage(path, rng)
+        ended = call(command.main, command.words(out), inputs, LIMIT_S)
+        free = target.free or damage in _REWRITTEN
+
+        def same() -> bool:
+            return command.result(out, ended.out) == right
+
+        try:
+            kind, said = judge(ended, same, free)
+        except Exception as error:  # results that can't be read
+            kind, said = Kind.WRONG, f"{type(error).__name__}: {error}"
+        name = f"{target.command}: {target.pattern}, {damage.__name__} ({number}.{turn})"
+        return Outcome(GROUP, name, kind, said)

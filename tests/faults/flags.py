@@ -1,0 +1,137 @@
+"""Bad flags, made from the parsers of the commands."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import random
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import scripts.benchmarking
+from tests.faults.commands import COMMANDS, Command, parser_of
+from tests.faults.worker import LIMIT_S, Outcome, call, judge, patched
+
+GROUP = "bad flags"
+
+NOT_NUMBERS = (
+    *("", "x", "nan", "inf", "-inf", "0x10", "1 2", "1e20"),
+    *(str(10**20), str(-(10**20)), str(2**63), "9" * 5000),
+)
+EXTREME = ("-1", "0", str(10**9), str(2**62), "1e300", "1e-300", "-1e300")
+# A large one of these is much work, and nothing else.
+LONG_WORK = frozenset((
+    *("epochs", "steps", "max_steps", "num_images", "num", "runs", "batch_runs", "warmup", "speed_runs"),
+    *("generation_steps", "warmup_epochs", "index"),
+))  # fmt: skip
+OUTPUTS = frozenset(("output", "output_dir", "cached_path", "folder", "log_dir", "profile"))
+NO_OUTPUTS = (
+    "", "/proc/none/here", "/dev/null", "/dev/null/here", "/sys/here", "n" * 300, "d/" * 3000 + "x", "pictures.npz/x",
+    "/proc/self/mem", "link_to_itself/x",
+)  # fmt: skip
+NO_INPUTS = ("", "nowhere", "/dev/null", "/dev/zero", "/proc/self/mem", "n" * 300, "pipe", "link_to_itself", "/")
+
+
+@dataclass(frozen=True)
+class BadFlag:
+    """A flag with a value that is refused, or with one so odd that it may be refused (`must` is false)."""
+
+    command: Command
+    action: argparse.Action
+    value: str | None
+    must: bool
+
+    @property
+    def name(self) -> str:
+        return self.action.option_strings[-1] if self.action.option_strings else self.action.dest
+
+    def words(self, out: Path) -> list[str]:
+        """The command line, the value in the place of the one that is there, if there is one."""
+        words, value = self.command.words(out), [] if self.value is None else [self.value]
+        if self.action.option_strings:
+            return [*words, self.name if self.value is None else f"{self.name}={self.value}"]
+        # Of subcommands: a word that names a file.
+        places = [place for place, word in enumerate(words) if place and not word.startswith("-")]
+        positionals = [other.dest for other in parser_of(self.command)._actions if not other.option_strings]
+        place = places[positionals.index(self.action.dest)]
+        return words[:place] + value + words[place + 1 :]
+
+
+def _values(action: argparse.Action) -> Iterator[tuple[str | None, bool]]:
+    """(value, whether it must be refused)."""
+    if isinstance(action, argparse.BooleanOptionalAction) or action.nargs == 0:
+        yield "1", True
+        return
+    kind: Any = action.type
+    if kind in (int, float):
+        for value in NOT_NUMBERS:
+            whole = kind is float and value in ("1e20", str(10**20), str(-(10**20)), str(2**63), "9" * 5000)
+            yield value, not whole
+        for value in EXTREME:
+            huge = value in (str(10**9), str(2**62)) and action.dest in LONG_WORK
+            if not huge:
+                yield value, kind is int and "e" in value
+    elif action.dest in OUTPUTS:
+        for value in NO_OUTPUTS:
+            yield value, True
+    elif kind is Path:
+        for value in NO_INPUTS:
+            yield value, value == ""  # others matter only where they are read
+    else:
+        yield "", True
+        yield "no such thing", action.choices is not None
+    if action.option_strings:
+        yield None, True  # without its value
+
+
+class BadFlags:
+    """The cases, in the folder of inputs."""
+
+    def __init__(self, inputs: Path, scratch: Path) -> None:
+        self.inputs, self.scratch = inputs, scratch
+
+    def cases(self) -> Iterator[BadFlag]:
+        seen = set()
+        for command in COMMANDS.values():
+            for action in parser_of(command)._actions:
+                hidden = action.help == argparse.SUPPRESS or isinstance(action, argparse._HelpAction)
+                # A flag of several command lines of one command is attacked once.
+                first = command.arguments.split()[0]
+                key = (command.main, "" if first.startswith("-") else first, action.dest)
+                if hidden or key in seen:
+                    continue
+                seen.add(key)
+                for value, must in _values(action):
+                    yield BadFlag(command, action, value, must)
+            yield BadFlag(command, argparse.Action(["--no_such_flag"], "none"), "1", True)
+
+    def run(self, case: BadFlag) -> Outcome:
+        out = self.scratch / "flags" / str(random.getrandbits(60))
+
+        def no_work(*arguments: Any) -> None:
+            scripts.benchmarking.read_config(*arguments)
+            raise SystemExit(0)
+
+        # What a benchmark does after reading its flags takes minutes.
+        module = sys.modules[case.command.main.__module__]
+        with patched(module, "read_config", no_work) if hasattr(module, "read_config") else contextlib.nullcontext():
+            ended = call(case.command.main, case.words(out), self.inputs, LIMIT_S)
+        kind, said = judge(ended, lambda: not case.must)
+        shown = "nothing" if case.value is None else repr(case.value[:40])
+        return Outcome(GROUP, f"{case.command.name}: {case.name} {shown}", kind, said)
+
+
+def add_odd_files(inputs: Path) -> None:
+    """What NO_INPUTS and NO_OUTPUTS name beside what every machine has."""
+    import os
+
+    os.mkfifo(inputs / "pipe")
+    (inputs / "link_to_itself").symlink_to("link_to_itself")
+
+
+def share_of(cases: list[Any], wanted: int, seed: int = 0) -> list[Any]:
+    """So many of the cases, the same every time."""
+    return cases if len(cases) <= wanted else random.Random(seed).sample(cases, wanted)
