@@ -17,6 +17,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -211,8 +212,8 @@ class Search:
         step = int(self.rng.integers(1, steps))
         start, stop = ((step, step + 1), (step, steps), (1, step + 1))[self.rng.integers(3)]
         which = self.rng.integers(3)
-        names, changes = ("proximity", "repulsion"), {}
-        for number, (name, value) in enumerate(zip(names, values, strict=True)):
+        changes: dict[str, Any] = {}
+        for number, (name, value) in enumerate(zip(("proximity", "repulsion"), values, strict=True)):
             if which != number:
                 before = spec.of_steps(getattr(spec, f"{name}_threshold"), name)
                 changes[f"{name}_threshold"] = (*before[:start], *[value] * (stop - start), *before[stop:])
