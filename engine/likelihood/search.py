@@ -216,7 +216,9 @@ class Search:
         for number, (name, value) in enumerate(zip(("proximity", "repulsion"), values, strict=True)):
             if which != number:
                 before = spec.of_steps(getattr(spec, f"{name}_threshold"), name)
-                changes[f"{name}_threshold"] = (*before[:start], *[value] * (stop - start), *before[stop:])
+                after = (*before[:start], *[value] * (stop - start), *before[stop:])
+                # The first step has no use for thresholds; where the others have the same, it is one for all.
+                changes[f"{name}_threshold"] = after[1] if len(set(after[1:])) == 1 else after
         return replace(spec, **changes)
 
     def _move_tokens(self, spec: OrderSpec) -> OrderSpec:
