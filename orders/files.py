@@ -84,8 +84,15 @@ def _not_a_permutation(path: Path, row: int, num_cells: int) -> str:
 
 def read_spec(path: Path) -> OrderSpec | None:
     """What the orders of a file were drawn with, if it or the file beside it says."""
+<<<<<<< HEAD
     values = _recorded(path)
     return _spec(values) if values else None
+=======
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in _recorded(path).items()
+    }
+    return OrderSpec(**values) if values else None
+>>>>>>> h-l
 
 
 def drawn_with(path: Path) -> dict[str, Any]:
@@ -166,7 +173,7 @@ def load_schedule(path: str | Path, grid_size: GridSize, seed: int) -> OrderSpec
     h, w = grid_shape(grid_size)
     if content["grid"] != [h, w]:
         raise UserError(f"schedule file {path} is for grid {content['grid']}, but {[h, w]} is asked for.")
-    values = {name: tuple(v) if isinstance(v := content[name], list) else v for name in known}
+    values: dict[str, Any] = {name: tuple(v) if isinstance(v := content[name], list) else v for name in known}
     try:
         return OrderSpec(**values, seed=seed)
     except TypeError:

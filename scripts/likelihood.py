@@ -64,14 +64,15 @@ def compare(config: LikelihoodConfig, source: Source, dist: Dist) -> dict[str, A
     for file in (cell.decoding.orders for cell in cells):
         file.check_enough(len(source.images) * config.orders_per_image)
     settings = Settings(config.orders_per_image, config.bf16, config.batch_size)
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), time.process_time()
     measured = measure(source, decodings, settings, config.output_dir, dist)
-    seconds = time.perf_counter() - start
+    seconds, cpu_seconds = time.perf_counter() - start, sum(dist.gather(time.process_time() - cpu_start))
     found = rows(cells, compared_with, decodings, measured, model.img_size**2)
     results = {
         "num_images": len(source.images),
         "orders_per_image": config.orders_per_image,
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,  # of all processes: less than threads × seconds where others compute too
         "passes_per_sec": measured.passes / seconds,
         "settings": record(config),
         "source": source.record,
@@ -96,6 +97,7 @@ def summary(results: dict[str, Any]) -> dict[str, Any]:
         "num_images": results["num_images"],
         "cells": len(results["cells"]),
         "seconds": round(results["seconds"], 3),
+        "cpu_seconds": round(results["cpu_seconds"], 3),
         "passes_per_sec": round(results["passes_per_sec"], 1),
         "threads": results["environment"]["threads"],
         "least_bits_per_token": {"name": best["name"], **best["bits_per_token"]},

@@ -13,7 +13,9 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import textwrap
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +122,8 @@ def draw_pairs(path: Path, pairs: Sequence[Content]) -> None:
 def schedule_table(schedules: Sequence[Content]) -> str:
     def thresholds(schedule: Content, name: str) -> str:
         of_steps = schedule[f"{name}_threshold"]
-        values = of_steps if isinstance(of_steps, list) else [of_steps]
+        values = of_steps[1:] if isinstance(of_steps, list) else [of_steps]  # the first step has no use for them
+        values = values[:1] if len(set(values)) == 1 else values
         return ", ".join("none" if value is None else f"{value:g}" for value in values)
 
     lines = []
@@ -146,13 +149,15 @@ def section(name: str, title: str, results: Content, schedules: Sequence[Content
     """The Markdown of a section, in figures of these results alone."""
     rows, environment = results["cells"], results["environment"]
     packages = environment["packages"]
-    device = f"{environment['threads']} CPU threads" if environment["device_type"] == "cpu" else environment["device"]
     each = results["orders_per_image"]
+    text = partial(textwrap.fill, width=120, break_on_hyphens=False)
     paragraphs = [
         f"## {title}",
-        f"{results['num_images']} held-out images, {each} order{'s' if each > 1 else ''} each where they vary, given "
-        f"the class; {results['seconds']:.0f} s on {device}, Python {environment['python']}, torch "
-        f"{packages['torch']}. Bits per token, less is better; ± is the standard error over images.",
+        text(
+            f"{results['num_images']} held-out images, {each} order{'s' if each > 1 else ''} each where they vary, "
+            f"given the class; {environment['device_type']}, Python {environment['python']}, torch "
+            f"{packages['torch']}. Bits per token, less is better; ± is the standard error over images."
+        ),
         pivot(rows, lambda row: "{mean:.3f} ± {stderr:.3f}".format(**row["bits_per_token"])),
     ]
     if baseline := next((row["baseline"] for row in rows if row["baseline"] not in (None, row["name"])), None):
@@ -169,18 +174,25 @@ def section(name: str, title: str, results: Content, schedules: Sequence[Content
     paragraphs += [f"![{text}](images/likelihood_{name}_{plot}.png)" for plot, text in PLOTS.items()]
     if schedules:
         confirmed, seconds = (schedules[0]["found"][key] for key in ("confirmed_on", "seconds"))
+        several = schedules[0]["found"]["settings"]["orders_per_image"]
+        passes = max(schedule["found"]["passes"] for schedule in schedules)
         paragraphs += [
             "### The searched schedule against the published one",
-            f"Locality-aware orders; {seconds:.0f} s of search each on half of the images, bits per token of the "
-            f"{confirmed} others, {schedules[0]['found']['settings']['orders_per_image']} orders each. Thresholds are "
-            "one for all steps, or one for each.",
+            text(
+                f"Locality-aware orders; {seconds:.0f} s of search each on half of the images (at most {passes:,} "
+                f"passes), bits per token of the {confirmed} others, {several} orders each. Thresholds are one for all "
+                "steps, or one for each from the second on."
+            ),
             schedule_table(schedules),
         ]
     if pairs:
         paragraphs += [
             "### Does likelihood predict the Fréchet distance?",
-            f"The same cells generated and scored, {pairs[0]['num_images']:,} images each. Rank correlation (Spearman) "
-            "of bits per token and Fréchet distance: +1 if likelihood orders the cells as the distance does.",
+            text(
+                f"The same cells generated and scored, {pairs[0]['num_images']:,} images each. Rank correlation "
+                "(Spearman) of bits per token and Fréchet distance: +1 if likelihood orders the cells as the distance "
+                "does."
+            ),
             correlation_table(pairs),
             f"![Fréchet distance against bits per token](images/likelihood_{name}_frechet.png)",
         ]

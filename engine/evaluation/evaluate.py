@@ -126,8 +126,10 @@ class _Evaluation:
 
     def _fingerprint(self) -> str:
         """What the images and features depend on: only an evaluation with the same one is resumed."""
-        free = ("output_dir", "eval_bsz", "reference_statistics", "inception_path", "speed_runs", "generation_steps")
-        free = (*free, "schedule_file")  # which is what the orders' spec says
+        free = (
+            *("output_dir", "eval_bsz", "reference_statistics", "inception_path", "speed_runs"),
+            *("generation_steps", "schedule_file"),  # which are in the orders' spec
+        )
         asked = util.config.record(self.config) | {"orders": asdict(self.orders.spec)}
         depends_on = {name: value for name, value in asked.items() if name not in free}
         depends_on["lpd_order_file"] = self.order_file_sha256

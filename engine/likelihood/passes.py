@@ -79,7 +79,7 @@ class Decoding:
         """Equal for the same orders of the same images; only the locality-aware ones depend on the group sizes."""
         spec, rows = self.orders.spec, self.orders.rows
         if rows is not None:
-            return hashlib.sha256(np.ascontiguousarray(rows)).hexdigest()
+            return hashlib.sha256(rows.tobytes()).hexdigest()
         decisive = asdict(spec) if spec.kind in LPD_KINDS else [spec.kind, spec.grid, spec.seed]
         return json.dumps(decisive)
 

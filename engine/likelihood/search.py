@@ -17,6 +17,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -211,11 +212,13 @@ class Search:
         step = int(self.rng.integers(1, steps))
         start, stop = ((step, step + 1), (step, steps), (1, step + 1))[self.rng.integers(3)]
         which = self.rng.integers(3)
-        names, changes = ("proximity", "repulsion"), {}
-        for number, (name, value) in enumerate(zip(names, values, strict=True)):
+        changes: dict[str, Any] = {}
+        for number, (name, value) in enumerate(zip(("proximity", "repulsion"), values, strict=True)):
             if which != number:
                 before = spec.of_steps(getattr(spec, f"{name}_threshold"), name)
-                changes[f"{name}_threshold"] = (*before[:start], *[value] * (stop - start), *before[stop:])
+                after = (*before[:start], *[value] * (stop - start), *before[stop:])
+                # The first step has no use for thresholds; where the others have the same, it is one for all.
+                changes[f"{name}_threshold"] = after[1] if len(set(after[1:])) == 1 else after
         return replace(spec, **changes)
 
     def _move_tokens(self, spec: OrderSpec) -> OrderSpec:

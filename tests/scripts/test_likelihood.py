@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -46,7 +47,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def save_model(path: Path, tokenizer: Path, classes: tuple[str, ...] = tuple(CLASSES), **size: int) -> Path:
-    values = {"img_size": 16, "stride": 4, "embed_dim": 16, "depth": 2, "num_heads": 2, "vocab_size": 12} | size
+    values: dict[str, Any] = {
+        "img_size": 16,
+        "stride": 4,
+        "embed_dim": 16,
+        "depth": 2,
+        "num_heads": 2,
+        "vocab_size": 12,
+    } | size
     config = LPDConfig(class_num=len(classes), **values)
     model = far_from_initialisation(LPD(config), 0.3)
     about = {"config": asdict(config), "classes": list(classes), "tokenizer_sha256": sha256(tokenizer)}

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 import time
 from pathlib import Path
 
@@ -16,8 +18,9 @@ from engine.likelihood.search import OutOfTime, Samples, Search, cheapest_sizes,
 from orders.config import OrderConfig
 from orders.draw import OrderSpec
 from tests.helpers.likelihood_case import GRID, source
-from tests.helpers.processes import ALONE
+from tests.helpers.processes import ALONE, in_processes
 from tests.helpers.tiny_run import L
+from util.dist import Dist
 
 
 class Made(Samples):
@@ -168,6 +171,20 @@ def test_samples_are_images_in_further_and_further_orders(tmp_path: Path) -> Non
     np.testing.assert_allclose(alone.bits(schedule, 9), more, rtol=1e-12)
     assert len(set(more.tolist())) == 9
     np.testing.assert_allclose(alone.step_bits(schedule, 9).sum() / L, more.mean())
+
+
+def compare_bits(expected: list[float], folder: Path, dist: Dist) -> None:
+    samples = Samples(Meter(source(folder / "codes"), Settings(batch_size=2)), np.array([2, 7, 11]), dist, math.inf)
+    np.testing.assert_allclose(samples.bits(spec(1, 3, 5, 7), 9), expected, rtol=1e-12)
+    assert samples.passes == 9
+
+
+@pytest.mark.slow
+def test_processes_share_the_samples(tmp_path: Path) -> None:
+    """Each gets all of them, so that all decide alike; the last turn has no sample for the second."""
+    alone = Samples(Meter(source(tmp_path / "codes"), Settings()), np.array([2, 7, 11]), ALONE, math.inf)
+    expected = alone.bits(spec(1, 3, 5, 7), 9).tolist()
+    in_processes(2, functools.partial(compare_bits, expected, tmp_path))
 
 
 def test_the_budget_ends_the_search(tmp_path: Path) -> None:
