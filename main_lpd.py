@@ -44,8 +44,8 @@ def summary(config: Config, model: LPDConfig, dist: Dist) -> list[str]:
         weights = sum(parameter.numel() for parameter in LPD(model).parameters())
     side, pixels = model.grid_size, model.img_size
     lines = [
-        f"model       {model.depth} layers of width {model.embed_dim}, {weights / 1e6:.1f} million weights, "
-        f"{model.class_num} classes",
+        f"model       {model.depth} layers of width {model.embed_dim}, "
+        f"{f'{weights / 1e6:.1f} million' if weights >= 1e6 else f'{weights:,}'} weights, {model.class_num} classes",
         f"pictures    {pixels}×{pixels} pixels, {side}×{side} tokens of {model.vocab_size} codes",
     ]
     training, evaluation, data = config.training, config.evaluation, config.data

@@ -106,9 +106,7 @@ class ImageGenerator:
         )
         self.tokenizer = load_tokenizer(tokenizer_file, self.device)
         check_tokenizer(content, weights, sha256(tokenizer_file))
-        files = {"pretrained_ckpt": weights, "vqgan_path": tokenizer_file}
-        # Path and hash of the files, as the results of an evaluation have them.
-        self.files = {name: {"path": str(path), "sha256": sha256(path)} for name, path in files.items()}
+        self.paths = {"pretrained_ckpt": weights, "vqgan_path": tokenizer_file}
         config = recorded_config(content, weights) or config_of_weights(content["model"], self.tokenizer.stride)
         for name, own, needed in (
             ("stride", self.tokenizer.stride, config.stride),
@@ -122,6 +120,10 @@ class ImageGenerator:
         self.model = model.to(self.device).eval()
         self.classes = class_names(model.config, content.get("classes"))
         self._decoder: tuple[Any, Decoder] | None = None
+
+    def files(self) -> dict[str, dict[str, str]]:
+        """Path and SHA-256 of weights and tokenizer, as the results of an evaluation have them."""
+        return {name: {"path": str(path), "sha256": sha256(path)} for name, path in self.paths.items()}
 
     def __call__(
         self,

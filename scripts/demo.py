@@ -131,7 +131,7 @@ def compare_orders(out: Path, device: torch.device, num_images: int) -> str:
         sampling=Sampling(cfg=CFG),
         scoring=scoring,
     )
-    comparison = Comparison(trained, config, dist, {"ema": False, **trained.files}, extractor)
+    comparison = Comparison(trained, config, dist, {"ema": False, **trained.files()}, extractor)
     for order, steps in ROWS:
         add(order, steps, comparison.results(order, steps))
     for floor in ("real", "reconstructed"):

@@ -150,7 +150,7 @@ def run(config: CompareConfig, dist: Dist) -> None:
         config.pretrained_ckpt, config.vqgan_path, device=str(dist.device), use_ema=config.use_ema, bf16=evaluation.bf16
     )
     cells = [(order, steps) for order in config.orders for steps in config.steps]
-    about: dict[str, Any] = {"ema": config.use_ema, **generator.files}
+    about: dict[str, Any] = {"ema": config.use_ema, **generator.files()}
     extractor = None
     if evaluation.scoring.feature_extractor is not None:
         extractor = load_feature_extractor(

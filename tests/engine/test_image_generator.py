@@ -50,7 +50,7 @@ def test_pictures_are_those_of_an_evaluation(trained: Path, tmp_path: Path) -> N
     )  # fmt: skip
     dist = Dist(0, 1, generator.device)
     evaluate(generator.model, generator.tokenizer, config, open_inputs(config, generator.model.config, dist), dist)
-    expected = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "images").iterdir())]
+    expected = [np.asarray(Image.open(path)) for path in sorted((tmp_path / "images").glob("*.png"))]
     assert len(pictures) == len(expected) == CLASSES
     assert all(np.array_equal(np.asarray(one), other) for one, other in zip(pictures, expected, strict=True))
 

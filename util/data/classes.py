@@ -129,7 +129,8 @@ def tell(source: str, classes: Sequence[str], count: int, paths: Sequence[str] =
             "%s has classes named %s, which look like parts of a data set: name one of these folders instead",
             source, _some(splits),
         )  # fmt: skip
-    elif len(classes) == 1:
+        return
+    if len(classes) == 1:
         logger.warning(
             "%s has one class only, %s: a model of it makes pictures of one kind; expected a subfolder per class",
             source, classes[0],
