@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -49,7 +50,9 @@ def run(config: GenerateConfig) -> None:
     generator = config.open_generator()
     labels = [generator.find_class(name) for name in config.classes for _ in range(config.each)]
     titles = [class_label(label, generator.classes) for label in labels]
-    made, shown, seconds, sizes = [], [], 0.0, ()
+    made: list[dict[str, Any]] = []
+    shown: list[np.ndarray] = []
+    seconds, sizes = 0.0, None
     starts = range(0, len(labels), config.batch_size)
     with tqdm(total=len(labels), unit="picture", disable=len(starts) == 1, file=sys.stderr) as bar:
         for start in starts:

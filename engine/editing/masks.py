@@ -59,9 +59,9 @@ def hole_of_mask(mask: Image.Image, picture_size: tuple[int, int], img_size: int
     if mask.size != tuple(picture_size):
         (width, height), (wide, high) = mask.size, picture_size
         raise UserError(f"the mask has {width}×{height} pixels, but the picture {wide}×{high}; they must be the same.")
-    masked = np.array(center_crop_arr(mask.convert("L"), img_size)) >= _MASKED
+    pixels = np.asarray(center_crop_arr(mask.convert("L"), img_size))
     stride = img_size // grid_size
-    return masked.reshape(grid_size, stride, grid_size, stride).any(axis=(1, 3))
+    return pixels.reshape(grid_size, stride, grid_size, stride).max(axis=(1, 3)) >= _MASKED
 
 
 def random_hole(grid_size: int, kept: float, seed: int) -> np.ndarray:

@@ -79,7 +79,8 @@ def test_known_codes_enter_the_cache_without_waiting(monkeypatch: pytest.MonkeyP
         decoder = Decoder(model, sizes, Sampling(cfg=4.8), 3, path=path, bf16=True, with_known=True)
         kept.clear()
         with NoCopiesBetweenDevices():
-            codes = decoder(*fake_batch(3), torch.zeros(3, 256, dtype=torch.int64, device="cuda")).codes
+            labels, orders, seeds = fake_batch(3)
+            codes = decoder(labels, orders, seeds, orders).codes
         assert (codes.device.type, codes.dtype, codes.shape) == ("cuda", torch.int64, (3, 256))
         assert kept == [1, *sizes[:-1]]
 

@@ -53,7 +53,7 @@ def test_shares_that_are_kept() -> None:
     kept = ~border_hole(16, 0.25)
     assert kept[4:12, 4:12].all()
     assert kept.sum() == 64
-    for share, count in ((0, 0), (1, 36)):
+    for share, count in ((0.0, 0), (1.0, 36)):
         assert (~random_hole(6, share, 0)).sum() == (~border_hole(6, share)).sum() == count
     for share in (-0.1, 1.1, float("nan")):
         with pytest.raises(UserError, match="the share to keep"):
