@@ -84,15 +84,8 @@ def _not_a_permutation(path: Path, row: int, num_cells: int) -> str:
 
 def read_spec(path: Path) -> OrderSpec | None:
     """What the orders of a file were drawn with, if it or the file beside it says."""
-<<<<<<< HEAD
     values = _recorded(path)
     return _spec(values) if values else None
-=======
-    values: dict[str, Any] = {
-        name: tuple(value) if isinstance(value, list) else value for name, value in _recorded(path).items()
-    }
-    return OrderSpec(**values) if values else None
->>>>>>> h-l
 
 
 def drawn_with(path: Path) -> dict[str, Any]:
@@ -128,7 +121,8 @@ def _checked(recorded: dict[str, Any]) -> dict[str, Any]:
 
 
 def _spec(recorded: dict[str, Any]) -> OrderSpec:
-    return OrderSpec(**{name: tuple(value) if isinstance(value, list) else value for name, value in recorded.items()})
+    values = {name: tuple(value) if isinstance(value, list) else value for name, value in recorded.items()}
+    return OrderSpec(**values)
 
 
 def _beside(path: Path) -> Path:

@@ -1,9 +1,8 @@
 """``python -m scripts.plots``: what a run learnt, and how a model looks at a picture, drawn.
 
-    python -m scripts.plots loss runs/mine runs/other --output loss.png
-    python -m scripts.plots quality runs/mine/eval/*/results.json --output quality.png
-    python -m scripts.plots attention --pretrained_ckpt runs/mine/checkpoint-last.pth \
-        --vqgan_path runs/tokenizer/tokenizer.pt --output attention.png
+python -m scripts.plots loss runs/mine runs/other --output loss.png
+python -m scripts.plots quality runs/mine/eval/*/results.json --output quality.png
+python -m scripts.plots attention --pretrained_ckpt runs/mine/checkpoint-last.pth --output attention.png
 """
 
 from __future__ import annotations

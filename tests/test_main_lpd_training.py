@@ -42,9 +42,8 @@ def workspace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     save_tokenizer(tiny_tokenizer(16, V), folder / "tokenizer.pt")
     header = make_cache(folder / "codes") / "header.json"
-    header.write_text(
-        json.dumps(json.loads(header.read_text()) | {"tokenizer_sha256": sha256(folder / "tokenizer.pt")})
-    )
+    made_by_it = {"tokenizer_sha256": sha256(folder / "tokenizer.pt"), "header_sha256": ""}
+    header.write_text(json.dumps(json.loads(header.read_text()) | made_by_it))
     model = build_model("lpd_debug", img_size=64, class_num=5, vocab_size=V)
     torch.save(
         {"model": model.state_dict(), "epoch": 449, "args": argparse.Namespace(lr=1e-4)}, folder / "released.pth"

@@ -142,7 +142,7 @@ def _watch_tab(handlers: Handlers) -> None:
     films = gr.State([[], []])  # of either side the frames, as PNG
     most = min(MAX_WATCHED, handlers.grid**2)
     fields, images, lines = [], [], []
-    with gr.Row(equal_height=True):
+    with gr.Row():
         name, seed = _class(handlers, label="Class", value=handlers.classes[0]), _seed()
         guidance = gr.Slider(1, 10, value=CFG, step=0.1, label="Guidance (1: none)")
         button = gr.Button("Decode both", variant="primary", elem_id="watch")
@@ -206,7 +206,7 @@ def _edit_tab(handlers: Handlers, made: gr.State, chosen: gr.State) -> None:
             gr.Markdown("Take a picture, and paint over what should be generated anew.")
             with gr.Row():
                 upload = gr.UploadButton("Upload", file_types=["image"], elem_id="upload")
-                take = gr.Button("Take the generated one", elem_id="take")
+                take = gr.Button("Take generated one", elem_id="take")
             editor = gr.ImageEditor(
                 show_label=False, type="pil", sources=(), transforms=(), layers=False, buttons=[], height=side,
                 brush=gr.Brush(default_size=side // 16, colors=["rgba(232, 89, 12, 0.8)"], color_mode="fixed"),
@@ -219,7 +219,7 @@ def _edit_tab(handlers: Handlers, made: gr.State, chosen: gr.State) -> None:
                 name, seed = _class(handlers, label="Class", value=handlers.classes[0]), _seed(1)
             with gr.Row():
                 variants = gr.Slider(1, 16, value=4, step=1, label="Variants")
-                steps = _steps(handlers, label="Steps of a whole picture")
+                steps = _steps(handlers, label="Steps of a picture")
             keep = gr.Checkbox(True, label="Keep the pixels of what is not generated, with a soft border")
             sampling = _Sampling(handlers.generator.model.config.vocab_size)
             button = gr.Button("Generate anew", variant="primary", elem_id="edit")

@@ -47,7 +47,7 @@ class ServerConfig:
 def require_gradio() -> None:
     """Raise UserError where the package is missing."""
     if importlib.util.find_spec("gradio") is None:
-        raise UserError("the page needs the package gradio; install it with: pip install 'gradio>=6'.")
+        raise UserError("the page needs the package gradio; install it with: pip install 'gradio>=6.31,<7'.")
 
 
 def serve(generator: ImageGenerator, config: ServerConfig) -> None:

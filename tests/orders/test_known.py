@@ -61,7 +61,8 @@ def test_an_order_follows_from_seed_and_number(monkeypatch: pytest.MonkeyPatch) 
     whole = spec.draw(np.arange(20))
     assert (spec.draw(np.array([17, 3])) == whole[[17, 3]]).all()
     assert not (whole[1:] == whole[0]).all(axis=1).any()
-    rest = spec.group_sizes, spec.grid, 1.0, 1, spec.seed, True, spec.known
+    steps = len(spec.group_sizes)
+    rest = spec.group_sizes, spec.grid, (1.0,) * steps, (1,) * steps, spec.seed, spec.known
     assert (lpd_orders(torch, torch.arange(20), *rest).numpy() == whole).all()
     monkeypatch.setitem(draw._CHUNK_CELLS, "cpu", 3 * GRID**2)
     assert (spec.draw(np.arange(20)) == whole).all()
@@ -88,7 +89,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
         OrderSpec("lpd", (4, 4), (1, 15), 1.0, 1, 0, (3, 4))
     with pytest.raises(UserError, match="number of steps 17"):
         OrderConfig(generation_steps=17).for_grid(4, 0, known=[0])
-    with pytest.raises(UserError, match="orders of whole pictures"):
+    with pytest.raises(UserError, match="is for whole pictures"):
         OrderConfig(lpd_order_file=tmp_path / "orders.json").for_grid(4, 0, known=[0])
     with pytest.raises(UserError, match="sum to 16, but the grid has 15"):
         OrderConfig(group_sizes="8,8").for_grid(4, 0, known=[0])

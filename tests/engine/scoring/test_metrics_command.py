@@ -56,7 +56,7 @@ def test_command_makes_statistics_and_scores_folders(
         ("--img_size 16", "nothing to do"),
         (f"--img_size 0 --output {tmp_path}/x.npz", "--img_size is 0"),
         (f"--img_size 16 --output {tmp_path}/x.npz --batch_size 0", "--batch_size is 0"),
-        (f"--img_size 16 --output {tmp_path}/x.npz --data_path {tmp_path}/nothing", "holds no images"),
+        (f"--img_size 16 --output {tmp_path}/x.npz --data_path {tmp_path}/nothing", "nothing can't be read"),
     ):
         with pytest.raises(UserError, match=message):
             command(flags)
