@@ -121,7 +121,9 @@ def _checked(recorded: dict[str, Any]) -> dict[str, Any]:
 
 
 def _spec(recorded: dict[str, Any]) -> OrderSpec:
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in recorded.items()}
+    values: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in recorded.items()
+    }
     return OrderSpec(**values)
 
 

@@ -81,7 +81,7 @@ def test_the_tokenizer_is_the_one_that_the_training_names(trained: Path, tmp_pat
     settings = tmp_path / TRAIN_SETTINGS
     settings.write_text(json.dumps({"settings": {"vqgan_path": str(trained / "tokenizer.pt")}}))
     found = ImageGenerator(tmp_path / "model.pth", device="cpu")
-    assert found.files["vqgan_path"]["path"] == str(trained / "tokenizer.pt")
+    assert found.files()["vqgan_path"]["path"] == str(trained / "tokenizer.pt")
     expected = ImageGenerator(trained / "exported", device="cpu")([1])[0]
     assert found([1])[0].tobytes() == expected.tobytes()
     settings.write_text("{")
