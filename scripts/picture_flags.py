@@ -64,7 +64,7 @@ def write_record(path: Path, generator: ImageGenerator, config: PictureConfig, *
     """One line of JSON, to a file and to stdout: what was made, and all that it follows from."""
     device = str(generator.device)
     versions = {"torch": importlib.metadata.version("torch"), "device": device, "bf16": generator.bf16}
-    line = json.dumps(made | {"settings": record(config), "files": generator.files, "environment": versions})
+    line = json.dumps(made | {"settings": record(config), "files": generator.files(), "environment": versions})
     with atomic_write(path) as file:
         file.write(f"{line}\n".encode())
     print(line, flush=True)
