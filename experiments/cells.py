@@ -7,6 +7,7 @@ of its own.
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 from collections.abc import Iterable, Iterator, Sequence
@@ -111,9 +112,9 @@ class Scale:
         return replace(self, flags=self.flags | {"lpd": (*self.flags["lpd"], *words)}, models=tuple(models))
 
     def lpd_flag(self, name: str, default: str = "") -> str:
-        """The value of a flag of the LPD trainings, all of whose flags take one; the last one counts."""
+        """The value of a flag of the LPD trainings; the last one counts."""
         words = self.flags["lpd"]
-        return dict(zip(words[::2], words[1::2], strict=True)).get(name, default)
+        return dict(itertools.pairwise(words)).get(name, default)
 
 
 @dataclass(frozen=True)

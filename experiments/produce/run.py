@@ -173,7 +173,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 EXPERIMENT = Experiment(
-    REPORT, SCALES, __doc__, classes=35, photos=3111, codes=512,
+    REPORT, SCALES, __doc__, classes=35, photos=3111, codes=1024,
     more_stages={"likelihood": likelihood, "neighbours": neighbours, "pictures": pictures, "contexts": contexts},
     more_results=more_results, prepare=prepare, validation=True,
 )  # fmt: skip

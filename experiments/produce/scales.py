@@ -7,7 +7,7 @@ import dataclasses
 from experiments.cells import NAMES, Model, Scale
 
 IMG_SIZE, STRIDE = 64, 8  # 64 codes per photo
-EPOCHS = 36
+EPOCHS = 48
 MAIN = ("lpd", "random", "halton", "raster")
 # How the trainings differ: uniformly random orders, as published, or locality-aware ones among them.
 TRAININGS = {"lpd_random": ("--train_orders", "random:1"), "lpd_mixed": ("--train_orders", "random:0.5", "lpd:0.5")}
@@ -29,25 +29,27 @@ FULL = Scale(
     flags={
         **_STATISTICS,
         "tokenizer": (
-            "--stride", str(STRIDE), "--base_width", "32", "--res_blocks", "1", "--z_channels", "128",
-            "--codebook_size", "512", "--code_dim", "8", "--steps", "4000", "--batch_size", "16", "--lr", "1e-3",
-            "--eval_freq", "500", "--flip",
+            "--stride", str(STRIDE), "--base_width", "32", "--multipliers", "1", "2", "2", "3", "--res_blocks", "1",
+            "--z_channels", "64", "--codebook_size", "1024", "--code_dim", "8", "--steps", "4500", "--batch_size", "16",
+            "--lr", "1e-3", "--eval_freq", "450", "--flip", "--adversarial_weight", "0.5", "--adversarial_start", "0.4",
+            "--disc_width", "32", "--bf16",
         ),
         "codes": ("--num_workers", "2"),
-        "classifier": ("--epochs", "30", "--shift", "0.1", "--rotate", "15", "--flip"),
+        "classifier": ("--epochs", "40", "--lr", "3e-3", "--shift", "0.1", "--rotate", "10", "--flip"),
         "lpd": (
             "--model", "lpd_mini", "--epochs", str(EPOCHS), "--batch_size", "32", "--lr", "1e-3", "--lr_schedule",
-            "cosine", "--warmup_epochs", "2", "--proj_dropout", "0.1", "--save_intermediate_freq", str(EPOCHS // 4),
+            "cosine", "--warmup_epochs", "2", "--proj_dropout", "0.1", "--ema", "0.999", "--val_freq", "4",
+            "--save_intermediate_freq", str(EPOCHS // 4), "--bf16", "--no-compile",
         ),
     },
     trainings=TRAININGS,
     models=_models(_CHECKPOINTS, steps=(16, 4)),
     orders=tuple(NAMES),
     steps=(64, 32, 16, 8, 4),
-    num_images=525,
+    num_images=350,
     eval_bsz=175,
-    cfgs=(1.0, 1.5, 2.0, 3.0),
-    tuning_images=210,
+    cfgs=(1.0, 2.0, 3.0, 4.5),
+    tuning_images=140,
     tuning_steps=16,
     tuning_seed=1000,
     seeds=(0, 1, 2),
