@@ -46,11 +46,11 @@ class ImageGenerator:
         checkpoint: str | Path,
         tokenizer: str | Path | None = None,
         *,
-        device: str = "auto",
+        device: str | torch.device = "auto",
         use_ema: bool = False,
         bf16: bool | None = None,
     ) -> None:
-        self.device = resolve_device(device)
+        self.device = device if isinstance(device, torch.device) else resolve_device(device)
         self.bf16 = self.device.type == "cuda" if bf16 is None else bf16
         weights = find_file(Path(checkpoint), choose_weights)
         content = load_pretrained(weights, use_ema)
