@@ -92,11 +92,11 @@ class ImageGenerator:
         checkpoint: str | Path | None = None,
         tokenizer: str | Path | None = None,
         *,
-        device: str = "auto",
+        device: str | torch.device = "auto",
         use_ema: bool = False,
         bf16: bool | None = None,
     ) -> None:
-        self.device = resolve_device(device)
+        self.device = device if isinstance(device, torch.device) else resolve_device(device)
         self.bf16 = self.device.type == "cuda" if bf16 is None else bf16
         self.source = demo_checkpoint() if checkpoint is None else Path(checkpoint)
         weights = find_file(self.source, choose_weights)

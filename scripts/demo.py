@@ -23,7 +23,6 @@ from engine.evaluation.compare import Comparison
 from engine.evaluation.config import EvalConfig
 from engine.image_generator import ImageGenerator
 from engine.scoring.config import ScoringConfig
-from engine.scoring.features import load_feature_extractor
 from models.sampling import Sampling
 from scripts.plots import plot_losses
 from scripts.stages import Stages, train_and_judge
@@ -111,7 +110,6 @@ def compare_orders(out: Path, device: torch.device, num_images: int) -> str:
     """A Markdown table: one model, several generation orders; results and pictures go to `eval/<order>_<steps>`."""
     dist, classifier = Dist(0, 1, device), str(out / "classifier.pt")
     trained = ImageGenerator(out / "lpd" / LAST, out / "tokenizer" / "tokenizer.pt", device=str(device))
-    extractor = load_feature_extractor(classifier, device)
     scoring = ScoringConfig(feature_extractor=classifier, reference_statistics=out / "reference.npz")
     lines = [
         "| digits | decoding steps | read as the class asked for | Fréchet distance | seconds per image |",
@@ -131,7 +129,7 @@ def compare_orders(out: Path, device: torch.device, num_images: int) -> str:
         sampling=Sampling(cfg=CFG),
         scoring=scoring,
     )
-    comparison = Comparison(trained, config, dist, {"ema": False, **trained.files()}, extractor)
+    comparison = Comparison(trained, config, dist, {"ema": False, **trained.files()})
     for order, steps in ROWS:
         add(order, steps, comparison.results(order, steps))
     for floor in ("real", "reconstructed"):

@@ -22,10 +22,10 @@ import numpy as np
 
 from engine.evaluation.config import EvalConfig
 from engine.evaluation.evaluate import evaluate
-from engine.evaluation.inputs import open_inputs
+from engine.evaluation.inputs import EvalInputs, open_inputs
 from engine.evaluation.results_table import markdown_table, row_of
 from engine.image_generator import ImageGenerator
-from engine.scoring.features import FeatureExtractor, load_feature_extractor
+from engine.scoring.features import FeatureExtractor
 from orders.draw import ORDER_KINDS
 from util.cli import Parser, exit_on_user_error, from_args
 from util.config import check, part, record, setting
@@ -73,7 +73,6 @@ class Comparison:
     Args:
         config: of all evaluations; their folders are made in its ``output_dir``.
         about: plain data that tells the model from others, kept with the results.
-        extractor: that of the configuration; None where it has none.
     """
 
     def __init__(
@@ -82,15 +81,21 @@ class Comparison:
         config: EvalConfig,
         dist: Dist,
         about: dict[str, Any],
-        extractor: FeatureExtractor | None,
     ) -> None:
         self.generator, self.config, self.dist, self.about = generator, config, dist, about
-        self.extractor = extractor
+        self._extractor: FeatureExtractor | None = None  # loaded with the first inputs
 
     def cell(self, order: str, steps: int) -> EvalConfig:
         """The evaluation of one order and number of steps."""
         orders = dataclasses.replace(self.config.orders, order=order, generation_steps=steps)
         return dataclasses.replace(self.config, output_dir=self.config.output_dir / f"{order}_{steps}", orders=orders)
+
+    def open(self, config: EvalConfig) -> EvalInputs:
+        """The inputs of one of the evaluations, checked; UserError for what does not fit."""
+        trained = self.generator
+        inputs = open_inputs(config, trained.model.config, self.dist, trained.classes, self._extractor)
+        self._extractor = inputs.extractor
+        return inputs
 
     def results(self, order: str, steps: int) -> dict[str, Any]:
         """The results of one pair: those that are there already, or made now; called by all processes."""
@@ -101,8 +106,7 @@ class Comparison:
         if earlier is not None and about.items() <= earlier.get("record", {}).items():
             logger.info("%s: evaluated before", config.output_dir)
             return earlier
-        inputs = open_inputs(config, trained.model.config, self.dist, trained.classes, self.extractor)
-        return evaluate(trained.model, trained.tokenizer, config, inputs, self.dist, record=about)
+        return evaluate(trained.model, trained.tokenizer, config, self.open(config), self.dist, record=about)
 
 
 def _read(path: Path) -> dict[str, Any] | None:
@@ -147,18 +151,13 @@ def run(config: CompareConfig, dist: Dist) -> None:
     """Evaluate every pair, write ``results.md``, ``curve.png`` and ``strip.png``, and print the table."""
     evaluation, out = config.evaluation, config.evaluation.output_dir
     generator = ImageGenerator(
-        config.pretrained_ckpt, config.vqgan_path, device=str(dist.device), use_ema=config.use_ema, bf16=evaluation.bf16
+        config.pretrained_ckpt, config.vqgan_path, device=dist.device, use_ema=config.use_ema, bf16=evaluation.bf16
     )
     cells = [(order, steps) for order in config.orders for steps in config.steps]
     about: dict[str, Any] = {"ema": config.use_ema, **generator.files()}
-    extractor = None
-    if evaluation.scoring.feature_extractor is not None:
-        extractor = load_feature_extractor(
-            evaluation.scoring.feature_extractor, dist.device, evaluation.scoring.inception_path
-        )
-    comparison = Comparison(generator, evaluation, dist, about, extractor)
+    comparison = Comparison(generator, evaluation, dist, about)
     for cell in cells:  # what is wrong with one is said before any work
-        open_inputs(comparison.cell(*cell), generator.model.config, dist, generator.classes, extractor)
+        comparison.open(comparison.cell(*cell))
     results = [comparison.results(*cell) for cell in cells]
     if not dist.is_main:
         return
