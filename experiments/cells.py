@@ -15,6 +15,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from engine.image_generator import ImageGenerator
 from models.flops import decoding_flops
 from models.lpd import LPDConfig
 from orders import default_repulsion, natural_group_sizes
@@ -90,6 +93,11 @@ class Scale:
     def grid(self) -> int:
         """Side of the token grid."""
         return self.img_size // self.stride
+
+    @property
+    def use_ema(self) -> bool:
+        """Whether the moving average of the weights is what is evaluated."""
+        return float(self.lpd_flag("--ema", "0")) > 0
 
     @property
     def default_thresholds(self) -> tuple[int, float]:
@@ -239,6 +247,12 @@ def file_hashes(out: Path, model: Model) -> dict[str, str]:
     return {
         f"{name}_sha256": _sha256_of(path, stats[path].st_size, stats[path].st_mtime_ns) for name, path in paths.items()
     }
+
+
+def load_model(out: Path, scale: Scale, model: Model, device: torch.device) -> ImageGenerator:
+    """A trained model with the experiment's tokenizer."""
+    checkpoint = model.checkpoint(out)
+    return ImageGenerator(checkpoint, tokenizer_path(out), use_ema=scale.use_ema, device=str(device))
 
 
 def tokenizer_path(out: Path) -> Path:

@@ -21,9 +21,9 @@ from experiments.cells import (
     best_guidance,
     classifier_path,
     file_hashes,
+    load_model,
     rows_of,
     table_cells,
-    tokenizer_path,
     tuning_cells,
 )
 from models.sampling import Sampling
@@ -45,7 +45,7 @@ def run_sweep(out: Path, scale: Scale, dist: Dist, inception: Path | None, stage
 
     @functools.cache
     def generator(model: Model) -> ImageGenerator:
-        return ImageGenerator(model.checkpoint(out), tokenizer_path(out), device=str(dist.device))
+        return load_model(out, scale, model, dist.device)
 
     def evaluate_missing(cells: Sequence[Cell]) -> list[dict[str, Any]]:
         for number, cell in enumerate(cells, start=1):

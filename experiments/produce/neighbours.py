@@ -9,9 +9,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.image_generator import ImageGenerator
 from engine.scoring.features import FeatureExtractor, load_feature_extractor
-from experiments.cells import Model, Scale, classifier_path, file_hashes, tokenizer_path
+from experiments.cells import Model, Scale, classifier_path, file_hashes, load_model
 from util.data.images import open_images
 from util.data.loading import load_all
 from util.dist import Dist
@@ -36,7 +35,7 @@ def measure_neighbours(
         photo than all but 5 % of the held-out photos are; and what it was measured with.
     """
     (train, _), (held_out, _) = (load_all(open_images(path, scale.img_size)) for path in splits)
-    generator = ImageGenerator(model.checkpoint(out), tokenizer_path(out), device=str(dist.device))
+    generator = load_model(out, scale, model, dist.device)
     labels = np.arange(scale.tuning_images) * generator.model.config.class_num // scale.tuning_images
     drawn = generator(labels.tolist(), scale.tuning_steps, seed=scale.seeds[0], cfg=cfg)
     samples = torch.from_numpy(np.stack([np.asarray(image) for image in drawn]))

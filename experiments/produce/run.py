@@ -17,8 +17,17 @@ from typing import Any
 
 import numpy as np
 
-from engine.image_generator import ImageGenerator
-from experiments.cells import Guidance, Model, Scale, best_guidance, file_hashes, rows_of, tokenizer_path, tuning_cells
+from experiments.cells import (
+    Guidance,
+    Model,
+    Scale,
+    best_guidance,
+    file_hashes,
+    load_model,
+    rows_of,
+    tokenizer_path,
+    tuning_cells,
+)
 from experiments.driver import Call, Experiment
 from experiments.produce.contexts import measure_contexts
 from experiments.produce.neighbours import measure_neighbours
@@ -78,7 +87,7 @@ def likelihood(call: Call) -> None:
             "--vqgan_path", tokenizer_path(call.out), "--cached_path", call.out / "codes_validation",
             "--orders", *filter(model.takes, scale.orders), "--steps", *map(str, model.steps or scale.steps),
             "--baseline", "random", "--no-one_by_one", "--output_dir", call.out / "likelihood" / model.name,
-            "--device", str(call.dist.device), stoppable=True,
+            "--device", str(call.dist.device), *(("--use_ema",) if scale.use_ema else ()), stoppable=True,
         )  # fmt: skip
 
 
@@ -127,7 +136,7 @@ def pictures(call: Call) -> None:
     cfg = tuned_guidance(call)[model.name, "lpd"]
 
     def draw() -> None:
-        generator = ImageGenerator(model.checkpoint(call.out), tokenizer_path(call.out), device=str(call.dist.device))
+        generator = load_model(call.out, scale, model, call.dist.device)
         count = generator.model.config.class_num
         drawn = generator(list(range(count)), scale.tuning_steps, seed=scale.seeds[0], cfg=cfg)
         mixed = np.random.default_rng(0).permutation(count)
