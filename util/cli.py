@@ -83,8 +83,10 @@ class Parser(argparse.ArgumentParser):
             value = getattr(parsed, action.dest, None)
             if action in self._waived and value is None:
                 self._problems.append(f"{action.option_strings[0]} is missing.")
-            elif value is not _INVALID and hasattr(action, "setting"):
-                self._problems += problems_of(action.option_strings[0], value, action.setting)
+            elif hasattr(action, "setting"):
+                values = value if isinstance(value, list | tuple) else [value]
+                readable = [one for one in values if one is not _INVALID]
+                self._problems += problems_of(action.option_strings[0], readable, action.setting)
         if self._is_command:
             self._problems += self._unknown(unknown)
             unknown = []

@@ -71,6 +71,7 @@ class Outer:
     path: str = setting(help="needed")
     epochs: int = setting(1, "passes", at_least=1)
     kind: str = setting("one", "a kind", choices=("one", "two"))
+    many: tuple[int, ...] = setting((1,), "some", at_least=1)
     inner: Inner = part("inner")
     other: Other = part("other")
 
@@ -101,6 +102,8 @@ def test_all_errors_of_a_command_line_are_said_at_once() -> None:
         "there is no flag --epho (did you mean --epochs?).",
         "there is no flag --ephocs (did you mean --epochs?).",
     ]
+    heading, *problems = refusal("--path x --many 2 x 0")
+    assert problems == ["  --many is 'x'; it must be a whole number.", "  --many is 0; it must be at least 1."]
     # What contradicts each other is said where single values are right, of all parts at once.
     heading, *problems = refusal("--path x --low 3 --even 3")
     assert heading == "2 errors on the command line:"
