@@ -26,13 +26,13 @@ from engine.editing.edit import blend, edit
 from engine.editing.masks import border_hole, enlarge, hole_of_mask, polygon_mask, random_hole, rectangle_mask
 from engine.editing.outpaint import outpaint
 from engine.image_generator import ImageGenerator
-from scripts.picture_flags import CFG, PictureConfig, file_name, write_record
+from scripts.picture_flags import CFG, PictureConfig, write_record
 from util.cli import Parser, exit_on_user_error, from_args
 from util.config import check, setting
 from util.data.images import load_rgb
 from util.errors import UserError, reading
 from util.files import atomic_write, check_output_dir
-from util.pictures import image_grid, save_png
+from util.pictures import image_grid, picture_name, save_png
 
 _TINT = (230, 60, 60)  # of what is generated anew, in the strip
 _OUTSIDE = (244, 244, 244)  # of a canvas that outpainting fills
@@ -151,7 +151,7 @@ def run(config: EditConfig) -> None:
     title = "no class" if label is None else class_label(label, generator.classes)
     made = []
     for i, (pixels, grid) in enumerate(zip(images, results.numpy(), strict=True)):
-        path = config.output_dir / file_name(i, title)
+        path = config.output_dir / picture_name(i, title)
         save_png(pixels, path)
         with atomic_write(path.with_suffix(".npy")) as file:
             np.save(file, grid)

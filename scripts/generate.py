@@ -19,12 +19,12 @@ from tqdm import tqdm
 from engine.class_names import class_label
 from engine.image_generator import Generated, ImageGenerator
 from engine.watch import Trace, frames, pictures_so_far
-from scripts.picture_flags import CFG, PictureConfig, file_name, write_record
+from scripts.picture_flags import CFG, PictureConfig, write_record
 from util.animation import save_animation
 from util.cli import Parser, exit_on_user_error, from_args
 from util.config import check, setting
 from util.files import check_output_dir
-from util.pictures import image_grid, save_png
+from util.pictures import image_grid, picture_name, save_png
 
 ANIMATIONS = ("gif", "webp")
 _SHEET, _SHEET_COLUMNS = 256, 8  # pictures of the contact sheet at most; in a row, where classes do not make the rows
@@ -60,7 +60,7 @@ def run(config: GenerateConfig) -> None:
             generated = generator.generate([labels[i] for i in numbers], numbers=numbers, **config.settings())
             seconds, sizes = seconds + generated.seconds, generated.group_sizes
             for i, pixels in zip(numbers, generated.images, strict=True):
-                path = config.output_dir / file_name(i, titles[i])
+                path = config.output_dir / picture_name(i, titles[i])
                 save_png(pixels, path)
                 if config.animate:
                     _animate(path.with_suffix(f".{config.animate}"), generator, generated, i - start)

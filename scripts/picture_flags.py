@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,11 +52,6 @@ class PictureConfig(GeneratorConfig):
         return {"steps": self.steps, "order": self.order, "seed": self.seed, "path": self.decode_path} | record(
             self.sampling
         )
-
-
-def file_name(number: int, title: str, suffix: str = ".png") -> str:
-    """`0007_golden_retriever.png`: the number, and what of a title goes into any file system's names."""
-    return f"{number:04}_{re.sub('[^a-z0-9]+', '_', title.lower()).strip('_') or 'picture'}{suffix}"
 
 
 def write_record(path: Path, generator: ImageGenerator, config: PictureConfig, **made: Any) -> None:

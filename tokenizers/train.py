@@ -30,6 +30,7 @@ from tokenizers.checkpoint import load_tokenizer
 from tokenizers.vq_model import MULTIPLIERS, VQConfig
 from util.cli import Parser, exit_on_user_error, from_args
 from util.config import check, part, record, setting
+from util.data.classes import ClassChoice
 from util.data.images import open_images
 from util.data.loading import Images
 from util.dist import DeviceConfig, resolve_device
@@ -59,6 +60,7 @@ class TokenizerCommand(DeviceConfig):
     stride: int = setting(16, "pixels per token and side: 1, 2, 4, 8 or 16")
     epochs: int | None = setting(None, "passes over the training images, instead of --steps", at_least=1)
     skip_broken: bool = setting(False, "leave out images that cannot be read")
+    choice: ClassChoice = part(default_factory=ClassChoice)
 
     def __post_init__(self) -> None:
         check(self)
@@ -113,8 +115,8 @@ def _train(command: TokenizerCommand) -> dict[str, Any]:
     if command.feature_extractor is not None:
         extractor = load_feature_extractor(str(command.feature_extractor), device)
     size, skip = command.img_size, command.skip_broken
-    dataset = open_images(command.data_path, size, skip)
-    test_set = None if command.test_path is None else open_images(command.test_path, size, skip)
+    dataset = open_images(command.data_path, size, skip, choice=command.choice)
+    test_set = None if command.test_path is None else open_images(command.test_path, size, skip, choice=command.choice)
     train_set: Images
     held_out_set: Images
     train_set, held_out_set = split(dataset, config.held_out, config.seed) if test_set is None else (dataset, test_set)

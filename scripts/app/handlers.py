@@ -26,8 +26,8 @@ from orders.config import OrderConfig
 from orders.schedule import default_steps
 from orders.statistics import order_statistics
 from scripts.app.uploads import read_upload
-from scripts.picture_flags import file_name
 from util.errors import UserError
+from util.pictures import picture_name
 
 MAX_PICTURES = 64  # of one click
 MAX_WATCHED = 64  # steps, each of which is a picture to decode
@@ -85,7 +85,7 @@ class Handlers:
         buffer = io.BytesIO()
         with zipfile.ZipFile(buffer, "w") as archive:
             for number, (picture, label) in enumerate(zip(made.pictures, labels, strict=True)):
-                archive.writestr(file_name(number, label), png_of(picture))
+                archive.writestr(picture_name(number, label), png_of(picture))
             text = json.dumps({"model": str(self.generator.source), **settings}, indent=2, ensure_ascii=False)
             archive.writestr("settings.json", text + "\n")
         return buffer.getvalue()

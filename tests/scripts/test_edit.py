@@ -52,7 +52,7 @@ def test_results_codes_and_strip(folder: Path, tmp_path: Path, capsys: pytest.Ca
     out = tmp_path / "out"
     record = edit(folder, out, "--mask", folder / "mask.png", "--class", "birch", "--variants", 3)
     assert json.loads(capsys.readouterr().out) == record
-    names = {f"000{i}_birch{suffix}" for i in range(3) for suffix in (".png", ".npy")}
+    names = {f"00000{i}-birch{suffix}" for i in range(3) for suffix in (".png", ".npy")}
     assert {path.name for path in out.iterdir()} == names | {"strip.png", "edit.json"}
     generator = ImageGenerator(folder / "model.pth", folder / "tokenizer.pt", device="cpu")
     before = generator.encode(Image.open(folder / "cat.png")).view(GRID, GRID)
@@ -71,7 +71,7 @@ def test_known_pixels_stay_where_asked(folder: Path, tmp_path: Path) -> None:
     edit(folder, tmp_path, "--box", "40,8,72,40", "--class", 1, "--feather", 2)
     generator = ImageGenerator(folder / "model.pth", folder / "tokenizer.pt", device="cpu")
     before = np.asarray(generator.crop(Image.open(folder / "cat.png")))
-    after = np.asarray(Image.open(tmp_path / "0000_birch.png"))
+    after = np.asarray(Image.open(tmp_path / "000000-birch.png"))
     new = np.zeros((24, 24), bool)
     new[4:20, 8:24] = True
     assert (after[~new] == before[~new]).all()
@@ -94,17 +94,17 @@ def test_every_way_to_say_what_is_new(folder: Path, tmp_path: Path, more: tuple[
     record = edit(folder, tmp_path, *more)
     assert record["generated_tokens"] == tokens
     assert record["settings"]["cfg"] == 1.0
-    codes = np.load(tmp_path / "0000_no_class.npy")
+    codes = np.load(tmp_path / "000000-no_class.npy")
     assert codes.size == record["tokens"] == (36 if "--outpaint" not in more else 36 + tokens)
     height, width = (4 * side for side in codes.shape)
-    assert Image.open(tmp_path / "0000_no_class.png").size == (width, height)
+    assert Image.open(tmp_path / "000000-no_class.png").size == (width, height)
 
 
 def test_codes_of_an_edit_are_edited_further(folder: Path, tmp_path: Path) -> None:
     edit(folder, tmp_path / "first", "--box", "24,0,48,48", "--class", 1)
-    codes = tmp_path / "first" / "0000_birch.npy"
+    codes = tmp_path / "first" / "000000-birch.npy"
     record = edit(folder, tmp_path / "second", "--codes", codes, "--box", "12,0,24,24", "--class", 2)
-    first, second = (np.load(tmp_path / name) for name in ("first/0000_birch.npy", "second/0000_cedar.npy"))
+    first, second = (np.load(tmp_path / name) for name in ("first/000000-birch.npy", "second/000000-cedar.npy"))
     assert (first[:, :3] == second[:, :3]).all()
     assert record["generated_tokens"] == 18
 

@@ -41,7 +41,7 @@ def test_pictures_sheet_and_record(
     output = capsys.readouterr()
     assert json.loads(output.out) == record
     assert "picture" not in output.err  # one batch: no progress bar
-    names = ["0000_cedar.png", "0001_cedar.png", "0002_ash.png", "0003_ash.png"]
+    names = ["000000-cedar.png", "000001-cedar.png", "000002-ash.png", "000003-ash.png"]
     assert sorted(path.name for path in tmp_path.iterdir()) == [*names, "grid.png", "pictures.json"]
     assert [made["file"] for made in record["pictures"]] == names
     assert [made["class"] for made in record["pictures"]] == [2, 2, 0, 0]
@@ -74,7 +74,7 @@ def test_a_long_run_is_made_in_batches_with_a_progress_bar(
 @pytest.mark.parametrize("kind", ["gif", "webp"])
 def test_a_moving_picture_has_a_frame_for_each_step(model: tuple[Path, Path], tmp_path: Path, kind: str) -> None:
     generate(model, tmp_path, "--classes", "elm", "--steps", 6, "--animate", kind)
-    with Image.open(tmp_path / f"0000_elm.{kind}") as file:
+    with Image.open(tmp_path / f"000000-elm.{kind}") as file:
         assert file.n_frames == 6  # type: ignore[attr-defined]
 
 

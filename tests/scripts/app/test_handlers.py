@@ -53,8 +53,8 @@ def test_pictures_are_the_generators(handlers: Handlers) -> None:
 def test_the_archive_has_the_pictures_and_their_settings(handlers: Handlers) -> None:
     made, labels, _ = handlers.generate(["ash", "date"], 1, **GENERATE)
     with zipfile.ZipFile(io.BytesIO(handlers.archive(made, labels, GENERATE))) as archive:
-        assert archive.namelist() == ["0000_ash.png", "0001_date.png", "settings.json"]
-        assert archive.read("0001_date.png") == png_of(made.pictures[1])
+        assert archive.namelist() == ["000000-ash.png", "000001-date.png", "settings.json"]
+        assert archive.read("000001-date.png") == png_of(made.pictures[1])
         settings = json.loads(archive.read("settings.json"))
     assert settings == {"model": str(handlers.generator.source), **GENERATE}
 
