@@ -27,9 +27,9 @@ from util.animation import save_animation
 from util.plots import save_figure
 
 TITLES = {
-    "lpd": "Locality-aware (ours)",
-    "lpd_near_only": "Ours, near context only",
-    "lpd_far_only": "Ours, far apart only",
+    "lpd": "Locality-aware",
+    "lpd_near_only": "Near context only",
+    "lpd_far_only": "Far apart only",
     "raster": "Raster",
     "random": "Random",
     "halton": "Halton (Halton-MaskGIT)",
