@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from engine.class_names import class_label
@@ -35,7 +35,7 @@ from util.files import atomic_write, check_output_dir
 from util.pictures import image_grid, picture_name, save_png
 
 _TINT = (230, 60, 60)  # of what is generated anew, in the strip
-_OUTSIDE = (244, 244, 244)  # of a canvas that outpainting fills
+_OUTSIDE = 244  # grey of a canvas that outpainting fills
 _STRIP_COLUMNS, _STRIP_HEIGHT = 6, 128
 _NUMBER = r"\d{1,9}(?:\.\d{1,9})?"
 
@@ -132,12 +132,13 @@ def run(config: EditConfig) -> None:
     if label is None:  # nothing to guide towards
         config = dataclasses.replace(config, sampling=dataclasses.replace(config.sampling, cfg=1.0))
     before, codes, size = _open(config, generator)
+    extended = before
     settings = config.settings()
     start = time.perf_counter()
     if config.outpaint is not None:
         canvas = outpaint(generator, codes, *config.outpaint, label, variants=config.variants, **settings)
         hole, results, images = canvas.hole, canvas.codes, generator.decode_pixels(canvas.codes)
-        before = _on_canvas(before, hole)
+        before, extended = _on_canvas(before, hole)
     else:
         hole = _hole(config, generator, size)
         if not hole.any():
@@ -146,7 +147,7 @@ def run(config: EditConfig) -> None:
         results, images = edited.codes.unflatten(1, hole.shape), edited.images
     seconds = time.perf_counter() - start
     if config.feather is not None:
-        pictures = [blend(before, Image.fromarray(pixels), hole, config.feather) for pixels in images]
+        pictures = [blend(extended, Image.fromarray(pixels), hole, config.feather) for pixels in images]
         images = np.stack([np.asarray(picture) for picture in pictures])
     title = "no class" if label is None else class_label(label, generator.classes)
     made = []
@@ -169,7 +170,7 @@ def run(config: EditConfig) -> None:
 def _open(config: EditConfig, generator: ImageGenerator) -> tuple[Image.Image, Tensor, tuple[int, int]]:
     """The picture as the model's size has it, its codes (L,), and the size (width, height) that masks refer to."""
     if config.image is not None:
-        picture = load_rgb(config.image)
+        picture = _upright(config.image)
         return generator.crop(picture), generator.encode(picture), picture.size
     assert config.codes is not None
     with reading("file of codes", config.codes):
@@ -186,6 +187,11 @@ def _open(config: EditConfig, generator: ImageGenerator) -> tuple[Image.Image, T
     return before, tokens, before.size
 
 
+def _upright(path: Path) -> Image.Image:
+    """A picture as viewers show it: turned as a camera has noted."""
+    return ImageOps.exif_transpose(load_rgb(path))
+
+
 def _hole(config: EditConfig, generator: ImageGenerator, size: tuple[int, int]) -> np.ndarray:
     model = generator.model.config
     if config.keep is not None:
@@ -193,7 +199,7 @@ def _hole(config: EditConfig, generator: ImageGenerator, size: tuple[int, int]) 
         random = where == "random"
         return random_hole(model.grid_size, share, config.seed) if random else border_hole(model.grid_size, share)
     if config.mask is not None:
-        mask = load_rgb(config.mask)
+        mask = _upright(config.mask)
     elif config.box is not None:
         mask = rectangle_mask(size, config.box, config.outside)
     else:
@@ -201,13 +207,15 @@ def _hole(config: EditConfig, generator: ImageGenerator, size: tuple[int, int]) 
     return hole_of_mask(mask, size, model.img_size, model.grid_size)
 
 
-def _on_canvas(picture: Image.Image, hole: np.ndarray) -> Image.Image:
-    """A picture where the hole is not, on an empty canvas."""
-    rows, columns = np.nonzero(~hole)
-    stride = picture.width // len(set(columns.tolist()))
-    canvas = Image.new("RGB", (hole.shape[1] * stride, hole.shape[0] * stride), _OUTSIDE)
-    canvas.paste(picture, (int(columns[0]) * stride, int(rows[0]) * stride))
-    return canvas
+def _on_canvas(picture: Image.Image, hole: np.ndarray) -> tuple[Image.Image, Image.Image]:
+    """A picture where the hole is not, on an empty canvas; and with its outermost pixels repeated, to blend with."""
+    known = np.argwhere(~hole)
+    first, last = known.min(axis=0), known.max(axis=0)
+    stride = picture.width // int(last[1] - first[1] + 1)
+    around = [*zip(first * stride, (np.array(hole.shape) - 1 - last) * stride, strict=True), (0, 0)]
+    pixels = np.asarray(picture)
+    empty, extended = np.pad(pixels, around, constant_values=_OUTSIDE), np.pad(pixels, around, mode="edge")
+    return Image.fromarray(empty), Image.fromarray(extended)
 
 
 def _tinted(picture: Image.Image, hole: np.ndarray) -> np.ndarray:

@@ -26,3 +26,15 @@ def center_crop_arr(image: Image.Image, size: int) -> Image.Image:
     image = image.resize((round(image.width * scale), round(image.height * scale)), resample=Image.Resampling.BICUBIC)
     left, top = (image.width - size) // 2, (image.height - size) // 2
     return image.crop((left, top, left + size, top + size))
+
+
+def center_crop_box(picture_size: tuple[int, int], size: int) -> tuple[float, float, float, float]:
+    """Which part of a picture (width, height) its crop shows: left, top, right, bottom, in the picture's pixels."""
+    width, height = picture_size
+    while min(width, height) >= 2 * size:
+        width, height = width // 2, height // 2
+    scale = size / min(width, height)
+    width, height = round(width * scale), round(height * scale)
+    left, top = (width - size) // 2, (height - size) // 2
+    across, down = picture_size[0] / width, picture_size[1] / height
+    return left * across, top * down, (left + size) * across, (top + size) * down

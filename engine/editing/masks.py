@@ -6,19 +6,20 @@ picture itself, or from a share of the cells that is kept.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-from util.crop import center_crop_arr
+from util.crop import center_crop_box
 from util.errors import UserError
 
 _MASKED = 128  # of 255: from here on a pixel of a mask is masked
 
 
 def rectangle_mask(size: tuple[int, int], box: Sequence[float], outside: bool = False) -> Image.Image:
-    """A mask (width, height) that is white within left, top, right, bottom (pixels, the last two excluded).
+    """A mask (width, height) that is white within left, top, right, bottom (the last two excluded), in whole pixels.
 
     Args:
         outside: white without instead.
@@ -32,9 +33,9 @@ def rectangle_mask(size: tuple[int, int], box: Sequence[float], outside: bool = 
         raise UserError(
             f"box {given} must be left,top,right,bottom within the picture's {size[0]}×{size[1]} pixels, not empty."
         )
-    mask = Image.new("L", size, 255 if outside else 0)
-    ImageDraw.Draw(mask).rectangle([left, top, right - 1, bottom - 1], fill=0 if outside else 255)
-    return mask
+    inside = np.zeros((size[1], size[0]), bool)
+    inside[int(top) : math.ceil(bottom), int(left) : math.ceil(right)] = True
+    return Image.fromarray((inside != outside) * np.uint8(255))
 
 
 def polygon_mask(size: tuple[int, int], points: Sequence[tuple[float, float]]) -> Image.Image:
@@ -47,7 +48,7 @@ def polygon_mask(size: tuple[int, int], points: Sequence[tuple[float, float]]) -
 
 
 def hole_of_mask(mask: Image.Image, picture_size: tuple[int, int], img_size: int, grid_size: int) -> np.ndarray:
-    """The hole (h, w) of a mask: cells with a masked pixel, which are those of value 128 or more.
+    """The hole (h, w) of a mask: cells with a masked pixel of the mask as it is given, of value 128 or more.
 
     Args:
         mask: any kind of picture, of the size (width, height) of the picture that it is for.
@@ -59,9 +60,14 @@ def hole_of_mask(mask: Image.Image, picture_size: tuple[int, int], img_size: int
     if mask.size != tuple(picture_size):
         (width, height), (wide, high) = mask.size, picture_size
         raise UserError(f"the mask has {width}×{height} pixels, but the picture {wide}×{high}; they must be the same.")
-    pixels = np.asarray(center_crop_arr(mask.convert("L"), img_size))
-    stride = img_size // grid_size
-    return pixels.reshape(grid_size, stride, grid_size, stride).max(axis=(1, 3)) >= _MASKED
+    left, top, right, bottom = center_crop_box(mask.size, img_size)
+    # The first pixel of each cell is the first whose middle lies in it.
+    rows, columns = (
+        np.ceil(np.linspace(first, last, grid_size + 1) - 0.5).astype(int)
+        for first, last in ((top, bottom), (left, right))
+    )
+    masked = (np.asarray(mask.convert("L")) >= _MASKED)[: rows[-1], : columns[-1]]
+    return np.logical_or.reduceat(np.logical_or.reduceat(masked, rows[:-1], axis=0), columns[:-1], axis=1)
 
 
 def random_hole(grid_size: int, kept: float, seed: int) -> np.ndarray:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
 
 from engine.image_generator import ImageGenerator
 from scripts.edit import main
@@ -76,6 +76,30 @@ def test_known_pixels_stay_where_asked(folder: Path, tmp_path: Path) -> None:
     new[4:20, 8:24] = True
     assert (after[~new] == before[~new]).all()
     assert (after[new] != before[new]).any()
+
+
+def test_a_canvas_fades_from_the_pixels_at_the_pictures_border(folder: Path, tmp_path: Path) -> None:
+    edit(folder, tmp_path, "--outpaint", "2x1", "--class", 1, "--feather", 4)
+    generator = ImageGenerator(folder / "model.pth", folder / "tokenizer.pt", device="cpu")
+    before = np.asarray(generator.crop(Image.open(folder / "cat.png"))).astype(int)
+    after = np.asarray(Image.open(tmp_path / "000000-birch.png")).astype(int)
+    new = generator.decode_pixels(torch.from_numpy(np.load(tmp_path / "000000-birch.npy"))[None])[0]
+    assert (after[:, 12:36] == before).all()
+    for outside, inside in ((11, 12), (36, 35)):
+        assert np.abs(after[:, outside] - (0.8 * after[:, inside] + 0.2 * new[:, outside])).max() <= 1
+
+
+def test_pictures_and_masks_are_turned_as_a_camera_has_noted(folder: Path, tmp_path: Path) -> None:
+    for name in ("cat", "mask"):
+        with Image.open(folder / f"{name}.png") as picture:
+            turned = picture.transpose(Image.Transpose.ROTATE_90)
+            exif = turned.getexif()
+            exif[ExifTags.Base.Orientation] = 6
+            turned.save(tmp_path / f"{name}.png", exif=exif)
+    edit(folder, tmp_path / "upright", "--mask", folder / "mask.png", "--class", 1)
+    edit(folder, tmp_path / "turned", "--mask", tmp_path / "mask.png", "--class", 1, "--image", tmp_path / "cat.png")
+    upright, turned = (np.load(tmp_path / way / "000000-birch.npy") for way in ("upright", "turned"))
+    assert (upright == turned).all()
 
 
 @pytest.mark.parametrize(

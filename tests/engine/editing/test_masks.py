@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from engine.editing.masks import border_hole, enlarge, hole_of_mask, polygon_mask, random_hole, rectangle_mask
+from util.crop import center_crop_arr
 from util.errors import UserError
 
 
@@ -30,11 +31,32 @@ def test_masks_are_cropped_like_their_pictures() -> None:
         hole_of_mask(mask, (48, 96), 24, 6)
 
 
+@pytest.mark.parametrize("size", [(24, 24), (192, 192), (101, 67), (50, 331), (47, 48)])
+def test_a_cell_is_where_the_crop_shows_it(size: tuple[int, int]) -> None:
+    """For boxes anywhere in pictures of any size: a cell is masked as far as the cropped mask can tell."""
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        left, right = sorted(rng.choice(size[0] + 1, 2, replace=False))
+        top, bottom = sorted(rng.choice(size[1] + 1, 2, replace=False))
+        mask = rectangle_mask(size, (left, top, right, bottom))
+        hole = hole_of_mask(mask, size, 24, 6)
+        shown = np.asarray(center_crop_arr(mask, 24)).reshape(6, 4, 6, 4).max(axis=(1, 3))
+        assert hole[shown >= 192].all()
+        assert not hole[shown == 0].any() or min(right - left, bottom - top) < min(size) / 24
+
+
+def test_a_stroke_thinner_than_a_pixel_of_the_model_counts() -> None:
+    mask = np.zeros((192, 192), np.uint8)
+    mask[:, 32] = 255
+    assert (hole_of_mask(Image.fromarray(mask), (192, 192), 24, 6) == [[False, True, *[False] * 4]] * 6).all()
+
+
 def test_boxes_and_polygons() -> None:
     inside = np.asarray(rectangle_mask((10, 8), (2, 1, 6, 4))) == 255
     assert inside[1:4, 2:6].all()
     assert inside.sum() == 12
     assert (np.asarray(rectangle_mask((10, 8), (2, 1, 6, 4), outside=True)) == 255 * ~inside).all()
+    assert np.asarray(rectangle_mask((10, 8), (2.2, 1, 2.6, 1.5))).nonzero() == ([1], [2])
     triangle = np.asarray(polygon_mask((9, 9), [(0, 0), (8, 0), (0, 8)])) == 255
     assert triangle[0].all()
     assert triangle[:, 0].all()
