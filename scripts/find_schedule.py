@@ -61,10 +61,10 @@ def find(config: SearchConfig, source: Source, dist: Dist) -> tuple[OrderSpec, d
     published = OrderConfig(order=config.order, generation_steps=steps)
     start = published.for_grid(model.grid_size, config.seed).spec
     meter = Meter(source, Settings(bf16=config.bf16, batch_size=config.batch_size))
-    samples = Samples(meter, images[::2], dist, time.monotonic() + config.budget_sec)
     begun = time.monotonic()
     with tqdm(total=config.budget_sec, desc="searching", unit="s", disable=not dist.is_main) as progress:
-        search = Search(samples, start, config.seed, progress)
+        samples = Samples(meter, images[::2], dist, begun + config.budget_sec, progress)
+        search = Search(samples, start, config.seed)
         best = search.run()
     seconds, searched = time.monotonic() - begun, samples.passes
     samples = Samples(meter, images[1::2], dist, float("inf"))

@@ -24,13 +24,17 @@ def save_figure(figure: Figure, path: Path) -> None:
 
 
 def plot_curves(path: Path, curves: Mapping[str, Sequence[Any]], xlabel: str, ylabel: str, log_x: bool = False) -> None:
-    """Draw curves, by their label: (x, y), or (x, y, deviation) with error bars, sequences of one length each."""
+    """Draw curves, by their label: (x, y), or (x, y, deviation) with error bars, sequences of one length each.
+
+    Args:
+        log_x: x holds a few numbers, such as those of steps: a logarithmic axis, and a mark at each.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4), layout="constrained")
     axis = figure.subplots()
     for label, curve in curves.items():
-        axis.errorbar(*curve, label=label, marker="o" if len(curve[0]) == 1 else None)
+        axis.errorbar(*curve, label=label, marker="o" if log_x or len(curve[0]) == 1 else None, markersize=4)
     if log_x:
         axis.set_xscale("log", base=2)
         axis.xaxis.set_major_formatter("{x:g}")

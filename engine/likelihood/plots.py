@@ -25,7 +25,7 @@ def draw(folder: Path, rows: Sequence[dict[str, Any]]) -> list[Path]:
         mine = sorted((row for row in kept if row["order"] == order), key=lambda row: row["steps"])
         bits = [row["bits_per_token"] for row in mine]
         curves[order] = ([row["steps"] for row in mine], [b["mean"] for b in bits], [b["stderr"] for b in bits])
-    plot_curves(folder / "steps.png", curves, "decoding steps", "bits per token", log_x=True)
+    plot_curves(folder / "steps.png", curves, "decoding steps", "bits per token ± standard error", log_x=True)
     _draw_curves(folder / "curves.png", kept)
     _draw_positions(folder / "positions.png", kept)
     return [folder / name for name in ("steps.png", "curves.png", "positions.png")]

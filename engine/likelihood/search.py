@@ -52,11 +52,14 @@ class Samples:
     Args:
         images: numbers of the images to search on.
         end: when to stop, on the clock of ``time.monotonic``; :class:`OutOfTime` after it.
+        progress: shows the seconds since the beginning.
     """
 
-    def __init__(self, meter: Meter, images: NDArray[np.int64], dist: Dist, end: float) -> None:
-        self.meter, self.images, self.dist, self.end = meter, images, dist, end
-        self.passes = 0
+    def __init__(
+        self, meter: Meter, images: NDArray[np.int64], dist: Dist, end: float, progress: tqdm | None = None
+    ) -> None:
+        self.meter, self.images, self.dist, self.end, self.progress = meter, images, dist, end, progress
+        self.begun, self.passes = time.monotonic(), 0
         self._known: dict[OrderSpec, NDArray[np.float64]] = {}
 
     def bits(self, spec: OrderSpec, count: int) -> NDArray[np.float64]:
@@ -87,6 +90,8 @@ class Samples:
                 bits[turn[rank :: dist.world_size] - start] = bits_of
                 steps += steps_of
             self.passes += len(turn)
+            if self.progress is not None:
+                self.progress.update(round(time.monotonic() - self.begun, 1) - self.progress.n)
         return bits, steps
 
     def _sums(self, spec: OrderSpec, samples: NDArray[np.int64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -128,8 +133,8 @@ class Search:
         seed: of the random changes.
     """
 
-    def __init__(self, samples: Samples, start: OrderSpec, seed: int, progress: tqdm) -> None:
-        self.samples, self.best, self.progress = samples, start, progress
+    def __init__(self, samples: Samples, start: OrderSpec, seed: int) -> None:
+        self.samples, self.best = samples, start
         self.rng = np.random.default_rng(seed)
         self.begun = time.monotonic()
         self.history: list[dict[str, object]] = []
@@ -156,7 +161,6 @@ class Search:
         """Race these; whether one of them won."""
         before, found = self.best, race(self.samples, self.best, challengers())
         seconds = time.monotonic() - self.begun
-        self.progress.update(round(seconds, 1) - self.progress.n)
         if found == before:
             return False
         gain = mean(self.samples.bits(before, LAST_RUNG) - self.samples.bits(found, LAST_RUNG))

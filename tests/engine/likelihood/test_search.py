@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import io
 import itertools
 import math
 import time
@@ -56,8 +57,7 @@ def spec(*sizes: int, order: str = "lpd", tau: float = 1.0, rho: int = 1) -> Ord
 
 
 def run(samples: Samples, start: OrderSpec, seed: int = 0) -> OrderSpec:
-    with tqdm(total=1, disable=True) as progress:
-        return Search(samples, start, seed, progress).run()
+    return Search(samples, start, seed).run()
 
 
 def test_race_prefers_what_is_likelier() -> None:
@@ -113,12 +113,11 @@ def test_schedules_without_freedom(steps: int) -> None:
 def test_all_that_is_proposed_is_valid() -> None:
     """A spec checks itself; seeds of random changes on top of each other."""
     start = spec(1, 1, 2, 3, 9)
-    with tqdm(total=1, disable=True) as progress:
-        for seed in range(30):
-            search = Search(Made(total), start, seed, progress)
-            for _ in range(20):
-                search.best = search._changes()[seed % 15]
-                assert len(search.best.group_sizes) == 5
+    for seed in range(30):
+        search = Search(Made(total), start, seed)
+        for _ in range(20):
+            search.best = search._changes()[seed % 15]
+            assert len(search.best.group_sizes) == 5
     assert search.best != start
 
 
@@ -185,6 +184,15 @@ def test_processes_share_the_samples(tmp_path: Path) -> None:
     alone = Samples(Meter(source(tmp_path / "codes"), Settings()), np.array([2, 7, 11]), ALONE, math.inf)
     expected = alone.bits(spec(1, 3, 5, 7), 9).tolist()
     in_processes(2, functools.partial(compare_bits, expected, tmp_path))
+
+
+def test_the_bar_moves_with_each_batch(tmp_path: Path) -> None:
+    with tqdm(total=600, file=io.StringIO()) as progress:
+        meter = Meter(source(tmp_path / "codes"), Settings(batch_size=2))
+        samples = Samples(meter, np.arange(8), ALONE, math.inf, progress)
+        samples.begun -= 60
+        samples.bits(spec(1, 15), 4)
+        assert 60 <= progress.n < 120
 
 
 def test_the_budget_ends_the_search(tmp_path: Path) -> None:
