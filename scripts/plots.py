@@ -27,7 +27,7 @@ from scripts.picture_flags import GeneratorConfig
 from util.cli import Parser, exit_on_user_error, from_args, path_ending_in
 from util.data.codes import open_codes
 from util.errors import UserError, reading
-from util.files import check_output_dir, write_json
+from util.files import check_output_dir, sha256, write_json
 from util.plots import SUFFIXES, plot_attention, plot_curves
 
 LOSSES = {"loss": "training", "val_loss": "validation", "val_loss_ema": "validation, averaged weights"}
@@ -144,11 +144,12 @@ def attention(args: argparse.Namespace) -> None:
     orders = from_args(OrderConfig, args).for_grid(config.grid_size, args.seed, args.num_images)
     dataset = None
     if args.cached_path is not None:
-        dataset = open_codes(args.cached_path, img_size=config.img_size)
-        if dataset.vocab_size > config.vocab_size and dataset.header is not None:
+        tokenizer_hash = sha256(generator.paths["vqgan_path"])
+        dataset = open_codes(args.cached_path, img_size=config.img_size, tokenizer_hash=tokenizer_hash)
+        if len(dataset.classes) > config.class_num:
             raise UserError(
-                f"--cached_path {args.cached_path} holds codes of a codebook of {dataset.vocab_size}, the model "
-                f"has {config.vocab_size}."
+                f"--cached_path {args.cached_path} holds images of {len(dataset.classes)} classes, the model has "
+                f"{config.class_num}."
             )
     measured = AttentionByDistance(config.depth, config.num_heads, config.grid_size)
     numbers = np.arange(args.num_images if dataset is None else min(args.num_images, len(dataset)))

@@ -17,6 +17,7 @@ from tests.helpers.commands import run
 from tests.helpers.pictures import assert_not_blank
 from tests.helpers.tiny_generator import NAMES, write_model
 from util.data.codes import CacheHeader
+from util.files import sha256
 
 SETTINGS = {
     "order": "lpd", "proximity_threshold": 1.0, "repulsion_threshold": 1, "cfg": 4.0, "cfg_schedule": "linear",
@@ -101,7 +102,7 @@ def test_quality_is_a_curve_per_setting_that_differs(tmp_path: Path, drawn: list
     assert_not_blank(tmp_path / "quality.png")
 
 
-def test_attention_of_a_model(tmp_path: Path) -> None:
+def test_attention_of_a_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """By command, while decoding and over a code cache: JSON beside the picture."""
     model, tokenizer = write_model(tmp_path, img_size=16)
     output = ("--device", "cpu", "--output", tmp_path / "attention.png")
@@ -130,8 +131,16 @@ def test_attention_of_a_model(tmp_path: Path) -> None:
         np.save(cache / name, rng.integers(0, 12, (5, 16)).astype(np.uint16))
     np.save(cache / "labels.npy", np.arange(5))
     header = CacheHeader(
-        img_size=16, grid_size=4, num_images=5, classes=NAMES, tokenizer_sha256="", vocab_size=12, source=""
-    )
+        img_size=16, grid_size=4, num_images=5, classes=NAMES, tokenizer_sha256=sha256(tokenizer), vocab_size=12,
+        source="",
+    )  # fmt: skip
+    for change, message in (
+        ({"tokenizer_sha256": "0" * 64}, "was made with another tokenizer"),
+        ({"classes": [*NAMES, "fir"]}, f"holds images of {len(NAMES) + 1} classes, the model has {len(NAMES)}."),
+    ):
+        (cache / "header.json").write_text(json.dumps(dataclasses.asdict(header) | change))
+        assert run(scripts.plots.main, *command, "--cached_path", cache) == 2
+        assert message in capsys.readouterr().err
     (cache / "header.json").write_text(json.dumps(dataclasses.asdict(header)))
     assert run(scripts.plots.main, *command, "--cached_path", cache) == 0
     figures = json.loads((tmp_path / "attention.json").read_text())
