@@ -281,7 +281,7 @@ def test_every_command_that_writes_a_folder_refuses_one_in_use(
         (("--label_drop_prob", -0.1), "label_drop_prob is -0.1"),
         (("--seed", -1), "--seed is -1"),
         (("--min_lr", "nan"), "--min_lr is nan"),
-        (("--img_size", 0), "made at 16 px, not 0 px"),
+        (("--img_size", 0), "--img_size is 0; it must be at least 1"),
         (("--class_num", 0), "class_num is 0"),
         (("--vqgan_path", "nowhere.pt"), "missing file nowhere.pt: a tokenizer"),
         (
@@ -310,7 +310,7 @@ def test_wrong_training_flags(
     [
         (("--num_images", 0), "--num_images is 0"),
         (("--generation_steps", 17), "number of steps 17"),
-        (("--generation_steps", 0), "number of steps 0"),
+        (("--generation_steps", 0), "generation_steps is 0; it must be at least 1"),
         (("--group_sizes", "1,3"), "sum to 4, but the grid has 16 tokens"),
         (("--group_sizes", "__import__('os')"), "must be positive integers"),
         (("--order", "spiral"), "order is 'spiral'"),
@@ -328,7 +328,7 @@ def test_wrong_training_flags(
         (("--vqgan_path", "nowhere.pt"), "missing file nowhere.pt: a tokenizer"),
         (("--reference_statistics", "nowhere.npz"), "missing file nowhere.npz: reference statistics"),
         (("--feature_extractor", "nowhere.pt"), "missing file nowhere.pt: a feature extractor"),
-        (("--repulsion_threshold", -1), "repulsion threshold -1"),
+        (("--repulsion_threshold", -1), "repulsion_threshold is -1; it must be at least 0"),
         (("--cfg", "inf"), "cfg is inf"),
     ],
 )
