@@ -84,9 +84,10 @@ class PartialResults:
             for path in self.files():
                 try:
                     with reading(PART, path):
-                        arrays = load_arrays(PART, path, (*ARRAYS, "timing"))
+                        arrays = load_arrays(PART, path)
                         numbers = [operator.index(number) for number in arrays["indices"].tolist()]
-                        if any(len(arrays[name]) != len(numbers) for name in ("features", "logits", "spatial")):
+                        of_images = ("features", "logits", "spatial", "image_bits")
+                        if any(len(arrays[name]) != len(numbers) for name in of_images if name in arrays):
                             raise ValueError("its arrays are of different lengths")
                     pictures = [] if self.png_dir is None else map(self.picture, numbers)
                     damage = next(filter(None, pool.map(_damage, pictures)), "")

@@ -74,6 +74,11 @@ def table(outcomes: Iterable[Outcome]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
+def _write(path: Path, text: str) -> None:
+    with atomic_write(path) as file:
+        file.write(text.encode())
+
+
 def main() -> None:
     parser = Parser(prog="python -m tests.faults", description="Damage, kill, fill and mislead every command.")
     parser.add_argument("--rounds", type=int, default=1, help="of each damage to each kind of file")
@@ -91,14 +96,15 @@ def main() -> None:
             found.append(outcome := function(*arguments))
             if outcome.kind.failed:
                 tqdm.write(f"{outcome.kind.value}: {outcome.group}: {outcome.case}: {outcome.said}")
+            if args.output is not None and len(found) % 10 == 0:
+                _write(args.output, f"{table(found)}\nunfinished\n")
     minutes, cores = (time.monotonic() - start) / 60, len(os.sched_getaffinity(0))
     left_out = "" if may_mount() else "; without full and read-only file systems, since nothing can be mounted here"
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
     text = f"{table(found)}\n{versions}, {cores} cores, {minutes:.0f} minutes{left_out}.\n"
     print(text)
     if args.output is not None:
-        with atomic_write(args.output) as file:
-            file.write(text.encode())
+        _write(args.output, text)
     sys.exit(any(outcome.kind.failed for outcome in found))
 
 

@@ -31,6 +31,11 @@ import scripts.benchmark_evaluation
 import scripts.benchmark_latency
 import scripts.benchmark_orders
 import scripts.benchmark_train
+import scripts.edit
+import scripts.find_schedule
+import scripts.generate
+import scripts.likelihood
+import scripts.plots
 import tokenizers.train
 from engine.evaluation import partial_results
 from tests.faults.worker import Running, call, compute, patched
@@ -104,6 +109,14 @@ def _exported(out: Path, said: str) -> Any:
 
 def _orders(name: str) -> Callable[[Path, str], Any]:
     return lambda out, said: _digest([orders.load_orders(out / name, 4).tobytes()])
+
+
+def _pictures(out: Path, said: str) -> Any:
+    return [(path.name, _digest([Image.open(path).tobytes()])) for path in sorted(out.glob("*.png"))]
+
+
+def _likelihood(out: Path, said: str) -> Any:
+    return (out / "table.md").read_text()
 
 
 def _nothing(out: Path, said: str) -> Any:
@@ -204,6 +217,28 @@ COMMANDS = {
             "results table", engine.evaluation.results_table.main, "evaluated/results.json evaluated/results.jsonl "
             "--output OUT/table.md", lambda out, said: said,
         ),
+        Command(
+            "generate", scripts.generate.main,
+            f"--pretrained_ckpt run/{LAST} --vqgan_path tokenizer.pt --classes ant 1 --steps 4 --device cpu "
+            "--output_dir OUT", _pictures,
+        ),
+        Command(
+            "edit", scripts.edit.main,
+            f"--pretrained_ckpt run/{LAST} --vqgan_path tokenizer.pt --image pictures/ant/0000.png --box 4,4,12,12 "
+            "--class bee --steps 4 --device cpu --output_dir OUT", _pictures,
+        ),
+        Command(
+            "likelihood", scripts.likelihood.main,
+            f"--pretrained_ckpt run/{LAST} --vqgan_path tokenizer.pt --data_path pictures --orders lpd raster "
+            "--steps 4 8 --batch_size 4 --device cpu --output_dir OUT", _likelihood,
+        ),
+        Command(
+            "find schedule", scripts.find_schedule.main,
+            f"--pretrained_ckpt run/{LAST} --vqgan_path tokenizer.pt --data_path pictures --generation_steps 4 "
+            "--budget_sec 0.2 --device cpu --output_dir OUT",
+            lambda out, said: json.loads((out / "schedule.json").read_text())["grid"],
+        ),
+        Command("plot losses", scripts.plots.main, "loss run --output OUT/loss.png", _nothing),
         *(
             Command(f"benchmark {name}", module.main, "--output OUT/figures.json", _nothing, measures=True)
             for name, module in {
