@@ -54,12 +54,12 @@ class Faults:
             flags: how many bad flags.
             turns: how often a command is killed, started twice, and so on.
         """
-        groups: dict[str, list[Case]] = {
-            "files": [(self.files.run, case) for case in self.files.cases(rounds)],
-            "flags": [(self.flags.run, (case,)) for case in share_of(list(self.flags.cases()), flags)],
-            "disturbances": list(self.disturbances.cases(turns)),
+        groups: dict[str, Callable[[], list[Case]]] = {
+            "files": lambda: [(self.files.run, case) for case in self.files.cases(rounds)],
+            "flags": lambda: [(self.flags.run, (case,)) for case in share_of(list(self.flags.cases()), flags)],
+            "disturbances": lambda: list(self.disturbances.cases(turns)),
         }
-        return [case for name in only for case in groups[name]]
+        return [case for name in only for case in groups[name]()]
 
 
 def table(outcomes: Iterable[Outcome]) -> str:

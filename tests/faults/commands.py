@@ -37,6 +37,7 @@ import scripts.generate
 import scripts.likelihood
 import scripts.plots
 import tokenizers.train
+import util.cli
 from engine.evaluation import partial_results
 from tests.faults.worker import Running, call, compute, patched
 from tests.helpers.tiny_models import tiny_tokenizer, write_images
@@ -261,7 +262,7 @@ def parser_of(command: Command) -> argparse.ArgumentParser:
     def give(parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
         raise _Parser(parser)
 
-    with patched(argparse.ArgumentParser, "parse_args", give):
+    with patched(util.cli.Parser, "parse_args", give):
         try:
             command.main()
         except _Parser as found:
