@@ -62,13 +62,12 @@ def read_json_lines(path: str | Path, *numbers: str, put_aside: bool = False) ->
 
 
 def load_arrays(
-    what: str, path: str | Path, names: Sequence[str] | None = None, optional: Sequence[str] = ()
+    what: str, path: str | Path, names: Sequence[str], optional: Sequence[str] = ()
 ) -> dict[str, NDArray[Any]]:
     """Arrays of an ``.npz`` file; its check sums are compared and no objects unpickled.
 
     Args:
         what: the name of such files in messages.
-        names: of arrays that it must have; None for all that it has.
         optional: arrays that may be missing.
 
     Raises:
@@ -77,7 +76,6 @@ def load_arrays(
     arrays = {}
     with reading(what, path), zipfile.ZipFile(path) as archive:
         members = {info.filename.removesuffix(".npy"): info for info in archive.infolist()}
-        names = list(members) if names is None else names
         for name in (*names, *optional):
             if name in members:
                 with archive.open(members[name]) as file:

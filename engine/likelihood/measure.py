@@ -33,6 +33,8 @@ from util.readers import load_arrays
 
 logger = logging.getLogger(__name__)
 
+ARRAYS = ("image_bits", "steps", "positions")  # of a part
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -95,7 +97,7 @@ def measure(
     All processes call it together, with ``output_dir`` on a file system that they share.
     """
     partial = PartialResults(output_dir / f"partial-{dist.broadcast(_fingerprint(source, decodings, settings))}")
-    done, count = dist.on_main(partial.repair), len(source.images)
+    done, count = dist.on_main(lambda: partial.repair(*ARRAYS)), len(source.images)
     if len(done):
         logger.info("%d of %d images are there already; measuring the rest", len(done), count)
     missing, size = np.setdiff1d(np.arange(count), done), settings.batch_size
@@ -185,7 +187,7 @@ def _read(files: Sequence[Path], decodings: Sequence[Decoding], count: int, pass
     image_bits = np.empty((count, len(decodings)))
     totals = []
     for path in files:
-        part = load_arrays(PART, path, ("indices", "image_bits", "steps", "positions"))
+        part = load_arrays(PART, path, ("indices", *ARRAYS))
         image_bits[part["indices"]] = part["image_bits"]
         totals.append((part["steps"].sum(0), part["positions"].sum(0)))
     steps, positions = (sum(arrays) for arrays in zip(*totals, strict=True))
