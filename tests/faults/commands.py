@@ -183,7 +183,7 @@ COMMANDS = {
             "tokenizers.train", tokenizers.train.main,
             f"--data_path pictures --test_path pictures --output_dir OUT {_TOKENIZER} --steps 8 --batch_size 4 "
             "--eval_freq 2 --num_workers 0 --device cpu",
-            lambda out, said: _weights(out / "tokenizer.pt"), until="state.pth",
+            lambda out, said: _weights(out / "tokenizer.pt"), until="metrics.json",
         ),
         Command(
             "classifier", engine.classifier.main,
