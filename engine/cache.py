@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 import shutil
@@ -37,7 +36,7 @@ from util.errors import UserError
 from util.files import atomic_write, check_output_dir, refuse_link, sha256
 from util.folder_lock import LOCK_FILE, FolderLock
 from util.pictures import to_float
-from util.readers import load_arrays
+from util.readers import load_arrays, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -213,7 +212,7 @@ class _Builder:
         parts = self.cache / PARTS
         made = [self._kept()]
         numbered = sorted(parts.glob("[0-9]*.npz"))
-        for content in filter(None, map(_read, numbered)):
+        for content in filter(None, (_read(path, "reasons") for path in numbered)):
             if "names" not in content or self.names is None:
                 self._require_same(found[0], "source_sha256", "a list of files of SHA-256 {:.12}…")
             good = content["reasons"] == ""
@@ -223,7 +222,7 @@ class _Builder:
                 self._require_same(found[-1], "source_sha256", "a list of files of SHA-256 {:.12}…")
             verify_files(self.cache, again=True)
             finished = np.stack([np.load(self.cache / name) for name in (CODES, CODES_FLIP)])
-            made.append((np.array(json.loads((self.cache / NAMES).read_text())), finished))
+            made.append((np.array(read_json("list of images", self.cache / NAMES)), finished))
         names = np.concatenate([names for names, _ in made])
         codes = np.concatenate([codes for _, codes in made], axis=1)
         names, first = np.unique(names, return_index=True)
@@ -243,7 +242,7 @@ class _Builder:
 
     def _kept(self) -> tuple[np.ndarray, np.ndarray]:
         """Names (n,) and codes (2, n, L) of images whose codes were made for an earlier list of images."""
-        content = _read(self.cache / PARTS / KEPT)
+        content = _read(self.cache / PARTS / KEPT, "names")
         if content is None:
             return np.array([], np.str_), np.empty((2, 0, self.job.grid_size**2), np.uint16)
         return content["names"], content["codes"]
@@ -313,13 +312,15 @@ class _Builder:
 
     def _read_part(self, part: range) -> tuple[np.ndarray, np.ndarray] | None:
         """Codes (2, n, L) uint16 and why an image is missing (n,), "" for the others; None if absent or damaged."""
-        content = _read(self._part_path(part))
+        content = _read(self._part_path(part), "reasons")
         if content is None:
             return None
-        if content["codes"].shape != (2, len(part), self.job.grid_size**2) or len(content["reasons"]) != len(part):
+        codes, reasons = content["codes"], content["reasons"]
+        wanted = ((2, len(part), self.job.grid_size**2), np.uint16, (len(part),), "U")
+        if (codes.shape, codes.dtype, reasons.shape, reasons.dtype.kind) != wanted:
             logger.warning("%s holds something else and is made again", self._part_path(part))
             return None
-        return content["codes"], content["reasons"]
+        return codes, reasons
 
     def _join_parts(self) -> CacheHeader:
         """Write the files of the finished cache, all codes in memory (ImageNet's: 1.3 GB), and remove the parts."""
@@ -378,12 +379,12 @@ def _parts_of(rows: np.ndarray) -> list[range]:
     return [range(start, min(start + PART_SIZE, len(rows))) for start in range(0, len(rows), PART_SIZE)]
 
 
-def _read(path: Path) -> dict[str, np.ndarray] | None:
-    """The arrays of an archive, None if it is absent or damaged."""
+def _read(path: Path, needed: str) -> dict[str, np.ndarray] | None:
+    """The arrays of a part, ``needed`` among them; None if it is absent or damaged."""
     if not path.exists():
         return None
     try:
-        return load_arrays("part", path, ("codes",), optional=("reasons", "names"))
+        return load_arrays("part", path, ("codes", needed), ("names",))
     except UserError as error:
         logger.warning("%s It is made again.", error)
         return None

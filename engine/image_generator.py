@@ -46,6 +46,7 @@ from util.shapes import shapes_only
 
 TRAIN_SETTINGS = "train_settings.json"  # that a training leaves beside its checkpoints
 _DEMO = Path("runs/demo")
+SHIPPED = Path(__file__).parents[1] / "pretrained" / "produce"
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,7 @@ class ImageGenerator:
     ) -> None:
         self.device = device if isinstance(device, torch.device) else resolve_device(device)
         self.bf16 = self.device.type == "cuda" if bf16 is None else bf16
-        self.source = demo_checkpoint() if checkpoint is None else Path(checkpoint)
+        self.source = default_checkpoint() if checkpoint is None else Path(checkpoint)
         weights = find_file(self.source, choose_weights)
         content = load_pretrained(weights, use_ema)
         tokenizer_file = find_file(
@@ -237,15 +238,20 @@ class ImageGenerator:
         return find_class(name, self.classes, self.model.config.class_num)
 
 
-def demo_checkpoint() -> Path:
-    """The demo's model, where it was trained in this folder. UserError, saying what to run, where it is not there."""
-    path = _DEMO / "lpd" / LAST
-    if not path.is_file():
+def default_checkpoint() -> Path:
+    """The demo's model where it was trained in this folder, else the one that ships with the project.
+
+    UserError, saying what to run, where neither is there.
+    """
+    demo = _DEMO / "lpd" / LAST
+    found = next((path for path in (demo, SHIPPED) if path.exists()), None)
+    if found is None:
         raise UserError(
-            f"no model is named, and there is none at {path}: bash scripts/demo.sh trains the demo's in minutes, "
-            "python -m engine.hub download lpd_l_256 vq_ds16_c2i fetches a released one; name it by --pretrained_ckpt."
+            f"no model is named, and there is none at {demo} or {SHIPPED}: bash scripts/demo.sh trains the demo's in "
+            "minutes, python -m engine.hub download lpd_l_256 vq_ds16_c2i fetches a released one; name it by "
+            "--pretrained_ckpt."
         )
-    return path
+    return found
 
 
 def _tokenizer_of(checkpoint: Path) -> Path:

@@ -24,7 +24,9 @@ class GeneratorConfig(DeviceConfig):
     """Which model makes pictures."""
 
     pretrained_ckpt: Path | None = setting(
-        None, "a checkpoint, an exported folder or a name on the hub (default: the demo's model, in runs/demo)"
+        None,
+        "a checkpoint, an exported folder or a name on the hub (default: the demo's model, where it was trained, "
+        "else pretrained/produce)",
     )
     vqgan_path: Path | None = setting(None, "its tokenizer (default: the model's own)")
     use_ema: bool = setting(False, "the moving average of the weights")

@@ -37,11 +37,13 @@ def cells() -> list[dict[str, Any]]:
     return [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
 
 
-def test_the_snippet_of_the_readme_runs(demo: Path) -> None:
+def test_the_snippet_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "pretrained").symlink_to(ROOT / "pretrained")
     (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     exec(compile(snippet, "README.md", "exec"), {})
-    (picture,) = demo.glob("*.png")
-    assert Image.open(picture).size == (32, 32)
+    (picture,) = tmp_path.glob("*.png")
+    assert Image.open(picture).size == (64, 64)
 
 
 def test_the_cells_of_the_notebook_run(demo: Path) -> None:

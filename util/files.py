@@ -95,10 +95,11 @@ def _check_output(file: Path, named: str) -> None:
             raise UserError(f"{named} can't be used: the path is too long.")
         with tempfile.TemporaryFile(dir=folder):
             pass
+    except UserError:
+        raise
     except (OSError, ValueError) as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(f"{named} can't be used: no file can be made there ({reason_of(error)}).") from None
+        reason = getattr(error, "strerror", None) or reason_of(error)
+        raise UserError(f"{named} can't be used: no file can be made there ({reason}).") from None
 
 
 def refuse_link(path: Path) -> None:

@@ -30,11 +30,13 @@ from orders.draw import ORDER_KINDS
 from util.cli import Parser, exit_on_user_error, from_args
 from util.config import check, part, record, setting
 from util.dist import DeviceConfig, Dist, distributed
+from util.errors import UserError
 from util.files import atomic_write, check_output_dir
 from util.folder_lock import FolderLock
 from util.logger import setup_logging
 from util.pictures import image_grid, save_png
 from util.plots import plot_curves
+from util.readers import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -111,8 +113,8 @@ class Comparison:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        results = json.loads(path.read_text())
-    except (OSError, ValueError):
+        results = read_json("results", path)
+    except UserError:
         return None
     return results if isinstance(results, dict) else None
 

@@ -73,10 +73,13 @@ class PartialResults:
         """Numbers of the finished images, sorted."""
         return np.sort(read_parts(self.files(), "indices")) if self.files() else np.empty(0, np.int64)
 
-    def repair(self) -> NDArray[np.int64]:
+    def repair(self, *names: str) -> NDArray[np.int64]:
         """Remove parts that are damaged or whose pictures are, and what is left over; the numbers that remain.
 
         For one process, before any of them adds something: what was removed is made again.
+
+        Args:
+            names: of the arrays that a part has beside ``indices``.
         """
         for folder in filter(None, (self.folder, self.png_dir)):
             remove_temporary_files(folder)
@@ -84,9 +87,10 @@ class PartialResults:
             for path in self.files():
                 try:
                     with reading(PART, path):
-                        arrays = load_arrays(PART, path, (*ARRAYS, "timing"))
+                        arrays = load_arrays(PART, path, ("indices", *names))
                         numbers = [operator.index(number) for number in arrays["indices"].tolist()]
-                        if any(len(arrays[name]) != len(numbers) for name in ("features", "logits", "spatial")):
+                        of_images = ("features", "logits", "spatial", "image_bits")
+                        if any(len(arrays[name]) != len(numbers) for name in of_images if name in arrays):
                             raise ValueError("its arrays are of different lengths")
                     pictures = [] if self.png_dir is None else map(self.picture, numbers)
                     damage = next(filter(None, pool.map(_damage, pictures)), "")

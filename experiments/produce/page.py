@@ -215,7 +215,7 @@ def _neighbours(results: dict[str, Any]) -> Iterator[str]:
         for space in ("pixels", "features")
     )
     yield table(("model", "space", "samples", "test photos", "nearer"), rows)
-    yield f"![Samples and their nearest training photos]({PICTURES}/produce_neighbours.png)"
+    yield "The run's folder `neighbours` shows both side by side; the photos are not part of this repository."
 
 
 def plot(results: dict[str, Any], folder: Path) -> None:

@@ -162,14 +162,12 @@ def contexts(call: Call) -> None:
 
 
 def more_results(call: Call, folder: Path) -> dict[str, Any]:
-    """What the stages above have measured, as far as they have run; their pictures go into a folder."""
+    """What the stages above have measured, as far as they have run; the picture of all classes goes into a folder."""
     out, models = call.out, [model for model in call.scale.models if model.checkpoint(call.out).exists()]
     measured = {model.name: read_neighbours(out, model) for model in models}
     likelihoods = {model.name: read_likelihood(out, model) for model in models}
-    first = neighbours_path(out, call.scale.models[0]).with_suffix(".png")
-    for picture, name in ((first, "neighbours"), (out / "unlabelled.png", "unlabelled")):
-        if picture.exists():
-            shutil.copy(picture, folder / f"produce_{name}.png")
+    if (out / "unlabelled.png").exists():
+        shutil.copy(out / "unlabelled.png", folder / "produce_unlabelled.png")
     return {
         "neighbours": {name: found for name, found in measured.items() if found is not None},
         "likelihood": {name: found for name, found in likelihoods.items() if found is not None},

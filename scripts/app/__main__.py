@@ -1,6 +1,6 @@
 """``python -m scripts.app``: a page for the browser to generate, watch and edit pictures, and to look at orders.
 
-Without a checkpoint it opens with the demo's model. Needs the package gradio.
+Without a checkpoint it opens with the demo's model, or the one that ships with the project. Needs the package gradio.
 """
 
 from __future__ import annotations

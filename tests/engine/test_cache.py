@@ -172,6 +172,7 @@ def test_damaged_part_is_made_again(images: Path, vqgan: Path, tmp_path: Path, m
     content = bytearray(damaged.read_bytes())
     content[len(content) // 3] ^= 1
     damaged.write_bytes(content)
+    np.savez(unfinished / PARTS / "000000000.npz", codes=np.array("odd"), reasons=np.array(""))
     encoded: list[int] = []
     encode = VQModel.encode
 
@@ -181,7 +182,7 @@ def test_damaged_part_is_made_again(images: Path, vqgan: Path, tmp_path: Path, m
 
     monkeypatch.setattr(VQModel, "encode", counted)
     _cache(images, unfinished, vqgan)
-    assert sum(encoded) == 2 * 4  # one part, plain and mirrored
+    assert sum(encoded) == 2 * 8  # two parts, plain and mirrored
     assert _contents(unfinished) == _contents(tmp_path / "whole")
 
 

@@ -54,12 +54,12 @@ class Faults:
             flags: how many bad flags.
             turns: how often a command is killed, started twice, and so on.
         """
-        groups: dict[str, list[Case]] = {
-            "files": [(self.files.run, case) for case in self.files.cases(rounds)],
-            "flags": [(self.flags.run, (case,)) for case in share_of(list(self.flags.cases()), flags)],
-            "disturbances": list(self.disturbances.cases(turns)),
+        groups: dict[str, Callable[[], list[Case]]] = {
+            "files": lambda: [(self.files.run, case) for case in self.files.cases(rounds)],
+            "flags": lambda: [(self.flags.run, (case,)) for case in share_of(list(self.flags.cases()), flags)],
+            "disturbances": lambda: list(self.disturbances.cases(turns)),
         }
-        return [case for name in only for case in groups[name]]
+        return [case for name in only for case in groups[name]()]
 
 
 def table(outcomes: Iterable[Outcome]) -> str:
@@ -72,6 +72,11 @@ def table(outcomes: Iterable[Outcome]) -> str:
     for group, found in counts.items():
         lines.append([group, str(found.total()), *(str(found[kind]) for kind in Kind)])
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+
+
+def _write(path: Path, text: str) -> None:
+    with atomic_write(path) as file:
+        file.write(text.encode())
 
 
 def main() -> None:
@@ -91,14 +96,15 @@ def main() -> None:
             found.append(outcome := function(*arguments))
             if outcome.kind.failed:
                 tqdm.write(f"{outcome.kind.value}: {outcome.group}: {outcome.case}: {outcome.said}")
+            if args.output is not None and len(found) % 10 == 0:
+                _write(args.output, f"{table(found)}\nunfinished\n")
     minutes, cores = (time.monotonic() - start) / 60, len(os.sched_getaffinity(0))
     left_out = "" if may_mount() else "; without full and read-only file systems, since nothing can be mounted here"
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
     text = f"{table(found)}\n{versions}, {cores} cores, {minutes:.0f} minutes{left_out}.\n"
     print(text)
     if args.output is not None:
-        with atomic_write(args.output) as file:
-            file.write(text.encode())
+        _write(args.output, text)
     sys.exit(any(outcome.kind.failed for outcome in found))
 
 

@@ -31,7 +31,13 @@ import scripts.benchmark_evaluation
 import scripts.benchmark_latency
 import scripts.benchmark_orders
 import scripts.benchmark_train
+import scripts.edit
+import scripts.find_schedule
+import scripts.generate
+import scripts.likelihood
+import scripts.plots
 import tokenizers.train
+import util.cli
 from engine.evaluation import partial_results
 from tests.faults.worker import Running, call, compute, patched
 from tests.helpers.tiny_models import tiny_tokenizer, write_images
@@ -106,6 +112,14 @@ def _orders(name: str) -> Callable[[Path, str], Any]:
     return lambda out, said: _digest([orders.load_orders(out / name, 4).tobytes()])
 
 
+def _pictures(out: Path, said: str) -> Any:
+    return [(path.name, _digest([Image.open(path).tobytes()])) for path in sorted(out.glob("*.png"))]
+
+
+def _likelihood(out: Path, said: str) -> Any:
+    return (out / "table.md").read_text()
+
+
 def _nothing(out: Path, said: str) -> Any:
     return None
 
@@ -169,7 +183,7 @@ COMMANDS = {
             "tokenizers.train", tokenizers.train.main,
             f"--data_path pictures --test_path pictures --output_dir OUT {_TOKENIZER} --steps 8 --batch_size 4 "
             "--eval_freq 2 --num_workers 0 --device cpu",
-            lambda out, said: _weights(out / "tokenizer.pt"), until="state.pth",
+            lambda out, said: _weights(out / "tokenizer.pt"), until="metrics.json",
         ),
         Command(
             "classifier", engine.classifier.main,
@@ -204,6 +218,28 @@ COMMANDS = {
             "results table", engine.evaluation.results_table.main, "evaluated/results.json evaluated/results.jsonl "
             "--output OUT/table.md", lambda out, said: said,
         ),
+        Command(
+            "generate", scripts.generate.main,
+            f"--pretrained_ckpt run/{LAST} --vqgan_path tokenizer.pt --classes ant 1 --steps 4 --device cpu "
+            "--output_dir OUT", _pictures,
+        ),
+        Command(
+            "edit", scripts.edit.main,
+            f"--pretrained_ckpt run/{LAST} --vqgan_path tokenizer.pt --image pictures/ant/0000.png --box 4,4,12,12 "
+            "--class bee --steps 4 --device cpu --output_dir OUT", _pictures,
+        ),
+        Command(
+            "likelihood", scripts.likelihood.main,
+            f"--pretrained_ckpt run/{LAST} --vqgan_path tokenizer.pt --data_path pictures --orders lpd raster "
+            "--steps 4 8 --batch_size 4 --device cpu --output_dir OUT", _likelihood,
+        ),
+        Command(
+            "find schedule", scripts.find_schedule.main,
+            f"--pretrained_ckpt run/{LAST} --vqgan_path tokenizer.pt --data_path pictures --generation_steps 4 "
+            "--budget_sec 0.2 --device cpu --output_dir OUT",
+            lambda out, said: json.loads((out / "schedule.json").read_text())["grid"],
+        ),
+        Command("plot losses", scripts.plots.main, "loss run --output OUT/loss.png", _nothing),
         *(
             Command(f"benchmark {name}", module.main, "--output OUT/figures.json", _nothing, measures=True)
             for name, module in {
@@ -226,7 +262,7 @@ def parser_of(command: Command) -> argparse.ArgumentParser:
     def give(parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
         raise _Parser(parser)
 
-    with patched(argparse.ArgumentParser, "parse_args", give):
+    with patched(util.cli.Parser, "parse_args", give):
         try:
             command.main()
         except _Parser as found:

@@ -119,7 +119,10 @@ class DamagedFiles:
             shutil.copytree(self.unfinished(command), out, symlinks=True)
             where, pattern = out, target.pattern.removeprefix("OUT/")
         rng = random.Random(f"{target} {damage.__name__} {number} {turn}")
-        path = rng.choice(sorted(where.glob(pattern)))
+        found = sorted(where.glob(pattern))
+        if not found:
+            raise RuntimeError(f"there is no {pattern} to be damaged in {where}")
+        path = rng.choice(found)
         damage(path, rng)
         ended = call(command.main, command.words(out), inputs, LIMIT_S)
         free = target.free or damage in _REWRITTEN

@@ -77,7 +77,7 @@ def read_class_names(path: Path) -> dict[str, str]:
             names = {folder: name.strip("\"' ") for folder, name in pairs}
     except FileNotFoundError:
         raise UserError(f"--class_names {path} does not exist.") from None
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         names = None
     if not isinstance(names, dict) or not all(isinstance(name, str) and name for name in names.values()):
         raise UserError(
