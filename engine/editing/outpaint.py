@@ -58,6 +58,7 @@ def outpaint(
         codes: int64 (L,), the picture's, unchanged in the result.
         columns, rows: size of the canvas in pictures, 1 or more each, rounded to whole tokens.
         label: class of what is generated; None: without class (then `cfg` must be 1).
+        variants: how many; each follows from the seed and its number, whatever the others.
         settings: of :func:`engine.editing.edit.edit`.
 
     Raises:
@@ -74,7 +75,8 @@ def outpaint(
     for turn, (row, column) in enumerate(_windows(known, grid)):
         window = slice(row, row + grid), slice(column, column + grid)
         hole = ~known[window]
-        numbers = range(turn * variants, (turn + 1) * variants)  # with the same ones windows would repeat each other
+        first = turn << 32  # with the same numbers windows would repeat each other
+        numbers = range(first, first + variants)
         parts = canvas[(slice(None), *window)]
         edited = edit(
             generator, parts.flatten(1), hole, label, variants=variants, seed=seed, numbers=numbers, **settings

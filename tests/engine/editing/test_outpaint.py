@@ -54,6 +54,7 @@ def test_windows_and_variants_differ_and_follow_from_the_seed(generator: ImageGe
     assert torch.equal(outpaint(generator, codes, 3, 1, 2, variants=2, seed=4).codes, grown)
     assert not torch.equal(outpaint(generator, codes, 3, 1, 2, variants=2, seed=5).codes, grown)
     assert not torch.equal(grown[0], grown[1])
+    assert torch.equal(outpaint(generator, codes, 3, 1, 2, variants=1, seed=4).codes, grown[:1])
 
 
 def test_mistakes_are_named(generator: ImageGenerator) -> None:
