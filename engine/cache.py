@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 import shutil
@@ -37,7 +36,7 @@ from util.errors import UserError
 from util.files import atomic_write, check_output_dir, refuse_link, sha256
 from util.folder_lock import LOCK_FILE, FolderLock
 from util.pictures import to_float
-from util.readers import load_arrays
+from util.readers import load_arrays, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -223,7 +222,7 @@ class _Builder:
                 self._require_same(found[-1], "source_sha256", "a list of files of SHA-256 {:.12}…")
             verify_files(self.cache, again=True)
             finished = np.stack([np.load(self.cache / name) for name in (CODES, CODES_FLIP)])
-            made.append((np.array(json.loads((self.cache / NAMES).read_text())), finished))
+            made.append((np.array(read_json("names of images", self.cache / NAMES)), finished))
         names = np.concatenate([names for names, _ in made])
         codes = np.concatenate([codes for _, codes in made], axis=1)
         names, first = np.unique(names, return_index=True)

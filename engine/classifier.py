@@ -25,6 +25,7 @@ from util.data.images import open_images
 from util.data.loading import load_all
 from util.dist import DeviceConfig, resolve_device
 from util.errors import UserError
+from util.files import check_output_file
 from util.logger import setup_logging
 
 logger = logging.getLogger(__name__)
@@ -49,6 +50,7 @@ def run(config: ClassifierRunConfig) -> None:
 
     The same call resumes a training that was stopped, from the file beside the output; a finished one is left alone.
     """
+    check_output_file(config.output)
     device = resolve_device(config.device)
     train_set, test_set = (
         open_images(path, config.img_size, choice=config.choice) for path in (config.data_path, config.test_path)

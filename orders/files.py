@@ -161,8 +161,7 @@ def load_schedule(path: str | Path, grid_size: GridSize, seed: int) -> OrderSpec
 
     Raises ``UserError``, naming the file, for another kind of file, another grid, or values out of range.
     """
-    with reading("schedule file", path):
-        content = json.loads(Path(path).read_text())
+    content = read_json("schedule file", path)
     known = ("kind", "grid", "group_sizes", "proximity_threshold", "repulsion_threshold")
     if not isinstance(content, dict) or content.get("format") != SCHEDULE_FORMAT or set(known) - content.keys():
         raise UserError(f"{path} is not a schedule file of scripts.find_schedule; a list goes to --group_sizes.")

@@ -6,9 +6,7 @@ and is the one module in this folder that imports from there.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import json
 import logging
 import math
 import os
@@ -37,6 +35,7 @@ from util.dist import DeviceConfig, resolve_device
 from util.errors import UserError
 from util.files import check_output_dir
 from util.logger import setup_logging
+from util.readers import read_json_lines
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +103,7 @@ def main() -> None:
     setup_logging()
     with exit_when_told():  # outside of the training's steps too: the same command goes on
         metrics = _train(command)
-    for sentence in ceiling_warnings(metrics, _measurements(command.output_dir / LOG)):
+    for sentence in ceiling_warnings(metrics, read_json_lines(command.output_dir / LOG, "step", "psnr_db")):
         log.warning("%s", sentence)
     print(_summary(metrics, command.output_dir / TOKENIZER))
 
@@ -134,15 +133,6 @@ def _train(command: TokenizerCommand) -> dict[str, Any]:
     log.info("%s, %s on %s", command.tokenizer, config, device)
     torch.backends.cudnn.benchmark = True  # one shape throughout
     return train_tokenizer(dataset, command.tokenizer, config, command.output_dir, device, test_set, judging)
-
-
-def _measurements(path: Path) -> list[dict[str, Any]]:
-    """The lines of a ``metrics.jsonl``, without those that something has damaged."""
-    found = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            found.append(json.loads(line))
-    return [line for line in found if isinstance(line, dict) and {"step", "psnr_db"} <= line.keys()]
 
 
 def _summary(metrics: dict[str, Any], path: Path) -> str:

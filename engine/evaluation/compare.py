@@ -30,11 +30,13 @@ from orders.draw import ORDER_KINDS
 from util.cli import Parser, exit_on_user_error, from_args
 from util.config import check, part, record, setting
 from util.dist import DeviceConfig, Dist, distributed
+from util.errors import UserError
 from util.files import atomic_write, check_output_dir
 from util.folder_lock import FolderLock
 from util.logger import setup_logging
 from util.pictures import image_grid, save_png
 from util.plots import plot_curves
+from util.readers import read_json
 
 logger = logging.getLogger(__name__)
 
@@ -103,7 +105,7 @@ class Comparison:
         asked = {name: value for name, value in record(config).items() if name not in FREE}
         about = json.loads(json.dumps(self.about | {"compared": asked}))
         earlier = self.dist.on_main(lambda: _read(config.output_dir / "results.json"))
-        if earlier is not None and about.items() <= earlier.get("record", {}).items():
+        if earlier is not None and about.items() <= earlier["record"].items():
             logger.info("%s: evaluated before", config.output_dir)
             return earlier
         return evaluate(trained.model, trained.tokenizer, config, self.open(config), self.dist, record=about)
@@ -111,10 +113,10 @@ class Comparison:
 
 def _read(path: Path) -> dict[str, Any] | None:
     try:
-        results = json.loads(path.read_text())
-    except (OSError, ValueError):
+        results = read_json("results", path)
+    except UserError:
         return None
-    return results if isinstance(results, dict) else None
+    return results if isinstance(results, dict) and isinstance(results.get("record"), dict) else None
 
 
 def draw_curve(path: Path, cells: Sequence[tuple[str, int]], results: Sequence[dict[str, Any]]) -> None:

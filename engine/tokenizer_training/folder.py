@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from util.checkpoint import load_checkpoint
 from util.errors import UserError, reading
+from util.readers import read_json
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +35,7 @@ def read_earlier(folder: Path, described: dict[str, Any]) -> tuple[dict[str, Any
     """
     metrics, state, damage = None, None, ""
     try:
-        metrics = _read_record(folder / METRICS, lambda path: json.loads(path.read_text()))
+        metrics = _read_record(folder / METRICS, partial(read_json, "figures of a training"))
     except UserError as error:
         log.warning("%s", error)
     if metrics is not None:
