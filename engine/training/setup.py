@@ -24,7 +24,7 @@ from engine.named_files import check_files, find_run, local_file, needs_tokenize
 from engine.training.batch import OrderMixture
 from engine.training.config import TrainConfig
 from engine.training.data import code_geometry, open_dataset, open_validation, verify
-from engine.training.resume import load_resumable
+from engine.training.resume import check_continues, load_resumable
 from engine.training.sample_grid import SampleGrid
 from engine.training.step import choose_attention
 from engine.training.trackers import Tracker
@@ -214,6 +214,9 @@ def prepare_training(config: Config, dist: Dist, lock: FolderLock) -> PreparedTr
         )  # fmt: skip
     global_batch = training.global_batch(dist.world_size)
     sampler = GlobalBatchSampler(len(dataset), global_batch, dist.rank, dist.world_size, config.seed)
+    if start is not None and resumed:  # before the settings in the folder become those of this start
+        counted_in = {"global_batch": global_batch, "num_samples": len(dataset), "seed": config.seed}
+        check_continues(start.content, f"checkpoint {start.path}", counted_in, training.epochs)
     return PreparedTraining(
         config=dataclasses.replace(config, model=choice),
         training=training,
