@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.commands import COMMANDS, parser_of
 from tests.faults.damage import damages_of, odd_json
 from tests.faults.files import TARGETS
 from tests.faults.flags import NOT_NUMBERS
@@ -61,6 +62,14 @@ def test_the_judge(status: int | None, err: str, right: bool, free: bool, kind: 
     """Guards against a harness that passes whatever happens."""
     assert judge(Ended(status, "", err, 1.0), lambda: right, free)[0] == kind
     assert kind.failed == (kind in (Kind.TRACEBACK, Kind.HANG, Kind.WRONG))
+
+
+def test_the_parsers_of_all_commands_are_found() -> None:
+    """Guards against flags that are not attacked."""
+    for command in COMMANDS.values():
+        flags = {name for action in parser_of(command)._actions for name in action.option_strings}
+        given = {word for word in command.arguments.split() if word.startswith("--")}
+        assert given <= flags, command.name
 
 
 def test_there_are_hundreds_of_cases() -> None:
