@@ -38,6 +38,7 @@ import scripts.find_schedule
 import scripts.generate
 import scripts.likelihood
 import scripts.plots
+import scripts.tune_kernels
 import tokenizers.train
 from engine.evaluation import partial_results
 from orders.files import load_schedule
@@ -284,7 +285,7 @@ COMMANDS = {
             for name, module in {
                 "cache": scripts.benchmark_cache, "evaluation": scripts.benchmark_evaluation,
                 "latency": scripts.benchmark_latency, "orders": scripts.benchmark_orders,
-                "train": scripts.benchmark_train,
+                "train": scripts.benchmark_train, "kernels": scripts.tune_kernels,
             }.items()
         ),
     )
