@@ -51,6 +51,7 @@ def test_a_share_of_the_faults(tmp_path: Path) -> None:
         (0, "", False, False, Kind.WRONG),
         (2, "error: x is damaged.\n", False, False, Kind.REFUSED),
         (1, "error: the disk is full.\n", False, False, Kind.REFUSED),
+        (2, "reading: 50%\r\x1b[Aerror: x is damaged.\n", False, False, Kind.REFUSED),
         (2, "error: x.\nerror: y.\n", False, False, Kind.TRACEBACK),
         (1, "", False, False, Kind.TRACEBACK),
         (70, "Traceback (most recent call last):\nKeyError: 'x'\n", False, False, Kind.TRACEBACK),
