@@ -12,7 +12,6 @@ Shape legend: `B` pictures, `L` tokens of one, `H` `W` pixels.
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -42,6 +41,7 @@ from util.dist import resolve_device
 from util.errors import UserError, reading
 from util.files import sha256
 from util.pictures import to_float, to_uint8
+from util.readers import read_json
 from util.shapes import shapes_only
 
 TRAIN_SETTINGS = "train_settings.json"  # that a training leaves beside its checkpoints
@@ -260,8 +260,8 @@ def _tokenizer_of(checkpoint: Path) -> Path:
     settings = checkpoint.with_name(TRAIN_SETTINGS)
     if own is None and settings.is_file():
         with reading("settings of the training", settings):
-            named = json.loads(settings.read_text())["settings"]["vqgan_path"]
-        own = None if named is None or not Path(named).exists() else Path(named)
+            named = read_json("settings of the training", settings)["settings"]["vqgan_path"]
+            own = None if named is None or not Path(named).exists() else Path(named)
     if own is None:
         raise UserError(f"{checkpoint} has no tokenizer beside it: name its file (--vqgan_path).")
     return own

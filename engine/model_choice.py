@@ -17,7 +17,7 @@ from util.errors import UserError
 def _sizes() -> str:
     """What the named sizes are."""
     return ", ".join(
-        f"{name} {depth}×{width} ({12 * depth * width**2 / 1e6:.1f}M)"
+        f"{name} {depth}×{width} ({12 * depth * width**2 / 1e6:.4g}M)"
         for name, (width, depth, _) in MODEL_SIZES.items()
     )
 

@@ -94,6 +94,11 @@ class LatencyBenchmark(BenchmarkConfig):
     first_call_of: str | None = setting(None, "print the seconds to the first images of this row and stop (--startup)")
     profile: Path | None = setting(None, "folder for a table of the kernels of one call of each measured decoder")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.profile is not None:
+            check_output_dir(self.profile)
+
     def chosen_rows(self) -> list[Row]:
         recipes = {f"{self.model}_{self.img_size}_steps{self.generation_steps}": record(self)}
         if self.rows is not None:
@@ -281,8 +286,6 @@ def measure_startup(row: Row) -> dict[str, Any]:
 
 def main() -> None:
     config, device = read_config(LatencyBenchmark, __doc__)
-    if config.profile is not None:
-        check_output_dir(config.profile)
     cuda = device.type == "cuda"
     config = config.with_defaults(
         batch_sizes=(1, 64) if cuda else (1, 8),

@@ -28,11 +28,12 @@ from engine.editing.outpaint import outpaint
 from engine.image_generator import ImageGenerator
 from scripts.picture_flags import CFG, PictureConfig, write_record
 from util.cli import Parser, exit_on_user_error, from_args
-from util.config import check, setting
+from util.config import MAX_COUNT, check, setting
 from util.data.images import load_rgb
-from util.errors import UserError, reading
+from util.errors import UserError
 from util.files import atomic_write, check_output_dir
 from util.pictures import image_grid, picture_name, save_png
+from util.readers import map_array
 
 _TINT = (230, 60, 60)  # of what is generated anew, in the strip
 _OUTSIDE = 244  # grey of a canvas that outpainting fills
@@ -104,7 +105,7 @@ class EditConfig(PictureConfig):
     class_name: str | None = setting(
         None, "name or number of a class (default: none, and no guidance)", aliases=("--class",)
     )
-    variants: int = setting(1, "how many, of one seed", at_least=1)
+    variants: int = setting(1, "how many, of one seed", at_least=1, at_most=MAX_COUNT)
     feather: float | None = setting(
         None, "keep the pixels of the image, and blend over so many within what is new; 0: a hard border", at_least=0
     )
@@ -173,8 +174,7 @@ def _open(config: EditConfig, generator: ImageGenerator) -> tuple[Image.Image, T
         picture = _upright(config.image)
         return generator.crop(picture), generator.encode(picture), picture.size
     assert config.codes is not None
-    with reading("file of codes", config.codes):
-        codes = np.load(config.codes, allow_pickle=False)
+    codes = map_array("file of codes", config.codes)
     num_tokens, vocab_size = generator.model.config.num_tokens, generator.model.config.vocab_size
     whole = codes.size == num_tokens and np.issubdtype(codes.dtype, np.integer)
     if not whole or codes.min() < 0 or codes.max() >= vocab_size:

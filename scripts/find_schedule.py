@@ -32,12 +32,14 @@ from orders.draw import ORDER_KINDS, OrderSpec
 from orders.files import save_schedule
 from orders.schedule import default_steps
 from util.cli import Parser, exit_on_user_error, from_args
-from util.config import record, setting
+from util.config import MAX_COUNT, record, setting
 from util.dist import Dist, distributed
 from util.errors import UserError
 from util.files import check_output_dir
 from util.folder_lock import FolderLock
 from util.logger import setup_logging
+
+MAX_SEARCH_SEC = 7 * 86400
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,8 +50,10 @@ class SearchConfig(SourceConfig, RunConfig):
         None, "decoding steps of the schedule (default: 20 for 16×16 tokens, as published)"
     )
     order: str = setting("lpd", "its kind of order; thresholds are those of lpd", choices=ORDER_KINDS)
-    budget_sec: float = setting(120.0, "seconds of search; the confirmation on other images comes after", above=0)
-    orders_per_image: int = setting(4, "orders of each image in the confirmation", at_least=1)
+    budget_sec: float = setting(
+        120.0, "seconds of search; the confirmation comes after", above=0, at_most=MAX_SEARCH_SEC
+    )
+    orders_per_image: int = setting(4, "orders of each image in the confirmation", at_least=1, at_most=MAX_COUNT)
 
 
 def find(config: SearchConfig, source: Source, dist: Dist) -> tuple[OrderSpec, dict[str, Any]]:

@@ -22,7 +22,7 @@ from engine.watch import Trace, frames, pictures_so_far
 from scripts.picture_flags import CFG, PictureConfig, write_record
 from util.animation import save_animation
 from util.cli import Parser, exit_on_user_error, from_args
-from util.config import check, setting
+from util.config import MAX_COUNT, check, setting
 from util.files import check_output_dir
 from util.pictures import image_grid, picture_name, save_png
 
@@ -35,9 +35,9 @@ class GenerateConfig(PictureConfig):
     """Which pictures, and what is written."""
 
     classes: tuple[str, ...] = setting(help="names or numbers of classes")
-    each: int = setting(1, "pictures of each class", at_least=1)
+    each: int = setting(1, "pictures of each class", at_least=1, at_most=MAX_COUNT)
     output_dir: Path = setting(Path("runs/pictures"), "PNG files, the contact sheet grid.png, pictures.json")
-    batch_size: int = setting(8, "pictures at once", at_least=1)
+    batch_size: int = setting(8, "pictures at once", at_least=1, at_most=MAX_COUNT)
     animate: str | None = setting(None, "a moving picture of each decode as well: gif or webp", choices=ANIMATIONS)
 
     def __post_init__(self) -> None:

@@ -27,7 +27,7 @@ from engine.likelihood.source import Source, SourceConfig, open_source
 from engine.run_config import RunConfig
 from orders.schedule import default_steps
 from util.cli import Parser, exit_on_user_error, from_args
-from util.config import record, setting
+from util.config import MAX_COUNT, record, setting
 from util.dist import Dist, distributed
 from util.files import atomic_write, check_output_dir, write_json
 from util.folder_lock import FolderLock
@@ -43,7 +43,9 @@ class LikelihoodConfig(SourceConfig, RunConfig):
         (), "numbers of steps, or what --group_sizes of main_lpd.py takes (default: 20 for 16×16 tokens, as published)"
     )
     schedule_files: tuple[Path, ...] = setting((), "files of scripts.find_schedule as well")
-    orders_per_image: int = setting(1, "orders of each image, where they vary: narrower intervals", at_least=1)
+    orders_per_image: int = setting(
+        1, "orders of each image, where they vary: narrower intervals", at_least=1, at_most=MAX_COUNT
+    )
     baseline: str | None = setting(
         None, "an order, compared at the same steps, or ORDER/STEPS (default: the first order, or the first cell)"
     )

@@ -8,8 +8,8 @@ python -m scripts.plots attention --pretrained_ckpt runs/mine/checkpoint-last.pt
 from __future__ import annotations
 
 import argparse
-import json
 import math
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import mean, stdev
@@ -19,16 +19,17 @@ import numpy as np
 import torch
 
 from engine.attention import AttentionByDistance, in_training_pass, while_decoding
-from engine.evaluation.results_table import load_results
+from engine.evaluation.results_table import load_results, results_file
 from models.sampling import Sampling, image_seeds
 from orders.config import OrderConfig
 from orders.schedule import default_steps
 from scripts.picture_flags import GeneratorConfig
 from util.cli import Parser, exit_on_user_error, from_args, path_ending_in
-from util.data.codes import open_codes
+from util.data.codes import open_codes, verify_files
 from util.errors import UserError, reading
-from util.files import check_output_dir, sha256, write_json
+from util.files import check_output_file, sha256, write_json
 from util.plots import SUFFIXES, plot_attention, plot_curves
+from util.readers import read_json, read_json_lines
 
 LOSSES = {"loss": "training", "val_loss": "validation", "val_loss_ema": "validation, averaged weights"}
 FIGURES = {
@@ -64,14 +65,14 @@ def plot_losses(path: Path, runs: Iterable[Path]) -> None:
         names = [str(file.parent) for file in files]
     curves: dict[str, tuple[list[float], list[float]]] = {}
     for file, name in zip(files, names, strict=True):
-        with reading("the metrics", file):
-            lines = [json.loads(line) for line in file.read_text().splitlines()]
-            for key, kind in LOSSES.items():
-                points = [(line["epoch"], line[key]) for line in lines if key in line]
-                if points:
-                    epochs, losses = zip(*points, strict=True)
-                    curves[f"{name}: {kind}" if len(files) > 1 else kind] = (list(epochs), list(losses))
-            if not any("loss" in line for line in lines):
+        with reading("file of metrics", file):
+            lines = read_json_lines(file, "epoch")
+        for key, kind in LOSSES.items():
+            points = [(line["epoch"], line[key]) for line in lines if type(line.get(key)) in (int, float)]
+            if points:
+                epochs, losses = zip(*points, strict=True)
+                curves[f"{name}: {kind}" if len(files) > 1 else kind] = (list(epochs), list(losses))
+            elif key == "loss":
                 raise UserError(f"{file} holds no losses yet; a training writes some every --log_freq steps.")
     vocabularies = {_vocab_size(file.parent / "train_settings.json") for file in files}
     if len(vocabularies) == 1 and (size := vocabularies.pop()):
@@ -84,8 +85,11 @@ def _vocab_size(settings: Path) -> int | None:
     """Of the model of a training; None where nothing says so."""
     if not settings.is_file():
         return None
-    with reading("the record", settings):
-        return json.loads(settings.read_text())["model"]["vocab_size"]
+    with reading("record of a training", settings):
+        size = operator.index(read_json("record of a training", settings)["model"]["vocab_size"])
+        if size < 1:
+            raise ValueError(f"a codebook of {size}")
+        return size
 
 
 def plot_quality(path: Path, results: Sequence[Path], figure: str) -> None:
@@ -96,12 +100,16 @@ def plot_quality(path: Path, results: Sequence[Path], figure: str) -> None:
     Raises:
         UserError: for a file that is missing or something else, or where none has the figure.
     """
-    runs = [run for file in results for run in load_results(file)]
+    runs: list[dict[str, Any]] = []
     points: dict[tuple[Any, ...], dict[int, list[float]]] = {}
-    for run in runs:
-        if run.get(figure) is not None:
-            steps = len(run["settings"]["group_sizes"])
-            points.setdefault(_curve(run), {}).setdefault(steps, []).append(run[figure])
+    for path_of_results in results:
+        loaded = load_results(path_of_results)
+        runs += loaded
+        with reading("results", results_file(path_of_results)):
+            for run in loaded:
+                if run.get(figure) is not None:
+                    steps = len(run["settings"]["group_sizes"])
+                    points.setdefault(_curve(run), {}).setdefault(steps, []).append(float(run[figure]))
     if not points:
         have = [name for name in FIGURES if any(run.get(name) is not None for run in runs)]
         raise UserError(f"none of the results has the figure {figure}; they have {', '.join(have) or 'no figures'}.")
@@ -146,6 +154,8 @@ def attention(args: argparse.Namespace) -> None:
     if args.cached_path is not None:
         tokenizer_hash = sha256(generator.paths["vqgan_path"])
         dataset = open_codes(args.cached_path, img_size=config.img_size, tokenizer_hash=tokenizer_hash)
+        if dataset.header is not None:
+            verify_files(dataset.path)
         if len(dataset.classes) > config.class_num:
             raise UserError(
                 f"--cached_path {args.cached_path} holds images of {len(dataset.classes)} classes, the model has "
@@ -211,7 +221,7 @@ def _parser() -> Parser:
 
 def main() -> None:
     args = _parser().parse_args()
-    check_output_dir(args.output.parent)
+    check_output_file(args.output)
     args.run(args)
 
 

@@ -24,8 +24,9 @@ from scipy.stats import spearmanr
 from orders.figures import TITLES
 from scripts.gpu_tables import markdown
 from util.cli import Parser, exit_on_user_error
-from util.errors import UserError, reading
+from util.errors import UserError
 from util.files import atomic_write, write_json
+from util.readers import read_json
 
 ROOT = Path(__file__).resolve().parents[1]
 PLOTS = {
@@ -36,9 +37,8 @@ PLOTS = {
 Content = dict[str, Any]
 
 
-def read_json(path: Path) -> Content:
-    with reading("results", path):
-        content = json.loads(path.read_text())
+def read_results(path: Path) -> Content:
+    content = read_json("results", path)
     if not isinstance(content, dict):
         raise UserError(f"{path} holds no results.")
     return content
@@ -215,9 +215,9 @@ def publish(
     """Write section, plots and figures of these runs under ``root``. UserError for files that are something else."""
     if not re.fullmatch("[a-z0-9_]+", name):
         raise UserError(f"the section's name {name!r} must be of small letters, digits and _.")
-    results = read_json(likelihood / "likelihood.json")
-    found = [read_json(path) for path in schedules]
-    scored = [read_json(path) for path in evaluations]
+    results = read_results(likelihood / "likelihood.json")
+    found = [read_results(path) for path in schedules]
+    scored = [read_results(path) for path in evaluations]
     pairs = matched(results["cells"], scored)
     images = root / "docs" / "images"
     images.mkdir(parents=True, exist_ok=True)

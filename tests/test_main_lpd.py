@@ -364,7 +364,9 @@ def test_resuming_with_another_batch_or_tokenizer_is_refused(
     workspace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The steps of a run are counted in its global batches; its codes belong to its tokenizer."""
+    settings = (workspace / "lpd" / "train_settings.json").read_text()
     assert run(main_lpd.main, *training(workspace), "--epochs", 3, "--batch_size", 4) == 2
+    assert (workspace / "lpd" / "train_settings.json").read_text() == settings, "a refused start leaves no record"
     checkpoint = workspace / "lpd" / "checkpoint-last.pth"
     said = capsys.readouterr().err
     assert f"error: checkpoint {checkpoint} is of a run with global_batch 8 (--batch_size × --grad_accum" in said

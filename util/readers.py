@@ -16,15 +16,22 @@ from util.errors import UserError, reading
 
 logger = logging.getLogger(__name__)
 
-MAX_JSON = 2**27  # bytes; no file that is read whole comes near it
+MAX_TEXT = 2**27  # bytes; no file that is read whole comes near it
+
+
+def read_text(what: str, path: str | Path) -> str:
+    """The text of a file in UTF-8. UserError, with ``what`` the file is, if there is none or it is something else."""
+    with reading(what, path):
+        if Path(path).stat().st_size > MAX_TEXT:
+            raise ValueError(f"more than {MAX_TEXT >> 20} MiB")
+        return Path(path).read_text("utf-8-sig")
 
 
 def read_json(what: str, path: str | Path) -> Any:
     """The value of a JSON file. UserError, with ``what`` the file is, if there is none or it is something else."""
+    text = read_text(what, path)
     with reading(what, path):
-        if Path(path).stat().st_size > MAX_JSON:
-            raise ValueError(f"more than {MAX_JSON >> 20} MiB")
-        return json.loads(Path(path).read_text("utf-8"))
+        return json.loads(text)
 
 
 def read_json_lines(path: str | Path, *numbers: str, put_aside: bool = False) -> list[dict[str, Any]]:
@@ -97,12 +104,15 @@ def stored_array(what: str, path: str | Path, name: str) -> tuple[tuple[int, ...
     return None
 
 
-def map_array(what: str, path: str | Path, shape: tuple[int, ...], dtype: DTypeLike) -> NDArray[Any]:
-    """An ``.npy`` file, memory-mapped; UserError unless it is one of this shape and type."""
+def map_array(
+    what: str, path: str | Path, shape: tuple[int, ...] | None = None, dtype: DTypeLike | None = None
+) -> NDArray[Any]:
+    """An ``.npy`` file, memory-mapped; UserError unless it is one, of this shape and type where they are given."""
     with reading(what, path):
         array = np.lib.format.open_memmap(path, mode="r")
+        shape, dtype = array.shape if shape is None else shape, array.dtype if dtype is None else np.dtype(dtype)
         if array.shape != shape or array.dtype != dtype:
-            raise ValueError(f"it holds {array.dtype} {array.shape}, not {np.dtype(dtype)} {shape}")
+            raise ValueError(f"it holds {array.dtype} {array.shape}, not {dtype} {shape}")
     return array
 
 

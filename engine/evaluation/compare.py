@@ -105,7 +105,7 @@ class Comparison:
         asked = {name: value for name, value in record(config).items() if name not in FREE}
         about = json.loads(json.dumps(self.about | {"compared": asked}))
         earlier = self.dist.on_main(lambda: _read(config.output_dir / "results.json"))
-        if earlier is not None and about.items() <= earlier.get("record", {}).items():
+        if earlier is not None and about.items() <= earlier["record"].items():
             logger.info("%s: evaluated before", config.output_dir)
             return earlier
         return evaluate(trained.model, trained.tokenizer, config, self.open(config), self.dist, record=about)
@@ -116,7 +116,7 @@ def _read(path: Path) -> dict[str, Any] | None:
         results = read_json("results", path)
     except UserError:
         return None
-    return results if isinstance(results, dict) else None
+    return results if isinstance(results, dict) and isinstance(results.get("record"), dict) else None
 
 
 def draw_curve(path: Path, cells: Sequence[tuple[str, int]], results: Sequence[dict[str, Any]]) -> None:

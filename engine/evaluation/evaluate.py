@@ -39,7 +39,7 @@ from engine.evaluation.outputs import (
     write_adm_npz,
     write_labels,
 )
-from engine.evaluation.partial_results import ARRAYS, BatchResult, PartialResults, read_parts, weights_summary
+from engine.evaluation.partial_results import BatchResult, PartialResults, read_parts, weights_summary
 from engine.scoring.features import SPATIAL_DIM, FeatureExtractor
 from engine.scoring.metrics import adm_scores, conventions, score
 from engine.scoring.statistics import FeatureStatistics
@@ -194,7 +194,7 @@ class _Evaluation:
             refuse_link(path)
         if (self.partial.folder / MOVED).exists() and self.images_dir.exists() and not self.png_dir.exists():
             os.replace(self.images_dir, self.png_dir)  # a kill came when the results were written
-        return self.partial.repair(*ARRAYS, "timing")
+        return self.partial.repair()
 
     def _decoder(self, batch_size: int) -> Decoder:
         config = self.config

@@ -58,11 +58,15 @@ class PartialResults:
     Args:
         png_dir: where each image lies as a file as well; None where they are not kept.
         picture_name: names of those files, by the images' numbers.
+        names: of the arrays of a part, all of numbers.
+        per_image: those of them that have a row for each of the images.
     """
 
     folder: Path
     png_dir: Path | None = None
     picture_name: Callable[[int], str] = "{:06}.png".format
+    names: tuple[str, ...] = (*ARRAYS, "timing")
+    per_image: tuple[str, ...] = ("features", "logits", "spatial")
     _pending: list[dict[str, NDArray]] = field(default_factory=list)
     _last_save: float = field(default_factory=time.monotonic)
 
@@ -73,13 +77,10 @@ class PartialResults:
         """Numbers of the finished images, sorted."""
         return np.sort(read_parts(self.files(), "indices")) if self.files() else np.empty(0, np.int64)
 
-    def repair(self, *names: str) -> NDArray[np.int64]:
+    def repair(self) -> NDArray[np.int64]:
         """Remove parts that are damaged or whose pictures are, and what is left over; the numbers that remain.
 
         For one process, before any of them adds something: what was removed is made again.
-
-        Args:
-            names: of the arrays that a part has beside ``indices``.
         """
         for folder in filter(None, (self.folder, self.png_dir)):
             remove_temporary_files(folder)
@@ -87,11 +88,12 @@ class PartialResults:
             for path in self.files():
                 try:
                     with reading(PART, path):
-                        arrays = load_arrays(PART, path, ("indices", *names))
+                        arrays = load_arrays(PART, path, self.names)
                         numbers = [operator.index(number) for number in arrays["indices"].tolist()]
-                        of_images = ("features", "logits", "spatial", "image_bits")
-                        if any(len(arrays[name]) != len(numbers) for name in of_images if name in arrays):
+                        if any(len(arrays[name]) != len(numbers) for name in self.per_image):
                             raise ValueError("its arrays are of different lengths")
+                        if any(array.dtype.kind not in "iuf" for array in arrays.values()):
+                            raise ValueError("it holds something other than numbers")
                     pictures = [] if self.png_dir is None else map(self.picture, numbers)
                     damage = next(filter(None, pool.map(_damage, pictures)), "")
                 except UserError as error:

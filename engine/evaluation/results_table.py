@@ -74,13 +74,18 @@ def row_of(folder: Path, results: dict[str, Any]) -> Row:
     return row
 
 
+def results_file(path: Path) -> Path:
+    """The file of results that a path names: itself, or that of a folder."""
+    return path / "results.json" if path.is_dir() else path
+
+
 def load_results(path: Path) -> list[dict[str, Any]]:
     """The results of a ``results.json``, or of a folder with one; all of a ``results.jsonl``, oldest first.
 
     Raises:
         UserError: if there is no such file, or it is something else.
     """
-    path = path / "results.json" if path.is_dir() else path
+    path = results_file(path)
     runs = read_json_lines(path, "num_images") if path.suffix == ".jsonl" else [read_json("results", path)]
     if not runs or not all(isinstance(results, dict) and "num_images" in results for results in runs):
         raise UserError(f"{path} holds no results of an evaluation; expected a results.json of main_lpd.py --evaluate.")
@@ -91,7 +96,7 @@ def read_results(path: Path) -> list[Row]:
     """The table's rows of :func:`load_results`."""
     folder = path if path.is_dir() else path.parent
     runs = load_results(path)
-    with reading("results", path / "results.json" if path.is_dir() else path):
+    with reading("results", results_file(path)):
         return [row_of(folder, results) for results in runs]
 
 

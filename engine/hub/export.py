@@ -16,9 +16,10 @@ from models.lpd import LPD, LPDConfig, load_weights
 from orders.schedule import default_steps
 from tokenizers import load_tokenizer, read_quality, save_tokenizer
 from util.checkpoint import EXPORT_FORMAT, EXPORTED_CONFIG, EXPORTED_MODEL, load_checkpoint
-from util.errors import UserError, reason_of
+from util.errors import UserError
 from util.files import atomic_write, check_output_dir, content_sha256, sha256, write_json
 from util.folder_lock import LOCK_FILE, FolderLock
+from util.readers import read_text
 from util.shapes import shapes_only
 
 logger = logging.getLogger(__name__)
@@ -96,12 +97,7 @@ def _narrowed(tensor: torch.Tensor, bf16: bool) -> torch.Tensor:
 
 
 def _read_notes(path: Path | None) -> str:
-    if path is None:
-        return ""
-    try:
-        return "\n" + path.read_text().strip() + "\n"
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"the notes {path} can't be read as text ({reason_of(error)}).") from None
+    return "" if path is None else f"\n{read_text('file of notes', path).strip()}\n"
 
 
 def check_state(state: dict[str, torch.Tensor], config: LPDConfig, source: str) -> None:

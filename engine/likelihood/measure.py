@@ -28,12 +28,12 @@ from engine.likelihood.passes import Decoding, Sums, token_bits
 from engine.likelihood.source import Source
 from engine.training.step import choose_attention
 from util.dist import Dist
-from util.errors import UserError
+from util.errors import UserError, reading
 from util.readers import load_arrays
 
 logger = logging.getLogger(__name__)
 
-ARRAYS = ("image_bits", "steps", "positions")  # of a part
+ARRAYS = ("indices", "image_bits", "steps", "positions")  # of a part
 
 
 @dataclass(frozen=True)
@@ -96,8 +96,9 @@ def measure(
 
     All processes call it together, with ``output_dir`` on a file system that they share.
     """
-    partial = PartialResults(output_dir / f"partial-{dist.broadcast(_fingerprint(source, decodings, settings))}")
-    done, count = dist.on_main(lambda: partial.repair(*ARRAYS)), len(source.images)
+    folder = output_dir / f"partial-{dist.broadcast(_fingerprint(source, decodings, settings))}"
+    partial = PartialResults(folder, names=ARRAYS, per_image=("image_bits",))
+    done, count = dist.on_main(partial.repair), len(source.images)
     if len(done):
         logger.info("%d of %d images are there already; measuring the rest", len(done), count)
     missing, size = np.setdiff1d(np.arange(count), done), settings.batch_size
@@ -187,9 +188,10 @@ def _read(files: Sequence[Path], decodings: Sequence[Decoding], count: int, pass
     image_bits = np.empty((count, len(decodings)))
     totals = []
     for path in files:
-        part = load_arrays(PART, path, ("indices", *ARRAYS))
-        image_bits[part["indices"]] = part["image_bits"]
-        totals.append((part["steps"].sum(0), part["positions"].sum(0)))
+        with reading(PART, path):
+            arrays = load_arrays(PART, path, ARRAYS)
+            image_bits[arrays["indices"]] = arrays["image_bits"]
+            totals.append((arrays["steps"].sum(0), arrays["positions"].sum(0)))
     steps, positions = (sum(arrays) for arrays in zip(*totals, strict=True))
     ends = np.cumsum([len(decoding.group_sizes) for decoding in decodings])[:-1]
     return Measured(image_bits, np.split(steps, ends, axis=1), positions, passes)

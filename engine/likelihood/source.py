@@ -16,7 +16,7 @@ from engine.hub.remote import choose_tokenizer, choose_weights, own_tokenizer
 from engine.model_choice import check_tokenizer, load_pretrained, recorded_config
 from engine.named_files import TOKENIZER_MISSING, local_file
 from engine.training.batch import codes_of
-from engine.training.data import CodeGeometry, code_geometry
+from engine.training.data import CodeGeometry, code_geometry, verify
 from models import config_of_weights
 from models.lpd import LPD, LPDConfig, load_weights
 from tokenizers import VQModel, load_tokenizer, picture_size
@@ -107,6 +107,7 @@ def open_source(config: SourceConfig, dist: Dist) -> Source:
     dataset: CodeDataset | ImageDataset
     if config.cached_path is not None:
         dataset = open_codes(config.cached_path, tokenizer_hash=tokenizer_sha256)
+        verify(dataset, dist)
     else:
         assert config.data_path is not None
         size = picture_size(None if recorded is None else recorded.img_size, tokenizer)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import operator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from tqdm import tqdm
 from engine.scoring.classifier import Classifier
 from util.checkpoint import load_checkpoint
 from util.config import check, setting
-from util.errors import UserError
+from util.errors import UserError, reading
 from util.files import atomic_write
 from util.signals import StopSignal, exit_status
 
@@ -100,16 +101,21 @@ class ClassifierTraining:
             self._load()
 
     def _load(self) -> None:
-        content = load_checkpoint(self.state)
-        check_same(content["described"], self.described, self.state)
-        self.model.load_state_dict(content["model"])
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.schedule.load_state_dict(content["schedule"])
-        self.done, self.at_epoch = content["step"], content["at_epoch"]
-        self.generator.set_state(content["generator"])
-        torch.set_rng_state(content["rng"])
-        if self.device.type == "cuda":
-            torch.cuda.set_rng_state(content["gpu_rng"], self.device)
+        try:
+            content = load_checkpoint(self.state)
+        except UserError as error:
+            logger.warning("%s The training starts from the beginning.", error)
+            return
+        with reading("state of a training", self.state):
+            check_same(content["described"], self.described, self.state)
+            self.model.load_state_dict(content["model"])
+            self.optimizer.load_state_dict(content["optimizer"])
+            self.schedule.load_state_dict(content["schedule"])
+            self.done, self.at_epoch = operator.index(content["step"]), content["at_epoch"]
+            self.generator.set_state(content["generator"])
+            torch.set_rng_state(content["rng"])
+            if self.device.type == "cuda":
+                torch.cuda.set_rng_state(content["gpu_rng"], self.device)
         logger.info("resuming at step %d of %d", self.done, self.total_steps)
 
     def _save(self) -> None:

@@ -35,7 +35,7 @@ def read_earlier(folder: Path, described: dict[str, Any]) -> tuple[dict[str, Any
     """
     metrics, state, damage = None, None, ""
     try:
-        metrics = _read_record(folder / METRICS, partial(read_json, "figures"))
+        metrics = _read_record(folder / METRICS, partial(read_json, "figures of a training"))
     except UserError as error:
         log.warning("%s", error)
     if metrics is not None:

@@ -28,7 +28,7 @@ class DataConfig:
     )
     use_cached: bool = setting(False, "train on the codes in --cached_path instead of images")
     cached_path: Path | None = setting(None, "code cache made by main_cache.py")
-    verify_cache: bool = setting(False, "compare --cached_path with its check sums, even if it looks unchanged")
+    verify_cache: bool = setting(False, "compare caches with their check sums, even if they look unchanged")
     skip_broken: bool = setting(False, "leave out images that cannot be read")
     val_path: Path | None = setting(
         None, "images that are not trained on, like --data_path: their loss is measured during training (val_loss)"

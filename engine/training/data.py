@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,9 @@ from engine.recipes import TOKENIZER
 from engine.training.config import DataConfig
 from tokenizers import VQModel, picture_size
 from util.data.classes import tell
-from util.data.codes import CodeDataset, open_codes
+from util.data.codes import CodeDataset, MappedCodes, open_codes, verify_files
 from util.data.images import ImageDataset, open_images
+from util.dist import Dist
 from util.errors import UserError
 from util.files import sha256
 
@@ -32,6 +34,14 @@ class CodeGeometry:
     img_size: int
     stride: int
     vocab_size: int
+
+
+def verify(
+    dataset: CodeDataset | ImageDataset | None, dist: Dist, *, again: bool = False, remember: bool = True
+) -> None:
+    """Compare a code cache with its check sums, once for all processes; as :func:`verify_files` otherwise."""
+    if isinstance(dataset, MappedCodes):
+        dist.on_main(partial(verify_files, dataset.path, again=again, remember=remember))
 
 
 def open_dataset(

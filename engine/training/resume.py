@@ -28,6 +28,30 @@ def load_resumable(path: Path) -> dict[str, Any]:
     return content
 
 
+def check_continues(content: dict[str, Any], source: str, counted_in: dict[str, int], epochs: int) -> None:
+    """Refuse to go on from a checkpoint as another run.
+
+    Args:
+        counted_in: what the number of a step means: `global_batch`, `num_samples` and `seed` of this run.
+
+    Raises:
+        UserError: naming what differs, or if the checkpoint has been trained for longer than `epochs`.
+    """
+    for name, value in counted_in.items():
+        if content[name] != value:
+            flags = " (--batch_size × --grad_accum × processes)" if name == "global_batch" else ""
+            raise UserError(
+                f"{source} is of a run with {name} {content[name]}{flags}, this one has {value}; resume with the same, "
+                "or start a new run in another --output_dir, from these weights with --pretrained_ckpt."
+            )
+    trained = content["step"] / (counted_in["num_samples"] // counted_in["global_batch"])
+    if trained > epochs:
+        raise UserError(
+            f"--epochs is {epochs}, but {source} was saved after {trained:.4g} epochs; give more epochs or another "
+            "--output_dir."
+        )
+
+
 def _try(content: dict[str, Any], path: Path) -> None:
     """Do on the meta device, where it costs nothing, what resuming does; fails in any way where that would."""
     for name in ("step", "global_batch", "num_samples", "seed"):

@@ -23,8 +23,8 @@ from engine.model_choice import check_tokenizer, load_pretrained
 from engine.named_files import check_files, find_run, local_file, needs_tokenizer, tokenizer_named
 from engine.training.batch import OrderMixture
 from engine.training.config import TrainConfig
-from engine.training.data import code_geometry, open_dataset, open_validation
-from engine.training.resume import load_resumable
+from engine.training.data import code_geometry, open_dataset, open_validation, verify
+from engine.training.resume import check_continues, load_resumable
 from engine.training.sample_grid import SampleGrid
 from engine.training.step import choose_attention
 from engine.training.trackers import Tracker
@@ -36,7 +36,7 @@ from orders.config import parse_shares
 from tokenizers import VQModel, load_tokenizer, log_quality
 from util.checkpoint import load_checkpoint, load_newest
 from util.config import record
-from util.data.codes import CodeDataset, MappedCodes, verify_files
+from util.data.codes import CodeDataset
 from util.data.images import ImageDataset
 from util.data.sampler import GlobalBatchSampler
 from util.dist import Dist
@@ -182,12 +182,12 @@ def prepare_training(config: Config, dist: Dist, lock: FolderLock) -> PreparedTr
         assert tokenizer_file is not None
         tokenizer = load_tokenizer(tokenizer_file, dist.device)
     dataset = open_dataset(config, tokenizer, tokenizer_sha256, recorded or {})
-    if isinstance(dataset, MappedCodes):
-        dist.on_main(partial(verify_files, dataset.path, again=config.data.verify_cache, remember=not config.dry_run))
     codes = code_geometry(dataset, tokenizer)
     if isinstance(dataset, CodeDataset) and dataset.header is not None and tokenizer_file is None:
         tokenizer_sha256 = dataset.header.tokenizer_sha256
     validation = open_validation(config.data, dataset, codes, tokenizer, tokenizer_sha256)
+    for images in (dataset, validation):
+        verify(images, dist, again=config.data.verify_cache, remember=not config.dry_run)
     resumed = start is not None and start.resumed
     num_classes = len(dataset.classes)
     choice = dataclasses.replace(config.model, img_size=codes.img_size)
@@ -214,6 +214,9 @@ def prepare_training(config: Config, dist: Dist, lock: FolderLock) -> PreparedTr
         )  # fmt: skip
     global_batch = training.global_batch(dist.world_size)
     sampler = GlobalBatchSampler(len(dataset), global_batch, dist.rank, dist.world_size, config.seed)
+    if start is not None and resumed:  # before the settings in the folder become those of this start
+        counted_in = {"global_batch": global_batch, "num_samples": len(dataset), "seed": config.seed}
+        check_continues(start.content, f"checkpoint {start.path}", counted_in, training.epochs)
     return PreparedTraining(
         config=dataclasses.replace(config, model=choice),
         training=training,

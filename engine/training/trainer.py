@@ -23,6 +23,7 @@ from engine.training.batch import OrderMixture, Part, codes_of, draw_samples
 from engine.training.checkpoint_writer import CheckpointWriter
 from engine.training.config import TrainConfig
 from engine.training.monitor import Monitor
+from engine.training.resume import check_continues
 from engine.training.step import TrainStep
 from engine.training.stop import StopRequest
 from engine.training.trackers import Tracker
@@ -111,20 +112,8 @@ class Trainer:
 
     def _load(self, checkpoint: dict[str, Any], source: str) -> int:
         """Load the state of an earlier run of this one and empty `checkpoint`; the step to resume from."""
-        for name, value in self.counted_in.items():
-            if checkpoint[name] != value:
-                flags = " (--batch_size × --grad_accum × processes)" if name == "global_batch" else ""
-                raise UserError(
-                    f"{source} is of a run with {name} {checkpoint[name]}{flags}, this one has {value}; resume "
-                    "with the same, or start a new run in another --output_dir, from these weights with "
-                    "--pretrained_ckpt."
-                )
+        check_continues(checkpoint, source, self.counted_in, self.config.epochs)
         start_step = int(checkpoint["step"])
-        if start_step > self.total_steps:
-            raise UserError(
-                f"--epochs is {self.config.epochs}, but {source} was saved after "
-                f"{start_step / self.steps_per_epoch:.4g} epochs; give more epochs or another --output_dir."
-            )
         self._warn_of_other_orders(checkpoint.get("args") or {})
         self._warn_of_another_learning_rate(checkpoint.get("args") or {})
         self.train_step.load(checkpoint)

@@ -15,7 +15,7 @@ from engine.image_generator import ImageGenerator
 from scripts.app.handlers import Handlers
 from scripts.app.uploads import MAX_BYTES
 from util.config import check, setting
-from util.errors import UserError
+from util.errors import UserError, reason_of
 
 _SESSIONS = 16  # whose pictures are kept in memory
 
@@ -38,9 +38,9 @@ class ServerConfig:
             try:
                 trial.bind((self.host, self.port))
                 trial.listen()
-            except OSError as error:
+            except (OSError, UnicodeError) as error:  # the latter of names that can be none
                 raise UserError(
-                    f"port {self.port} of {self.host} cannot be used ({error.strerror}); name a free one by --port."
+                    f"port {self.port} of {self.host} cannot be used ({reason_of(error)}); name a free one by --port."
                 ) from None
 
 

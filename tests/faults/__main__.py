@@ -1,6 +1,7 @@
 """All faults, and the table of what they came to:
 
-    python -m tests.faults [--rounds 1] [--flags 1000] [--turns 3] [--only files flags disturbances] [--output TABLE.md]
+    python -m tests.faults [--rounds 1] [--flags 1000] [--turns 3] [--only files flags disturbances] [--minutes 10] \\
+        [--output TABLE.md]
 
 Exit status 1 if something ended in a traceback, hung, or gave a wrong result silently; each of these is printed.
 """
@@ -8,8 +9,10 @@ Exit status 1 if something ended in a traceback, hung, or gave a wrong result si
 from __future__ import annotations
 
 import collections
+import math
 import os
 import platform
+import random
 import shutil
 import sys
 import tempfile
@@ -85,6 +88,12 @@ def main() -> None:
     parser.add_argument("--flags", type=int, default=1000, help="bad flags")
     parser.add_argument("--turns", type=int, default=3, help="of kills, full disks and double starts per command")
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="(default: all)")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=math.inf,
+        help="a random share that takes so long; the last case begun is finished (default: all)",
+    )
     parser.add_argument("--output", type=Path, help="write the table to this file")
     args = parser.parse_args()
     if args.output is not None:
@@ -92,7 +101,12 @@ def main() -> None:
     start, found = time.monotonic(), []
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # what is synced to a disk takes longer
     with tempfile.TemporaryDirectory(prefix="faults_", dir=memory) as folder:
-        for function, arguments in tqdm(Faults(Path(folder)).cases(args.rounds, args.flags, args.turns, args.only)):
+        cases = Faults(Path(folder)).cases(args.rounds, args.flags, args.turns, args.only)
+        if math.isfinite(args.minutes):
+            random.Random(0).shuffle(cases)
+        for function, arguments in tqdm(cases):
+            if time.monotonic() - start > 60 * args.minutes:
+                break
             found.append(outcome := function(*arguments))
             if outcome.kind.failed:
                 tqdm.write(f"{outcome.kind.value}: {outcome.group}: {outcome.case}: {outcome.said}")
@@ -101,7 +115,8 @@ def main() -> None:
     minutes, cores = (time.monotonic() - start) / 60, len(os.sched_getaffinity(0))
     left_out = "" if may_mount() else "; without full and read-only file systems, since nothing can be mounted here"
     versions = f"Python {platform.python_version()}, torch {torch.__version__}"
-    text = f"{table(found)}\n{versions}, {cores} cores, {minutes:.0f} minutes{left_out}.\n"
+    share = "" if len(found) == len(cases) else f"; a random share of {len(cases)} cases"
+    text = f"{table(found)}\n{versions}, {cores} cores, {minutes:.0f} minutes{share}{left_out}.\n"
     print(text)
     if args.output is not None:
         _write(args.output, text)

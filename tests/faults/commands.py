@@ -20,12 +20,14 @@ from PIL import Image
 
 import engine.cache
 import engine.classifier
+import engine.evaluation.compare
 import engine.evaluation.results_table
 import engine.hub.__main__
 import engine.metrics
 import main_cache
 import main_lpd
 import orders.__main__
+import scripts.app.__main__
 import scripts.benchmark_cache
 import scripts.benchmark_evaluation
 import scripts.benchmark_latency
@@ -36,13 +38,15 @@ import scripts.find_schedule
 import scripts.generate
 import scripts.likelihood
 import scripts.plots
+import scripts.tune_kernels
 import tokenizers.train
-import util.cli
 from engine.evaluation import partial_results
+from orders.files import load_schedule
 from tests.faults.worker import Running, call, compute, patched
 from tests.helpers.tiny_models import tiny_tokenizer, write_images
 from tokenizers import save_tokenizer
 from util.checkpoint import LAST, load_checkpoint
+from util.cli import Parser
 from util.data.images import write_image_archive
 
 SIZE, CLASSES = 16, {"ant": 5, "bee": 7}
@@ -108,16 +112,30 @@ def _exported(out: Path, said: str) -> Any:
     return _weights(out / "model.safetensors"), described["config"], described["classes"], left
 
 
-def _orders(name: str) -> Callable[[Path, str], Any]:
-    return lambda out, said: _digest([orders.load_orders(out / name, 4).tobytes()])
-
-
 def _pictures(out: Path, said: str) -> Any:
-    return [(path.name, _digest([Image.open(path).tobytes()])) for path in sorted(out.glob("*.png"))]
+    names = sorted(path.name for path in out.iterdir())
+    return names, _digest(Image.open(path).tobytes() for path in sorted(out.glob("*.png")))
 
 
 def _likelihood(out: Path, said: str) -> Any:
-    return (out / "table.md").read_text()
+    cells = json.loads((out / "likelihood.json").read_text())["cells"]
+    return [(cell["name"], round(cell["bits_per_token"]["mean"], 6)) for cell in cells]
+
+
+def _schedule(out: Path, said: str) -> Any:
+    return len(load_schedule(out / "schedule.json", 4, 0).group_sizes)  # the rest depends on the time
+
+
+def _compared(out: Path, said: str) -> Any:
+    return [_scores(out / f"lpd_{steps}", said) for steps in (4, 2)], _file(out / "strip.png")
+
+
+def _drawn(name: str) -> Callable[[Path, str], Any]:
+    return lambda out, said: _digest([Image.open(out / name).tobytes()])
+
+
+def _orders(name: str) -> Callable[[Path, str], Any]:
+    return lambda out, said: _digest([orders.load_orders(out / name, 4).tobytes()])
 
 
 def _nothing(out: Path, said: str) -> Any:
@@ -130,6 +148,8 @@ _EVALUATE = (
     "--feature_extractor classifier.pt --reference_statistics reference.npz --save_images"
 )
 _TOKENIZER = "--img_size 16 --stride 4 --base_width 8 --res_blocks 1 --z_channels 8 --codebook_size 12 --code_dim 4"
+_HELD_OUT = f"--pretrained_ckpt run/{LAST} --cached_path codes --device cpu"
+_PICTURES = f"--pretrained_ckpt run/{LAST} --vqgan_path tokenizer.pt --device cpu --output_dir OUT"
 _METRICS = "--data_path pictures --img_size 16 --feature_extractor classifier.pt --device cpu"
 
 COMMANDS = {
@@ -165,6 +185,10 @@ COMMANDS = {
             "--output_dir OUT", _scores,
         ),
         Command(
+            "evaluate a schedule", main_lpd.main,
+            f"{_EVALUATE} --pretrained_ckpt exported --schedule_file found/schedule.json --output_dir OUT", _scores,
+        ),
+        Command(
             "cache", main_cache.main,
             "--data_path pictures --vqgan_path tokenizer.pt --img_size 16 --cached_path OUT --device cpu --batch_size "
             "2 --num_workers 0", _codes, until=".parts/*.npz",
@@ -172,6 +196,11 @@ COMMANDS = {
         Command(
             "cache an archive", main_cache.main,
             "--data_path pictures.npz:train --vqgan_path tokenizer.safetensors --img_size 16 --cached_path OUT "
+            "--device cpu --num_workers 0", _codes,
+        ),
+        Command(
+            "cache a list", main_cache.main,
+            "--data_path list.csv --class_names names.json --vqgan_path tokenizer.pt --img_size 16 --cached_path OUT "
             "--device cpu --num_workers 0", _codes,
         ),
         Command(
@@ -183,12 +212,13 @@ COMMANDS = {
             "tokenizers.train", tokenizers.train.main,
             f"--data_path pictures --test_path pictures --output_dir OUT {_TOKENIZER} --steps 8 --batch_size 4 "
             "--eval_freq 2 --num_workers 0 --device cpu",
-            lambda out, said: _weights(out / "tokenizer.pt"), until="metrics.json",
+            lambda out, said: _weights(out / "tokenizer.pt"), until="state.pth",
         ),
         Command(
             "classifier", engine.classifier.main,
-            "--data_path pictures --test_path pictures --img_size 16 --epochs 2 --batch_size 4 --device cpu "
+            "--data_path pictures --test_path pictures --img_size 16 --epochs 4 --batch_size 4 --device cpu "
             "--output OUT/classifier.pt", lambda out, said: _weights(out / "classifier.pt"),
+            until="classifier.pt.state.pth",
         ),
         Command("metrics", engine.metrics.main, f"{_METRICS} --reference_statistics reference.npz", _printed_scores),
         Command("statistics", engine.metrics.main, f"{_METRICS} --output OUT/statistics.npz", _statistics),
@@ -219,33 +249,43 @@ COMMANDS = {
             "--output OUT/table.md", lambda out, said: said,
         ),
         Command(
-            "generate", scripts.generate.main,
-            f"--pretrained_ckpt run/{LAST} --vqgan_path tokenizer.pt --classes ant 1 --steps 4 --device cpu "
-            "--output_dir OUT", _pictures,
-        ),
-        Command(
-            "edit", scripts.edit.main,
-            f"--pretrained_ckpt run/{LAST} --vqgan_path tokenizer.pt --image pictures/ant/0000.png --box 4,4,12,12 "
-            "--class bee --steps 4 --device cpu --output_dir OUT", _pictures,
+            "compare", engine.evaluation.compare.main,
+            f"--pretrained_ckpt run/{LAST} --vqgan_path tokenizer.pt --orders lpd --steps 4 2 --num_images 8 "
+            "--eval_bsz 4 --cfg 2 --feature_extractor classifier.pt --reference_statistics reference.npz --save_images "
+            "--device cpu --output_dir OUT", _compared,
         ),
         Command(
             "likelihood", scripts.likelihood.main,
-            f"--pretrained_ckpt run/{LAST} --vqgan_path tokenizer.pt --data_path pictures --orders lpd raster "
-            "--steps 4 8 --batch_size 4 --device cpu --output_dir OUT", _likelihood,
+            f"{_HELD_OUT} --orders lpd random --steps 4 2 --batch_size 2 --output_dir OUT", _likelihood,
+            until="partial-*/part_*.npz",
         ),
         Command(
-            "find schedule", scripts.find_schedule.main,
-            f"--pretrained_ckpt run/{LAST} --vqgan_path tokenizer.pt --data_path pictures --generation_steps 4 "
-            "--budget_sec 0.2 --device cpu --output_dir OUT",
-            lambda out, said: json.loads((out / "schedule.json").read_text())["grid"],
+            "find_schedule", scripts.find_schedule.main,
+            f"{_HELD_OUT} --generation_steps 4 --budget_sec 0.2 --output_dir OUT", _schedule,
         ),
-        Command("plot losses", scripts.plots.main, "loss run --output OUT/loss.png", _nothing),
+        Command("generate", scripts.generate.main, f"{_PICTURES} --classes ant 1 --steps 4", _pictures),
+        Command(
+            "edit", scripts.edit.main, f"{_PICTURES} --image pictures/ant/photo.jpg --box 0,0,8,16 --class bee",
+            _pictures,
+        ),
+        Command("edit codes", scripts.edit.main, f"{_PICTURES} --codes picture.npy --mask mask.png", _pictures),
+        Command("plots loss", scripts.plots.main, "loss run --output OUT/loss.png", _drawn("loss.png")),
+        Command("plots quality", scripts.plots.main, "quality evaluated --output OUT/fid.png", _drawn("fid.png")),
+        Command(
+            "plots attention", scripts.plots.main,
+            f"attention --pretrained_ckpt run/{LAST} --vqgan_path tokenizer.pt --cached_path codes --steps 4 "
+            "--num_images 4 --device cpu --output OUT/attention.png", _drawn("attention.png"),
+        ),
+        Command(
+            "app", scripts.app.__main__.main,
+            f"--pretrained_ckpt run/{LAST} --vqgan_path tokenizer.pt --device cpu", _nothing, measures=True,
+        ),
         *(
             Command(f"benchmark {name}", module.main, "--output OUT/figures.json", _nothing, measures=True)
             for name, module in {
                 "cache": scripts.benchmark_cache, "evaluation": scripts.benchmark_evaluation,
                 "latency": scripts.benchmark_latency, "orders": scripts.benchmark_orders,
-                "train": scripts.benchmark_train,
+                "train": scripts.benchmark_train, "kernels": scripts.tune_kernels,
             }.items()
         ),
     )
@@ -262,7 +302,7 @@ def parser_of(command: Command) -> argparse.ArgumentParser:
     def give(parser: argparse.ArgumentParser, *_: Any, **__: Any) -> None:
         raise _Parser(parser)
 
-    with patched(util.cli.Parser, "parse_args", give):
+    with patched(Parser, "parse_args", give):
         try:
             command.main()
         except _Parser as found:
@@ -292,6 +332,11 @@ def _write_inputs() -> None:
         for number in range(count):
             indices, flipped = rng.integers(0, 12, (2, 16))
             np.savez(Path("published", name, f"{number}.npz"), indices=indices, indices_flip=flipped)
+    listed = [f"{path},{path.parent.name}\n" for path in files]
+    Path("list.csv").write_text("".join(["image,class\n", *listed]))
+    Path("names.json").write_text(json.dumps({name: f"a {name}" for name in CLASSES}))
+    np.save("picture.npy", rng.integers(0, 12, (4, 4)))
+    Image.new("RGB", (SIZE, SIZE), "white").save("mask.png")
     Path("sizes.json").write_text("[1, 4, 5, 6]")
     Path("schedules.json").write_text("[[1, 3, 5, 7], [1, 15]]")
 
@@ -309,6 +354,7 @@ def make_inputs(folder: Path) -> None:
         ("orders generate", "generate orders.json --grid 4 --steps 4 --num 20"),
         ("orders convert", "convert orders.json orders.safetensors --grid 4"),
         ("evaluate", "--output_dir evaluated"),
+        ("find_schedule", "--output_dir found"),
     ):
         command = COMMANDS[name]
         flags = arguments.split()
@@ -329,7 +375,7 @@ def stop_in_the_middle(command: Command, inputs: Path, out: Path) -> None:
         killed = not running.ended(0)
         running.kill()
         running.result()
-        if killed:
+        if killed and any(out.glob(command.until)):  # it may just have ended its work, and removed that
             return
         shutil.rmtree(out)
     raise RuntimeError(f"{command.name} was always faster than the kill")

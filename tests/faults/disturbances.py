@@ -21,7 +21,10 @@ from tests.helpers.commands import ROOT
 from tests.helpers.tiny_run import flags, make_cache
 
 WRITERS = tuple(command for command in COMMANDS.values() if "OUT" in command.arguments and not command.measures)
-LOCKED = ("train", "evaluate", "cache", "tokenizers.train", "hub export")
+TWICE = (
+    *("train", "evaluate", "cache", "tokenizers.train", "hub export", "compare", "likelihood", "find_schedule"),
+    *("classifier", "generate"),
+)
 TINY_DISK = 48 * 2**10  # bytes: too few for any of them
 STOP_S = 20.0  # what the stopped rank's supervisor is given here instead of its minutes
 
@@ -153,7 +156,7 @@ class Disturbances:
         for command in WRITERS:
             for turn in range(turns):
                 yield self.kill, (command, turn)
-        for name in LOCKED:
+        for name in TWICE:
             for turn in range(turns):
                 yield self.start_twice, (COMMANDS[name], turn)
         if may_mount():

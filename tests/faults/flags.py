@@ -13,7 +13,7 @@ from typing import Any
 
 import scripts.benchmarking
 from tests.faults.commands import COMMANDS, Command, parser_of
-from tests.faults.worker import LIMIT_S, Outcome, call, judge, patched
+from tests.faults.worker import LIMIT_S, Kind, Outcome, call, judge, patched
 
 GROUP = "bad flags"
 
@@ -115,11 +115,16 @@ class BadFlags:
             scripts.benchmarking.read_config(*arguments)
             raise SystemExit(0)
 
-        # What a benchmark does after reading its flags takes minutes.
+        # What follows the flags of these takes minutes, or never ends.
         module = sys.modules[case.command.main.__module__]
-        with patched(module, "read_config", no_work) if hasattr(module, "read_config") else contextlib.nullcontext():
+        replaced = {"read_config": no_work, "serve": lambda *_: None}
+        with contextlib.ExitStack() as stack:
+            for name in replaced.keys() & vars(module).keys():
+                stack.enter_context(patched(module, name, replaced[name]))
             ended = call(case.command.main, case.words(out), self.inputs, LIMIT_S)
         kind, said = judge(ended, lambda: not case.must)
+        if case.must and kind == Kind.REFUSED and ended.status != 2:
+            kind = Kind.WRONG  # it was noticed, but not before work
         shown = "nothing" if case.value is None else repr(case.value[:40])
         return Outcome(GROUP, f"{case.command.name}: {case.name} {shown}", kind, said)
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.faults.commands import COMMANDS, parser_of
 from tests.faults.damage import damages_of, odd_json
 from tests.faults.files import TARGETS
 from tests.faults.flags import NOT_NUMBERS
@@ -50,6 +51,7 @@ def test_a_share_of_the_faults(tmp_path: Path) -> None:
         (0, "", False, False, Kind.WRONG),
         (2, "error: x is damaged.\n", False, False, Kind.REFUSED),
         (1, "error: the disk is full.\n", False, False, Kind.REFUSED),
+        (2, "reading: 50%\r\x1b[Aerror: x is damaged.\n", False, False, Kind.REFUSED),
         (2, "error: x.\nerror: y.\n", False, False, Kind.TRACEBACK),
         (1, "", False, False, Kind.TRACEBACK),
         (70, "Traceback (most recent call last):\nKeyError: 'x'\n", False, False, Kind.TRACEBACK),
@@ -61,6 +63,14 @@ def test_the_judge(status: int | None, err: str, right: bool, free: bool, kind: 
     """Guards against a harness that passes whatever happens."""
     assert judge(Ended(status, "", err, 1.0), lambda: right, free)[0] == kind
     assert kind.failed == (kind in (Kind.TRACEBACK, Kind.HANG, Kind.WRONG))
+
+
+def test_the_parsers_of_all_commands_are_found() -> None:
+    """Guards against flags that are not attacked."""
+    for command in COMMANDS.values():
+        flags = {name for action in parser_of(command)._actions for name in action.option_strings}
+        given = {word for word in command.arguments.split() if word.startswith("--")}
+        assert given <= flags, command.name
 
 
 def test_there_are_hundreds_of_cases() -> None:

@@ -24,6 +24,8 @@ LIMIT_S = 60.0  # of a case; an undisturbed one takes about a second of a core's
 MEMORY = 6 * 2**30  # bytes of address space that a case may have beyond those of this process
 _WARNING = re.compile(r"^(\d\d:\d\d:\d\d (\[rank \d+\] )?[WE] |warning: )", re.MULTILINE)
 
+_CURSOR = re.compile(r"\x1b\[\w")  # what progress bars move it by
+
 
 class Kind(enum.Enum):
     """What a case came to. The last three are failures."""
@@ -56,7 +58,7 @@ class Ended:
 
     @property
     def refusals(self) -> list[str]:
-        return [line for line in self.err.splitlines() if line.startswith("error: ")]
+        return [line for line in _CURSOR.sub("", self.err).splitlines() if line.startswith("error: ")]
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -230,6 +231,16 @@ def test_what_does_not_belong_together(likelihood: Command, folder: Path, tmp_pa
     save_orders(tmp_path / "o.json", generate_orders("random", COUNT - 1, (1, 15), 4).astype(np.int64))
     sentence = wrong(likelihood, tmp_path, "--orders", tmp_path / "o.json", "--steps", 2)
     assert "holds 11, too few: 12 are needed" in sentence
+
+
+def test_codes_that_have_changed_are_refused(likelihood: Command, folder: Path, tmp_path: Path) -> None:
+    """Guards against figures of other codes: those in range can't be told by their values."""
+    shutil.copytree(folder / "codes", tmp_path / "codes")
+    codes = np.load(tmp_path / "codes" / "codes.npy", mmap_mode="r+")
+    codes[0] = (codes[0] + 1) % 12
+    codes.flush()
+    sentence = wrong(likelihood, tmp_path, "--cached_path", tmp_path / "codes")
+    assert "codes.npy is missing or damaged" in sentence
 
 
 def test_a_search_needs_images_and_steps(find_schedule: Command) -> None:

@@ -155,7 +155,7 @@ def test_mistakes_are_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture
     picture = ("--output", tmp_path / "out.png")
     for command, message in (
         (("loss", tmp_path / "nowhere", *picture), "nowhere does not exist"),
-        (("loss", damaged, *picture), "damaged/metrics.jsonl is truncated or damaged"),
+        (("loss", damaged, *picture), "damaged/metrics.jsonl holds no losses yet"),
         (("loss", good, empty, *picture), "empty/metrics.jsonl holds no losses yet"),
         (("loss", good, "--output", "out.gif"), "must end in .png, .pdf, .svg"),
         (("loss", good, "--output", good / "metrics.jsonl" / "out.png"), "metrics.jsonl is a file"),

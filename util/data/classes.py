@@ -8,7 +8,6 @@ A *list of images* is a text file with a line for each image, its path, relative
 from __future__ import annotations
 
 import csv
-import json
 import logging
 import re
 from collections import Counter
@@ -17,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from util.config import setting
-from util.errors import UserError
+from util.errors import UserError, reading
+from util.readers import read_json, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -68,17 +68,13 @@ def read_class_names(path: Path) -> dict[str, str]:
     Raises:
         UserError: for a file that is missing or holds something else.
     """
-    try:
-        text = path.read_text("utf-8-sig")
-        if path.suffix == ".json":
-            names = json.loads(text)
-        else:
-            pairs = [re.split(r"[,\s]+", line.strip(), maxsplit=1) for line in text.splitlines() if line.strip()]
-            names = {folder: name.strip("\"' ") for folder, name in pairs}
-    except FileNotFoundError:
-        raise UserError(f"--class_names {path} does not exist.") from None
-    except (OSError, ValueError, RecursionError):
-        names = None
+    what = "--class_names"
+    if path.suffix == ".json":
+        names = read_json(what, path)
+    else:
+        lines = [line.strip() for line in read_text(what, path).splitlines() if line.strip()]
+        pairs = [re.split(r"[,\s]+", line, maxsplit=1) for line in lines]
+        names = {pair[0]: pair[-1].strip("\"' ") for pair in pairs} if all(len(p) == 2 for p in pairs) else None
     if not isinstance(names, dict) or not all(isinstance(name, str) and name for name in names.values()):
         raise UserError(
             f"--class_names {path} must have a line 'FOLDER NAME' for each class, or be JSON of such pairs."
@@ -92,12 +88,11 @@ def read_image_list(path: Path, extensions: Collection[str]) -> tuple[list[str],
     Raises:
         UserError: naming the line that is none of an image and a class, or an image that stands there twice.
     """
-    try:
-        lines = path.read_text("utf-8-sig").splitlines()
-    except (OSError, ValueError) as error:
-        raise UserError(f"list of images {path} can't be read ({error}).") from None
-    separator = LISTS[path.suffix]
-    rows = [line.rsplit(maxsplit=1) for line in lines] if separator is None else csv.reader(lines, delimiter=separator)
+    what, separator = "list of images", LISTS[path.suffix]
+    lines = read_text(what, path).splitlines()
+    with reading(what, path):
+        of_csv = csv.reader(lines, delimiter=separator or ",")
+        rows = [line.rsplit(maxsplit=1) for line in lines] if separator is None else list(of_csv)
     paths, classes = [], []
     for number, row in enumerate(rows, start=1):
         cells = [cell.strip() for cell in row[:2]]

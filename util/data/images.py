@@ -258,7 +258,7 @@ def open_images(
     images = _open(path, img_size, skip_broken, labelled)
     if choice is not None:
         images.choose(choice)
-    if labelled:
+    if labelled or len(images.classes) > 1:
         tell(images.source, images.classes, len(images), images.paths if isinstance(images, ImageFolder) else ())
     else:
         logger.info("%s: %d images", images.source, len(images))

@@ -58,8 +58,10 @@ def test_batch_size_changes_nothing(tmp_path: Path) -> None:
     assert_same(run(tmp_path, 5), run(tmp_path, 23))
 
 
-def test_a_stopped_measurement_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With another batch size; what is there is not measured again, and of other settings nothing is taken over."""
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_stopped_measurement_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damaged: bool) -> None:
+    """With another batch size; what is there is not measured again, and of other settings nothing is taken over. A part
+    that is damaged is measured again."""
     whole = run(tmp_path)
     monkeypatch.setattr(partial_results, "SAVE_INTERVAL_S", 0)
     original, calls = measure_module.Meter.__call__, iter(range(10))
@@ -73,10 +75,13 @@ def test_a_stopped_measurement_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(RuntimeError, match="stopped"):
         run(tmp_path)
     monkeypatch.setattr(measure_module.Meter, "__call__", original)
-    assert len(list((tmp_path / "out").glob("partial-*/part_*"))) == 2
+    parts = sorted((tmp_path / "out").glob("partial-*/part_*"))
+    assert len(parts) == 2
     assert run(tmp_path, seed=1).passes == N * 7, "of another seed"
+    if damaged:
+        parts[1].write_bytes(parts[1].read_bytes()[:-100])
     resumed = run(tmp_path, 4)
-    assert resumed.passes == (N - 12) * 7
+    assert resumed.passes == (N - (6 if damaged else 12)) * 7
     assert_same(resumed, whole)
     assert list((tmp_path / "out").iterdir()) == []
 

@@ -83,6 +83,15 @@ def test_a_training_that_diverges_says_so_and_writes_nothing(
     assert not list(tmp_path.glob("c.pt*"))
 
 
+def test_a_damaged_state_is_skipped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_stripes(tmp_path / "train", 4, seed=0)
+    (tmp_path / "c.pt.state.pth").write_bytes(b"PK damaged")
+    flags = f"--data_path {tmp_path}/train --test_path {tmp_path}/train --output {tmp_path}/c.pt --img_size 16"
+    assert run(classifier.main, *flags.split(), "--epochs", 1, "--device", "cpu") == 0
+    assert "The training starts from the beginning" in capsys.readouterr().err
+    assert [path.name for path in tmp_path.glob("c.pt*")] == ["c.pt"]
+
+
 @pytest.mark.parametrize("stop_at", [1, 4, 8, 11])
 def test_a_stopped_training_ends_as_an_uninterrupted_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, stop_at: int
@@ -112,6 +121,9 @@ def test_a_stopped_training_ends_as_an_uninterrupted_one(
     assert run(classifier.main, *flags, "--output", tmp_path / "parts.pt") == 0
     assert len(steps) == 3 * 4
     assert json.loads(capsys.readouterr().out)["train_images"] == 32
+    assert run(classifier.main, *flags, "--output", tmp_path / "parts.pt" / "c.pt") == 2
+    assert "parts.pt is a file" in capsys.readouterr().err
+    assert len(steps) == 3 * 4, "an output that can't be written is found before work starts"
     assert run(classifier.main, *flags, "--output", tmp_path / "parts.pt", "--lr", 0.1) == 2
     assert "parts.pt is of a classifier trained with lr 0.002, not 0.1" in capsys.readouterr().err
 

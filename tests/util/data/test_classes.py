@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -66,8 +67,20 @@ def test_lists_that_are_wrong_are_refused(tmp_path: Path, text: str, message: st
     (tmp_path / "list.csv").write_text(text)
     with pytest.raises(UserError, match=message):
         open_images(tmp_path / "list.csv", 8)
-    with pytest.raises(UserError, match="can't be read"):
+    with pytest.raises(UserError, match=r"missing\.csv does not exist"):
         open_images(tmp_path / "missing.csv", 8)
+
+
+@pytest.mark.parametrize("content", [b"\xff\xfe", b"0.png," + b"c" * 200_000, None])
+def test_lists_that_are_none_are_refused(tmp_path: Path, content: bytes | None) -> None:
+    """Guards against a traceback of the CSV module, and against waiting for a pipe."""
+    path = write(tmp_path, "0.png") / "list.csv"
+    if content is None:
+        os.mkfifo(path)
+    else:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=r"list\.csv"):
+        open_images(path, 8)
 
 
 def test_classes_are_chosen_and_renamed(photos: Path, tmp_path: Path) -> None:
@@ -112,6 +125,9 @@ def test_choices_that_fit_nothing_are_refused(photos: Path, tmp_path: Path) -> N
             open_images(photos, 8, choice=ClassChoice(class_names=names))
     with pytest.raises(UserError, match="does not exist"):
         open_images(photos, 8, choice=ClassChoice(class_names=tmp_path / "none.txt"))
+    names.with_suffix(".json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match=r"names\.json is truncated or damaged"):
+        read_class_names(names.with_suffix(".json"))
     names.with_suffix(".json").write_text('{"n1": "cat"}')
     assert read_class_names(names.with_suffix(".json")) == {"n1": "cat"}
 

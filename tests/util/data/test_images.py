@@ -153,7 +153,7 @@ def test_cifar10_is_read_through_torchvision(tmp_path: Path, monkeypatch: pytest
     assert train.fingerprint() != test.fingerprint()
 
 
-def test_images_without_class_folders(tmp_path: Path) -> None:
+def test_images_without_class_folders(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Generated images lie in one folder; photos for statistics in any tree."""
     (tmp_path / "flat").mkdir()
     (tmp_path / "flat" / "1.png").write_bytes(png(PIXELS[0]))
@@ -165,6 +165,9 @@ def test_images_without_class_folders(tmp_path: Path) -> None:
         (tmp_path / "tree" / name).write_bytes(png(PIXELS[0]))
     tree = open_images(tmp_path / "tree", 8, labelled=False)
     assert (tree.classes, tree.labels.tolist()) == (["a", "b"], [0, 1])
+    (tmp_path / "tree" / "b").rename(tmp_path / "tree" / "train")
+    open_images(tmp_path / "tree", 8, labelled=False)
+    assert "classes named train, which look like parts of a data set" in caplog.text
     with pytest.raises(UserError, match=r"none can't be read: No such file"):
         ImageFolder(tmp_path / "tree" / "none", 8, labelled=False)
 
