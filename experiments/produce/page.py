@@ -26,6 +26,7 @@ from experiments.produce.contexts import FIGURES, context_rows, plot_contexts
 from util.plots import plot_curves
 
 RIVALS = ("random", "halton", "raster")
+SAMPLES = (16,)  # steps whose pictures are shown
 CONTEXT_STEPS = 16  # of the plots of contexts
 
 
@@ -80,7 +81,7 @@ def page(results: dict[str, Any]) -> str:
     paragraphs += ["## Pictures"]
     steps = [row["steps"] for row in chosen(rows, "table", order="lpd", model=_first(results))]
     paragraphs += [
-        f"![Locality-aware, {n} steps]({PICTURES}/produce_samples_{n}.png)" for n in (64, 16, 4) if n in steps
+        f"![Locality-aware, {n} steps]({PICTURES}/produce_samples_{n}.png)" for n in SAMPLES if n in steps
     ]
     if results["unlabelled"] is not None:
         answers = ", ".join(f"{number} {name}" for number, name in results["unlabelled"].items())
