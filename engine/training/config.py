@@ -82,7 +82,7 @@ class TrainConfig(RunConfig):
     log_freq: int = setting(50, "steps between lines of metrics.jsonl", at_least=1)
     save_last_freq: int = setting(1, "epochs between saves of checkpoint-last.pth", at_least=1)
     save_last_steps: int = setting(0, "steps between saves as well, for long epochs; 0: none", at_least=0)
-    keep_last: int = setting(2, "newest checkpoints to keep, should the last one get damaged", at_least=1)
+    keep_last: int = setting(2, "newest checkpoints to keep, should the last one get damaged", at_least=1, at_most=1000)
     save_intermediate_freq: int = setting(0, "epochs between checkpoints that are kept; 0: none", at_least=0)
     online_eval: bool = setting(False, "evaluate during training and at its end")
     val_freq: int = setting(

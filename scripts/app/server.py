@@ -39,8 +39,9 @@ class ServerConfig:
                 trial.bind((self.host, self.port))
                 trial.listen()
             except (OSError, UnicodeError) as error:  # the latter of names that can be none
+                reason = getattr(error, "strerror", None) or reason_of(error)
                 raise UserError(
-                    f"port {self.port} of {self.host} cannot be used ({reason_of(error)}); name a free one by --port."
+                    f"port {self.port} of {self.host} cannot be used ({reason}); name a free one by --port."
                 ) from None
 
 

@@ -365,17 +365,22 @@ def make_inputs(folder: Path) -> None:
             raise RuntimeError(f"{name} {words}: status {ended.status}\n{ended.err}")
 
 
-def stop_in_the_middle(command: Command, inputs: Path, out: Path) -> None:
-    """Start a command and kill it as soon as it has left what can be resumed from."""
+def stop_in_the_middle(command: Command, inputs: Path, out: Path, patterns: Iterable[str] = ()) -> None:
+    """Start a command and kill it as soon as it has left what can be resumed from, and files of these patterns."""
     assert command.until is not None
+    wanted = (command.until, *patterns)
+
+    def there() -> bool:
+        return all(any(out.glob(pattern)) for pattern in wanted)
+
     for _ in range(20):
         running = Running(command.main, command.words(out), inputs)
-        while not running.ended(0.002) and not any(out.glob(command.until)):
+        while not running.ended(0.002) and not there():
             pass
         killed = not running.ended(0)
         running.kill()
         running.result()
-        if killed and any(out.glob(command.until)):  # it may just have ended its work, and removed that
+        if killed and there():  # it may just have ended its work, and removed that
             return
         shutil.rmtree(out)
     raise RuntimeError(f"{command.name} was always faster than the kill")

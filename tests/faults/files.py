@@ -111,7 +111,8 @@ class DamagedFiles:
         """The output of a run that was killed in the middle."""
         if command.name not in self._unfinished:
             out = self.scratch / "unfinished" / command.name
-            stop_in_the_middle(command, self.inputs, out)
+            left = [target.pattern for target in TARGETS if target.command == command.name]
+            stop_in_the_middle(command, self.inputs, out, [p[4:] for p in left if p.startswith("OUT/")])
             self._unfinished[command.name] = out
         return self._unfinished[command.name]
 

@@ -350,7 +350,7 @@ def test_a_small_export_holds_the_rounded_weights_and_notes(checkpoint: Path, tm
     assert content["tokenizer_sha256"] == sha256(folder / "tokenizer.safetensors")
     found, given = (load_tokenizer(path).state_dict() for path in (folder / "tokenizer.safetensors", tokenizer))
     assert all(torch.equal(found[name], given[name].bfloat16().float()) for name in given)
-    with pytest.raises(UserError, match=r"notes .*gone\.md can't be read"):
+    with pytest.raises(UserError, match=r"notes .*gone\.md does not exist"):
         export(checkpoint, tmp_path / "wrong", notes=tmp_path / "gone.md")
 
 
