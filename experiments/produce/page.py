@@ -80,9 +80,7 @@ def page(results: dict[str, Any]) -> str:
         paragraphs += [f"### {model}", pivot(tuned, "frechet_distance", ".2f", across="cfg")]
     paragraphs += ["## Pictures"]
     steps = [row["steps"] for row in chosen(rows, "table", order="lpd", model=_first(results))]
-    paragraphs += [
-        f"![Locality-aware, {n} steps]({PICTURES}/produce_samples_{n}.png)" for n in SAMPLES if n in steps
-    ]
+    paragraphs += [f"![Locality-aware, {n} steps]({PICTURES}/produce_samples_{n}.png)" for n in SAMPLES if n in steps]
     if results["unlabelled"] is not None:
         answers = ", ".join(f"{number} {name}" for number, name in results["unlabelled"].items())
         paragraphs += [

@@ -99,14 +99,6 @@ def test_mistakes_are_named(
     assert not list(tmp_path.iterdir())
 
 
-def test_without_a_model_it_says_what_to_run(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert run(main, "--classes", 3) == 2
-    assert "bash scripts/demo.sh" in capsys.readouterr().err
-
-
 def test_nothing_heavy_is_loaded_for_a_picture(model: tuple[Path, Path], tmp_path: Path) -> None:
     """What a picture does not need, and what takes a second to load: torch's compiler, plots, scores."""
     heavy = ("torch._dynamo", "sympy", "torchvision", "matplotlib", "scipy", "timm", "triton")

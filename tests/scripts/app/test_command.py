@@ -54,6 +54,7 @@ def test_without_a_model_it_says_what_to_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Any
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("engine.image_generator.SHIPPED", tmp_path / "none")
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
