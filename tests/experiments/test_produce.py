@@ -272,7 +272,7 @@ def test_recipe_from_photos_to_page_in_pieces(
     assert sorted(found["unlabelled"].values()) == ["coarse", "fine"]
     text = (tmp_path / "out" / "report" / "produce.md").read_text()
     assert "no figure here means anything" in text
-    names = ("neighbours", "unlabelled", "samples_16", "loss", "known_neighbours")
+    names = ("unlabelled", "samples_16", "loss", "known_neighbours")
     for name in names:
         assert_not_blank(tmp_path / "out" / "report" / "images" / f"produce_{name}.png")
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("[enl]*/*/*.json")}
