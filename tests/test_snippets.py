@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,21 +40,30 @@ def cells() -> list[dict[str, Any]]:
     return [cell for cell in json.loads(NOTEBOOK.read_text())["cells"] if cell["cell_type"] == "code"]
 
 
+def run_script(folder: Path, text: str) -> str:
+    """Run a program in a folder, in a process of its own; returns what it printed."""
+    (folder / "script.py").write_text(text)
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "script.py"]
+    ended = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return ended.stdout
+
+
 def test_the_snippet_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "pretrained").symlink_to(ROOT / "pretrained")
     (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    exec(compile(snippet, "README.md", "exec"), {})
+    run_script(tmp_path, snippet)
     (picture,) = tmp_path.glob("*.png")
     assert Image.open(picture).size == (64, 64)
 
 
 def test_the_cells_of_the_notebook_run(demo: Path) -> None:
-    names: dict[str, Any] = {}
-    for number, cell in enumerate(cells()):
-        exec(compile("".join(cell["source"]), f"cell {number}", "exec"), names)
+    asked = "import json\nprint(json.dumps(generator.classes))"
+    printed = run_script(demo, "\n".join(["".join(cell["source"]) for cell in cells()] + [asked]))
     assert len(list(demo.glob("runs/pictures/*.png"))) == 10
-    assert all(isinstance(name, str) for name in names["generator"].classes)
+    assert all(isinstance(name, str) for name in json.loads(printed.splitlines()[-1]))
 
 
 def test_the_notebook_was_run_in_order_and_is_small() -> None:

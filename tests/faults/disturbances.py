@@ -71,7 +71,7 @@ class Disturbances:
         """Both may end well if one comes after the other; else one is refused; the results are right."""
         out, pause = self._new(), random.Random(turn).uniform(0, 0.1)
         first = Running(command.main, command.words(out), self.inputs)
-        time.sleep(pause)
+        first.ended(pause)
         second = Running(command.main, command.words(out), self.inputs)
         ends = [running.result() for running in (first, second)]
         group, case = "two starts at once", f"{command.name} ({turn})"
