@@ -10,7 +10,7 @@ import functools
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -86,6 +86,7 @@ class Scale:
     repulsions: tuple[int, ...]
     proximities: tuple[float, ...]
     subset: int | None = None  # photos per split; None: all
+    variant: str = ""  # added to the names of the published page and pictures
     trainings: dict[str, tuple[str, ...]] = field(default_factory=lambda: {"lpd": ()})  # and the flags of each
     models: tuple[Model, ...] = (Model(),)
 
@@ -97,7 +98,7 @@ class Scale:
     @property
     def use_ema(self) -> bool:
         """Whether the moving average of the weights is what is evaluated."""
-        return float(self.lpd_flag("--ema", "0")) > 0
+        return float(self.flag("lpd", "--ema", "0")) > 0
 
     @property
     def default_thresholds(self) -> tuple[int, float]:
@@ -110,7 +111,7 @@ class Scale:
         Raises:
             UserError: where these are no whole numbers of epochs.
         """
-        before, freq = int(self.lpd_flag("--epochs")), int(self.lpd_flag("--save_intermediate_freq", "0"))
+        before, freq = int(self.flag("lpd", "--epochs")), int(self.flag("lpd", "--save_intermediate_freq", "0"))
         if epochs < 1 or freq * epochs % before:
             raise UserError(
                 f"--epochs is {epochs}; it must be a positive multiple of {before // math.gcd(freq, before)}."
@@ -119,9 +120,9 @@ class Scale:
         models = (replace(model, epoch=model.epoch and model.epoch * epochs // before) for model in self.models)
         return replace(self, flags=self.flags | {"lpd": (*self.flags["lpd"], *words)}, models=tuple(models))
 
-    def lpd_flag(self, name: str, default: str = "") -> str:
-        """The value of a flag of the LPD trainings; the last one counts."""
-        words = self.flags["lpd"]
+    def flag(self, stage: str, name: str, default: str = "", training: str | None = None) -> str:
+        """The value of a flag of a stage's commands, or of one of the LPD trainings; the last one counts."""
+        words = (*self.flags[stage], *(self.trainings[training] if training is not None else ()))
         return dict(itertools.pairwise(words)).get(name, default)
 
 
@@ -287,12 +288,19 @@ def finished_rows(out: Path, scale: Scale) -> list[dict[str, Any]]:
     return tuned + rows_of(out, table_cells(scale, best_guidance(tuned), fid=True))
 
 
-def plan(scale: Scale, model: LPDConfig, fid: bool) -> Iterator[tuple[str, int, int, float]]:
-    """(kind, cells, images, PFLOP of the model's matrix products with guidance) of every kind of cell, then of all."""
+def plan(scale: Scale, models: Mapping[str, LPDConfig], fid: bool) -> Iterator[tuple[str, int, int, float]]:
+    """(kind, cells, images, PFLOP of the matrix products with guidance) of every kind of cell, then of all.
+
+    Args:
+        models: of the trainings.
+    """
     tuning = tuning_cells(scale)
     guidance = {(cell.model.name, cell.order): 2.0 for cell in tuning}
     cells = [*tuning, *table_cells(scale, guidance, fid)]
     for kind in [*dict.fromkeys(cell.kind for cell in cells), "all"]:
         chosen = [cell for cell in cells if kind in (cell.kind, "all")]
-        flops = sum(cell.num_images * decoding_flops(model, cell.group_sizes(), cell.cfg != 1) for cell in chosen)
+        flops = sum(
+            cell.num_images * decoding_flops(models[cell.training], cell.group_sizes(), cell.cfg != 1)
+            for cell in chosen
+        )
         yield kind, len(chosen), sum(cell.num_images for cell in chosen), flops / 1e15

@@ -49,7 +49,7 @@ class Experiment:
 
     Args:
         scales: by name, "full" among them.
-        about: what ``--help`` says. ``classes``, ``photos``, ``codes``: of data and tokenizer, for ``--plan``.
+        about: what ``--help`` says. ``classes``, ``photos``: of the data, for ``--plan``.
         more_stages: by name, what comes between the sweep and the report; they run their steps by ``call.stages``.
         more_results: gives what they measured, and puts their pictures into a folder.
         prepare: called with the output folder and both splits, gives the images to train on, to test with and to take
@@ -62,7 +62,6 @@ class Experiment:
     about: str
     classes: int
     photos: int
-    codes: int
     more_stages: Mapping[str, Callable[[Call], None]] = field(default_factory=dict)
     more_results: Callable[[Call, Path], dict[str, Any]] | None = None
     prepare: Callable[[Path, tuple[str, str], Scale], tuple[str, str, str]] | None = None
@@ -94,7 +93,7 @@ class Experiment:
         """The flags of a command line, or of the program's own."""
         parser = Parser(prog=f"python -m experiments.{self.name}.run", description=self.about)
         add = parser.add_argument
-        lengths = ", ".join(f"{name} {scale.lpd_flag('--epochs')}" for name, scale in self.scales.items())
+        lengths = ", ".join(f"{name} {scale.flag('lpd', '--epochs')}" for name, scale in self.scales.items())
         add("--data", type=Path, required=True, help="photos.npz with both splits, a folder with train/ and test/, or "
             f"torchvision's {CIFAR10_FOLDER}")  # fmt: skip
         add("--download", action="store_true", help=f"let torchvision download --data, a folder named {CIFAR10_FOLDER}")
@@ -112,13 +111,17 @@ class Experiment:
 
     def _print_plan(self, scale: Scale, fid: bool) -> None:
         """The work to come, in cells and in floating point operations."""
-        name, epochs = scale.lpd_flag("--model"), int(scale.lpd_flag("--epochs"))
-        size = {"img_size": scale.img_size, "stride": scale.stride}
-        model = model_config(name, **size, class_num=self.classes, vocab_size=self.codes)
-        pflop = epochs * self.photos * training_flops(model) / 1e15
-        for training in scale.trainings:
-            print(f"training {training}: {name}, {epochs} epochs of {self.photos:,} photos, {pflop:.4g} PFLOP")
-        for kind, cells, images, pflop in plan(scale, model, fid):
+        size = {"img_size": scale.img_size, "stride": scale.stride, "class_num": self.classes}
+        codes = int(scale.flag("tokenizer", "--codebook_size"))
+        sizes = {training: scale.flag("lpd", "--model", training=training) for training in scale.trainings}
+        models = {training: model_config(name, **size, vocab_size=codes) for training, name in sizes.items()}
+        epochs = int(scale.flag("lpd", "--epochs"))
+        for training, model in models.items():
+            pflop = epochs * self.photos * training_flops(model) / 1e15
+            print(
+                f"training {training}: {sizes[training]}, {epochs} epochs of {self.photos:,} photos, {pflop:.4g} PFLOP"
+            )
+        for kind, cells, images, pflop in plan(scale, models, fid):
             print(f"{kind}: {cells} cells, {images:,} images, {pflop:.4g} PFLOP")
 
     def _run_stages(self, args: argparse.Namespace, scale: Scale) -> None:
@@ -147,7 +150,7 @@ class Experiment:
             results, folder = collect(out, scale, seconds, splits), self.report.folder(out)
             if self.more_results is not None:
                 results |= self.more_results(call, folder / PICTURES)
-            self.report.write(out, results)
+            self.report.write(out, scale, results)
 
     def _open_data(self, args: argparse.Namespace, scale: Scale) -> tuple[str, str]:
         """Check everything that the flags name, make the output folder, and give the paths of both splits."""
@@ -198,7 +201,7 @@ def write_subset(splits: tuple[str, str], scale: Scale, path: Path) -> None:
 
 def check_epochs(out: Path, scale: Scale) -> None:
     """Raise UserError if an LPD of the folder was trained for another number of epochs."""
-    wanted = int(scale.lpd_flag("--epochs"))
+    wanted = int(scale.flag("lpd", "--epochs"))
     for training in scale.trainings:
         path = (out / training / LAST).with_suffix(".json")
         trained = json.loads(path.read_text())["args"]["epochs"] if path.exists() else wanted

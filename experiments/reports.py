@@ -50,13 +50,14 @@ def collect(out: Path, scale: Scale, seconds: dict[str, float], data: tuple[str,
 
 
 def training(folder: Path) -> dict[str, Any]:
-    """Losses and length of an LPD training."""
+    """Losses, length and model of an LPD training."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    kept = ("step", "epoch", "loss", "val_loss")
+    kept, last = ("step", "epoch", "loss", "val_loss"), json.loads((folder / LAST).with_suffix(".json").read_text())
     return {
         "loss_curve": [{name: line[name] for name in kept if name in line} for line in lines],
         "final_loss": lines[-1]["loss"],
-        "epochs": json.loads((folder / LAST).with_suffix(".json").read_text())["epoch"],
+        "epochs": last["epoch"],
+        "model": last["config"],
     }
 
 
@@ -79,15 +80,19 @@ class Report:
         (out / "report" / PICTURES).mkdir(parents=True, exist_ok=True)
         return out / "report"
 
-    def write(self, out: Path, results: dict[str, Any]) -> None:
+    def title(self, scale: Scale) -> str:
+        """What the published page and pictures of a scale are called."""
+        return f"{self.name}_{scale.variant}" if scale.variant else self.name
+
+    def write(self, out: Path, scale: Scale, results: dict[str, Any]) -> None:
         """Page, plots, pictures and results, into the :meth:`folder` of an output folder."""
         folder = self.folder(out)
-        write_json(folder / f"{self.name}.json", {"experiment": self.name} | results)
+        write_json(folder / f"{self.name}.json", {"experiment": self.title(scale)} | results)
         first = results["cells"][0]["model"]
         for row in chosen(results["cells"], "table", order="lpd", model=first):
             if row["steps"] in self.samples:
                 grid = out / "eval" / row["name"] / "grid.png"
-                shutil.copy(grid, folder / PICTURES / f"{self.name}_samples_{row['steps']}.png")
+                shutil.copy(grid, folder / PICTURES / f"{self.title(scale)}_samples_{row['steps']}.png")
         self.draw(folder)
         print(f"results: {folder / self.name}.json, page: {folder / self.name}.md")
 
@@ -107,14 +112,15 @@ class Report:
             UserError: for a test run's.
         """
         path = folder / f"{self.name}.json"
-        if json.loads(path.read_text())["settings"]["subset"] is not None:
+        results = json.loads(path.read_text())
+        if results["settings"]["subset"] is not None:
             raise UserError(
                 f"{folder} is of a run with --scale tiny, whose figures mean nothing and are not published."
             )
         (root / "benchmarks" / "results").mkdir(parents=True, exist_ok=True)
         shutil.copytree(folder / PICTURES, root / "docs" / PICTURES, dirs_exist_ok=True)
-        shutil.copy(path, root / "benchmarks" / "results" / f"{self.name}_{name}.json")
-        shutil.copy(path.with_suffix(".md"), root / "docs" / f"{self.name}.md")
+        shutil.copy(path, root / "benchmarks" / "results" / f"{results['experiment']}_{name}.json")
+        shutil.copy(path.with_suffix(".md"), root / "docs" / f"{results['experiment']}.md")
 
     def main(self) -> None:
         """The command that makes page and plots of a report folder again and may publish them."""
@@ -122,7 +128,7 @@ class Report:
         parser = Parser(prog=f"python -m experiments.{self.name}.report", description=text)
         parser.add_argument("folder", type=Path, help="report folder of a run")
         parser.add_argument(
-            "--publish", metavar="NAME", help=f"copy to docs/ and benchmarks/results/{self.name}_NAME.json"
+            "--publish", metavar="NAME", help=f"copy to docs/ and benchmarks/results/, {self.name}_NAME.json"
         )
         args = parser.parse_args()
         self.draw(args.folder)

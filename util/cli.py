@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import os
+import signal
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, Field
@@ -259,10 +260,18 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
     """Run ``main``; what ends it early becomes one line on stderr and an exit status.
 
     A :class:`UserError` exits with 2; numbers that are no longer finite, a full disk, a file that can't be written and
-    too little memory with 1; Ctrl-C with 130. Of several processes with the same line only one prints it.
+    too little memory with 1; Ctrl-C with 130; without a line, and with 141, what prints where nobody reads any more,
+    as with ``| head``. Of several processes with the same line only one prints it.
     """
     try:
         main()
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError as error:
+        if error.filename is not None or sys.stdout is None:
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain when it ends
+        raise SystemExit(128 + signal.SIGPIPE) from None
     except (UserError, FloatingPointError) as error:
         # A DataLoader worker's exception arrives with its traceback as the message; the sentence is at the end.
         sentence = str(error).rsplit("UserError: ", 1)[-1].strip()

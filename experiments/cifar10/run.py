@@ -13,7 +13,7 @@ from experiments.cifar10.scales import SCALES
 from experiments.driver import Experiment
 from util.cli import exit_on_user_error
 
-EXPERIMENT = Experiment(REPORT, SCALES, __doc__, classes=10, photos=50_000, codes=1024)
+EXPERIMENT = Experiment(REPORT, SCALES, __doc__, classes=10, photos=50_000)
 
 if __name__ == "__main__":
     exit_on_user_error(EXPERIMENT.main)

@@ -26,8 +26,7 @@ from experiments.produce.contexts import FIGURES, context_rows, plot_contexts
 from util.plots import plot_curves
 
 RIVALS = ("random", "halton", "raster")
-SAMPLES = (16,)  # steps whose pictures are shown
-CONTEXT_STEPS = 16  # of the plots of contexts
+SAMPLES = (16, 20)  # steps whose pictures are shown
 
 
 def verdict(ours: list[float], theirs: list[float]) -> str:
@@ -53,9 +52,10 @@ def verdicts(rows: Rows, steps: list[int]) -> Iterator[tuple[str, ...]]:
 
 def page(results: dict[str, Any]) -> str:
     """The whole page as Markdown, in figures taken from ``results`` alone."""
-    scale, rows = results["settings"], results["cells"]
+    scale, rows, pictures = results["settings"], results["cells"], f"{PICTURES}/{results['experiment']}"
+    grid = scale["img_size"] // scale["stride"]
     paragraphs = [
-        "# Photographs of fruit and vegetables: which order, how many steps",
+        f"# Photographs of fruit and vegetables in {grid}×{grid} tokens: which order, how many steps",
         *disclaimer(results),
         "Written by [`experiments/produce`](../experiments/produce/README.md) from the measurements.",
         _about(results),
@@ -80,12 +80,12 @@ def page(results: dict[str, Any]) -> str:
         paragraphs += [f"### {model}", pivot(tuned, "frechet_distance", ".2f", across="cfg")]
     paragraphs += ["## Pictures"]
     steps = [row["steps"] for row in chosen(rows, "table", order="lpd", model=_first(results))]
-    paragraphs += [f"![Locality-aware, {n} steps]({PICTURES}/produce_samples_{n}.png)" for n in SAMPLES if n in steps]
+    paragraphs += [f"![Locality-aware, {n} steps]({pictures}_samples_{n}.png)" for n in SAMPLES if n in steps]
     if results["unlabelled"] is not None:
         answers = ", ".join(f"{number} {name}" for number, name in results["unlabelled"].items())
         paragraphs += [
             f"One picture of each class, seed {scale['seeds'][0]}, in mixed order:",
-            f"![Unlabelled pictures]({PICTURES}/produce_unlabelled.png)",
+            f"![Unlabelled pictures]({pictures}_unlabelled.png)",
             f"<details><summary>What they are</summary>{answers}</details>",
         ]
     return "\n\n".join(paragraphs) + "\n"
@@ -101,9 +101,10 @@ def _models(rows: Rows, *kinds: str) -> list[str]:
 
 
 def _about(results: dict[str, Any]) -> str:
-    scale, data, tokenizer, model = (results[key] for key in ("settings", "data", "tokenizer", "model"))
+    scale, data, tokenizer = (results[key] for key in ("settings", "data", "tokenizer"))
     trained = "; ".join(
-        f"`{name}` {' '.join(scale['trainings'][name])}, {training['epochs']} epochs"
+        f"`{name}` {' '.join(scale['trainings'][name])}, {training['epochs']} epochs, width "
+        f"{training['model']['embed_dim']}, depth {training['model']['depth']}"
         for name, training in results["trainings"].items()
     )
     return (
@@ -113,8 +114,8 @@ def _about(results: dict[str, Any]) -> str:
         f"deviation over {len(scale['seeds'])} seeds of generation, where there are several, with one trained model. "
         f"Tokenizer of stride {scale['stride']}: PSNR {tokenizer['psnr_db']:.2f} dB on test photos, "
         f"{tokenizer['codebook_share']:.1%} of {tokenizer['tokenizer']['codebook_size']} codes in use. The classifier "
-        f"reads {results['classifier']['test_accuracy']:.1%} of the test photos right (mean over classes). Models of "
-        f"width {model['embed_dim']}, depth {model['depth']}: {trained}. {conditions(results)}"
+        f"reads {results['classifier']['test_accuracy']:.1%} of the test photos right (mean over classes). "
+        f"Models: {trained}. {conditions(results)}"
     )
 
 
@@ -126,7 +127,7 @@ def _figures(results: dict[str, Any]) -> Iterator[str]:
         if reported:
             yield f"## `{training}`: Fréchet distance in the classifier's features"
             yield pivot(reported, "frechet_distance", ".2f")
-            yield f"![Quality against steps]({PICTURES}/produce_quality_{training}.png)"
+            yield f"![Quality against steps]({PICTURES}/{results['experiment']}_quality_{training}.png)"
             yield f"## `{training}`: read as the class asked for"
             yield pivot(reported, "class_accuracy", ".1%")
     first = chosen(rows, "table", model=_first(results))
@@ -170,7 +171,7 @@ def _contexts(results: dict[str, Any]) -> Iterator[str]:
     )
     yield table(("order", "steps", "known neighbours", "nearest", "clustering", "at random"), rows)
     for figure in FIGURES:
-        yield f"![{figure.replace('_', ' ').capitalize()}]({PICTURES}/produce_{figure}.png)"
+        yield f"![{figure.replace('_', ' ').capitalize()}]({PICTURES}/{results['experiment']}_{figure}.png)"
 
 
 def _likelihood(results: dict[str, Any]) -> Iterator[str]:
@@ -190,7 +191,7 @@ def _losses(results: dict[str, Any]) -> Iterator[str]:
             figures = last["loss"], last["val_loss"], least["val_loss"]
             rows.append((name, *(f"{figure:.3f}" for figure in figures), f"{least['epoch']:.0f}"))
     yield table(("training", "last training loss", "last test loss", "least test loss", "at epoch"), rows)
-    yield f"![Losses]({PICTURES}/produce_loss.png)"
+    yield f"![Losses]({PICTURES}/{results['experiment']}_loss.png)"
 
 
 def _neighbours(results: dict[str, Any]) -> Iterator[str]:
@@ -219,16 +220,17 @@ def _neighbours(results: dict[str, Any]) -> Iterator[str]:
 
 def plot(results: dict[str, Any], folder: Path) -> None:
     """Fréchet distance against steps for every training, losses, and contexts."""
-    steps = results["settings"]["steps"]
+    title, steps = results["experiment"], results["settings"]["steps"]
     curves = {}
     for name, training in results["trainings"].items():
-        plot_quality(folder / f"produce_quality_{name}.png", results["cells"], steps, name)
+        plot_quality(folder / f"{title}_quality_{name}.png", results["cells"], steps, name)
         for loss, label in (("loss", "training"), ("val_loss", "test")):
             lines = [line for line in training["loss_curve"] if loss in line]
             curves[f"{name}, {label}"] = [line["epoch"] for line in lines], [line[loss] for line in lines]
-    plot_curves(folder / "produce_loss.png", curves, "epoch", "cross-entropy per token, nats")
+    plot_curves(folder / f"{title}_loss.png", curves, "epoch", "cross-entropy per token, nats")
+    at = results["settings"]["tuning_steps"]
     labels = ("share of neighbours known", "distance to the nearest known", "share of neighbours of known tokens known")
     for figure, label in zip(FIGURES, labels, strict=True):
         if results["contexts"] is not None:
-            path = folder / f"produce_{figure}.png"
-            plot_contexts(path, results["contexts"], figure, label, ("lpd", *RIVALS), CONTEXT_STEPS)
+            path = folder / f"{title}_{figure}.png"
+            plot_contexts(path, results["contexts"], figure, label, ("lpd", *RIVALS), at)

@@ -167,7 +167,7 @@ def more_results(call: Call, folder: Path) -> dict[str, Any]:
     measured = {model.name: read_neighbours(out, model) for model in models}
     likelihoods = {model.name: read_likelihood(out, model) for model in models}
     if (out / "unlabelled.png").exists():
-        shutil.copy(out / "unlabelled.png", folder / "produce_unlabelled.png")
+        shutil.copy(out / "unlabelled.png", folder / f"{REPORT.title(call.scale)}_unlabelled.png")
     return {
         "neighbours": {name: found for name, found in measured.items() if found is not None},
         "likelihood": {name: found for name, found in likelihoods.items() if found is not None},
@@ -180,7 +180,7 @@ def _read(path: Path) -> dict[str, Any] | None:
 
 
 EXPERIMENT = Experiment(
-    REPORT, SCALES, __doc__, classes=35, photos=3111, codes=1024,
+    REPORT, SCALES, __doc__, classes=35, photos=3111,
     more_stages={"likelihood": likelihood, "neighbours": neighbours, "pictures": pictures, "contexts": contexts},
     more_results=more_results, prepare=prepare, validation=True,
 )  # fmt: skip

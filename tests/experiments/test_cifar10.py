@@ -99,6 +99,7 @@ def results(distance: Callable[[Cell], float]) -> dict[str, Any]:
     figures = {"class_accuracy": 0.75, "sec_per_image": 0.001, "images_per_sec": 900.0}
     floor = {"extractor": "net", "frechet_distance": 0.25, "class_accuracy": 0.9}
     return {
+        "experiment": "cifar10",
         "date": "2026-01-02T03:04:05+00:00",
         "data": {name: {"source": "photos.npz", "images": 50_000, "sha256": ""} for name in ("train", "test")},
         "settings": json.loads(json.dumps(dataclasses.asdict(FULL))),

@@ -19,7 +19,7 @@ from experiments.cells import Cell, Model
 from experiments.pages import distances
 from experiments.produce import contexts, data, page, run
 from experiments.produce.report import REPORT
-from experiments.produce.scales import EPOCHS, FULL, MAIN, TINY
+from experiments.produce.scales import EPOCHS, FINE, FULL, MAIN, TINY
 from scripts.stages import Stages
 from tests.experiments.test_cifar10 import StagesUntil, command_in_process
 from tests.helpers.commands import ROOT
@@ -95,7 +95,7 @@ def test_cells_of_every_model() -> None:
     assert len({cell.name for cell in every}) == len(every)
     assert {cell.seed for cell in tuning}.isdisjoint({cell.seed for cell in reported})
     assert all(sum(cell.group_sizes()) == 64 and len(cell.group_sizes()) == cell.steps for cell in every)
-    kept = int(FULL.lpd_flag("--save_intermediate_freq"))
+    kept = int(FULL.flag("lpd", "--save_intermediate_freq"))
     assert {cell.epoch for cell in every} == {None, EPOCHS // 4, EPOCHS // 2}
     assert all(cell.epoch is None or cell.epoch % kept == 0 for cell in every)
     assert {cell.training for cell in every} == set(FULL.trainings)
@@ -105,15 +105,27 @@ def test_cells_of_every_model() -> None:
         assert {seeds[model, order, steps] > 0 for order in MAIN for steps in FULL.steps} == {True}
     assert {seeds[f"lpd_random_epoch{EPOCHS // 2}", order, 16] for order in ("lpd", "random", "halton")} == {3}
     assert {order for model, order, _ in seeds if model == "lpd_random"} == set(FULL.orders)
+    assert {seeds["lpd_random_tiny", order, steps] for order in ("lpd", "random") for steps in (16, 4)} == {3}
     assert Model("a", 3).checkpoint(Path("x")) == Path("x/a/checkpoint-3.pth")
+
+
+def test_cells_of_fine_tokens() -> None:
+    """Guards against cells of checkpoints that are not kept, and schedules of another grid."""
+    guidance = {(model.name, order): 2.0 for model in FINE.models for order in FINE.orders}
+    every = [*cells.tuning_cells(FINE), *cells.table_cells(FINE, guidance, fid=False)]
+    assert {cell.training for cell in every} == set(FINE.trainings)
+    assert all(sum(cell.group_sizes()) == 256 and len(cell.group_sizes()) == cell.steps for cell in every)
+    assert FINE.tuning_steps in FINE.steps
+    assert (FINE.flag("tokenizer", "--stride"), FINE.flag("tokenizer", "--codebook_size")) == ("4", "512")
+    assert FINE.flag("lpd", "--train_orders", training="lpd_mixed") == "random:0.5"
 
 
 def test_a_longer_training_has_its_checkpoints_at_the_same_shares() -> None:
     """Guards against cells of checkpoints that a run of other --epochs never keeps."""
     longer = FULL.for_epochs(10 * EPOCHS)
-    assert [model.epoch for model in longer.models] == [None, None, 10 * EPOCHS // 4, 10 * EPOCHS // 2]
-    assert longer.lpd_flag("--epochs") == str(10 * EPOCHS)
-    assert longer.lpd_flag("--save_intermediate_freq") == str(10 * EPOCHS // 4)
+    assert [model.epoch for model in longer.models] == [None, None, 10 * EPOCHS // 4, 10 * EPOCHS // 2, None]
+    assert longer.flag("lpd", "--epochs") == str(10 * EPOCHS)
+    assert longer.flag("lpd", "--save_intermediate_freq") == str(10 * EPOCHS // 4)
     assert longer.models[0].checkpoint(Path("x")).name == "checkpoint-last.pth"
     for epochs in (0, -4, EPOCHS + 1):
         with pytest.raises(UserError, match=f"--epochs is {epochs}; it must be a positive multiple of 4"):
@@ -159,6 +171,7 @@ def results() -> dict[str, Any]:
 
     curve = [{"step": n, "epoch": float(n), "loss": 6.0 - n, "val_loss": 6.0 - n / 2} for n in (1, 2)]
     curve.append({"step": 3, "epoch": 3.0, "loss": 2.5, "val_loss": 5.25})
+    trained = {"loss_curve": curve, "final_loss": 2.5, "epochs": EPOCHS, "model": {"embed_dim": 192, "depth": 6}}
     space = {"samples": 30.0, "held_out": 28.0, "nearer": 0.07}
     floor = {"extractor": "net", "frechet_distance": 0.25, "class_accuracy": 0.9}
     bits = {"order": "lpd", "steps": 16, "bits_per_token": {"mean": 4.5, "stderr": 0.1}, "difference": None}
@@ -166,16 +179,16 @@ def results() -> dict[str, Any]:
         name: dict.fromkeys(words, 1.0) for name, words in (("lpd_random", ("random",)), ("lpd_mixed", ("lpd",)))
     }
     return {
+        "experiment": "produce",
         "date": "2026-01-02T03:04:05+00:00",
         "data": {name: {"source": "photos.npz", "images": 3000, "sha256": ""} for name in ("train", "test")},
         "settings": json.loads(json.dumps(dataclasses.asdict(FULL))),
         "environment": {"device": "CPU", "python": "3.12", "packages": {"torch": "2.11"}},
-        "model": {"embed_dim": 192, "depth": 6},
         "stage_sec": {"tokenizer": 100.0},
         "tokenizer": {"psnr_db": 20.125, "codebook_share": 0.5, "tokenizer": {"codebook_size": 512}},
         "classifier": {"test_accuracy": 0.75},
         "floors": {"reference_real": floor},
-        "trainings": {name: {"loss_curve": curve, "final_loss": 2.5, "epochs": EPOCHS} for name in FULL.trainings},
+        "trainings": dict.fromkeys(FULL.trainings, trained),
         "cells": [cell.row(figures(cell)) for cell in reported],
         "neighbours": {"lpd_random": {"pixels": space, "features": space}},
         "likelihood": {"lpd_random": [bits]},
@@ -267,8 +280,9 @@ def test_recipe_from_photos_to_page_in_pieces(
     assert counts["table", "lpd_random_epoch1"] == 3
     assert set(found["neighbours"]) == set(found["likelihood"]) == {model.name for model in TINY.models}
     assert all("val_loss" in found["trainings"][name]["loss_curve"][-1] for name in TINY.trainings)
-    first, second = (found["trainings"][name]["loss_curve"][0]["loss"] for name in TINY.trainings)
-    assert first != second, "the orders differ"
+    losses = {found["trainings"][name]["loss_curve"][0]["loss"] for name in TINY.trainings}
+    assert len(losses) == len(TINY.trainings), "orders or sizes differ"
+    assert found["trainings"]["lpd_random_tiny"]["model"]["embed_dim"] == 128
     assert sorted(found["unlabelled"].values()) == ["coarse", "fine"]
     text = (tmp_path / "out" / "report" / "produce.md").read_text()
     assert "no figure here means anything" in text

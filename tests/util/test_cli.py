@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as torch_dist
 
-from tests.helpers.commands import run
+from tests.helpers.commands import ROOT, run
 from util.cli import Parser, exit_on_user_error, from_args
 from util.config import check, part, setting
 from util.errors import UserError
@@ -219,3 +223,13 @@ def test_empty_texts_and_absurd_numbers_are_refused(words: list[str], sentence: 
     assert parser.parse_args(["--counts", "1", str(2**63 - 1)]).counts == [1, 2**63 - 1]
     with pytest.raises(UserError, match=sentence):
         parser.parse_args(words)
+
+
+def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+    """Guards against a traceback after ``| head``."""
+    program = "from util.cli import exit_on_user_error; exit_on_user_error(lambda: print('a line'))"
+    reading, writing = os.pipe()
+    os.close(reading)
+    found = subprocess.run([sys.executable, "-c", program], stdout=writing, stderr=subprocess.PIPE, cwd=ROOT)
+    os.close(writing)
+    assert (found.returncode, found.stderr) == (128 + signal.SIGPIPE, b"")
