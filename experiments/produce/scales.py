@@ -72,7 +72,9 @@ FINE = dataclasses.replace(
     flags=FULL.flags
     | {
         "tokenizer": (
-            *FULL.flags["tokenizer"], "--stride", "4", "--multipliers", "1", "2", "3", "--codebook_size", "512",
+            "--stride", "4", "--base_width", "32", "--multipliers", "1", "2", "3", "--res_blocks", "1", "--z_channels",
+            "64", "--codebook_size", "512", "--code_dim", "8", "--steps", "2700", "--batch_size", "16", "--lr", "1e-3",
+            "--eval_freq", "300", "--flip", "--bf16",
         ),
         "lpd": (
             *FULL.flags["lpd"], "--epochs", str(FINE_EPOCHS), "--batch_size", "16", "--warmup_epochs", "1", "--ema",
