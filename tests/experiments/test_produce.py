@@ -105,7 +105,6 @@ def test_cells_of_every_model() -> None:
         assert {seeds[model, order, steps] > 0 for order in MAIN for steps in FULL.steps} == {True}
     assert {seeds[f"lpd_random_epoch{EPOCHS // 2}", order, 16] for order in ("lpd", "random", "halton")} == {3}
     assert {order for model, order, _ in seeds if model == "lpd_random"} == set(FULL.orders)
-    assert {seeds["lpd_random_tiny", order, steps] for order in ("lpd", "random") for steps in (16, 4)} == {3}
     assert Model("a", 3).checkpoint(Path("x")) == Path("x/a/checkpoint-3.pth")
 
 
@@ -123,7 +122,7 @@ def test_cells_of_fine_tokens() -> None:
 def test_a_longer_training_has_its_checkpoints_at_the_same_shares() -> None:
     """Guards against cells of checkpoints that a run of other --epochs never keeps."""
     longer = FULL.for_epochs(10 * EPOCHS)
-    assert [model.epoch for model in longer.models] == [None, None, 10 * EPOCHS // 4, 10 * EPOCHS // 2, None]
+    assert [model.epoch for model in longer.models] == [None, None, 10 * EPOCHS // 4, 10 * EPOCHS // 2]
     assert longer.flag("lpd", "--epochs") == str(10 * EPOCHS)
     assert longer.flag("lpd", "--save_intermediate_freq") == str(10 * EPOCHS // 4)
     assert longer.models[0].checkpoint(Path("x")).name == "checkpoint-last.pth"
@@ -281,8 +280,7 @@ def test_recipe_from_photos_to_page_in_pieces(
     assert set(found["neighbours"]) == set(found["likelihood"]) == {model.name for model in TINY.models}
     assert all("val_loss" in found["trainings"][name]["loss_curve"][-1] for name in TINY.trainings)
     losses = {found["trainings"][name]["loss_curve"][0]["loss"] for name in TINY.trainings}
-    assert len(losses) == len(TINY.trainings), "orders or sizes differ"
-    assert found["trainings"]["lpd_random_tiny"]["model"]["embed_dim"] == 128
+    assert len(losses) == len(TINY.trainings), "the orders differ"
     assert sorted(found["unlabelled"].values()) == ["coarse", "fine"]
     text = (tmp_path / "out" / "report" / "produce.md").read_text()
     assert "no figure here means anything" in text
