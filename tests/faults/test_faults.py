@@ -21,7 +21,7 @@ from pathlib import Path
 from tests.faults.__main__ import Faults, table
 
 faults = Faults(Path(sys.argv[1]))
-cases = [case for name, every in (("files", 9), ("flags", 1), ("disturbances", 6))
+cases = [case for name, every in (("files", 11), ("flags", 1), ("disturbances", 6))
          for case in faults.cases(1, 50, 1, [name])[::every]]
 found = [function(*arguments) for function, arguments in cases]
 print(table(found))
