@@ -358,32 +358,6 @@ def test_a_second_start_in_one_folder_is_refused(tmp_path: Path) -> None:
     assert "another process is writing to" in second.stderr
 
 
-def test_a_damaged_record_of_stages_is_refused(tmp_path: Path) -> None:
-    """Guards against a stage that is left out because of what looks like a true value."""
-    ran: list[int] = []
-    stages = Stages(tmp_path)
-    stages.run("work", lambda: ran.append(1), "command")
-    whole = json.loads(stages.path.read_text())
-    for damaged in ("{", "[]", json.dumps({"work": 1}), json.dumps({"work": whole["work"] | {"finished": "false"}})):
-        stages.path.write_text(damaged)
-        with pytest.raises(UserError, match=r"stages\.json is truncated or damaged"):
-            stages.run("work", lambda: ran.append(2), "command")
-    stages.path.write_text(json.dumps(whole))
-    stages.run("work", lambda: ran.append(3), "command")
-    assert ran == [1]
-
-
-def test_a_stage_dies_with_the_process_that_started_it(tmp_path: Path) -> None:
-    """Guards against a stage that goes on after kill -9 and refuses, or disturbs, the one that is started again."""
-    stage = f"import os, time; open({str(tmp_path / 'pid')!r}, 'w').write(str(os.getpid())); time.sleep(60)"
-    code = "import sys; from pathlib import Path; from scripts.stages import Stages; "
-    code += "Stages(Path(sys.argv[1])).command('work', '-c', sys.argv[2])"
-    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path), stage], cwd=ROOT) as process:
-        wait_until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() != "", 60, "the stage")
-        process.kill()
-    wait_until(lambda: not Path("/proc", (tmp_path / "pid").read_text()).exists(), 20, "the end of the stage")
-
-
 def test_plan_needs_no_data(tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
     status, printed, _ = command("--data", "anything", "--plan")
     assert status == 0
