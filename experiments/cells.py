@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -23,8 +22,9 @@ from models.lpd import LPDConfig
 from orders import default_repulsion, natural_group_sizes
 from orders.schedule import grid_group_sizes
 from util.checkpoint import LAST
-from util.errors import UserError
+from util.errors import UserError, reading
 from util.files import sha256
+from util.readers import read_json
 
 NAMES = {
     "lpd": "locality-aware",
@@ -162,9 +162,12 @@ class Cell:
         return natural_group_sizes(self.order, self.grid) if own else grid_group_sizes(self.grid, self.steps)
 
     def row(self, results: dict[str, Any]) -> dict[str, Any]:
-        """The cell and its figures in one flat dict."""
+        """The cell and its figures in one flat dict. ValueError for results that are none."""
         about = asdict(self) | {"name": self.name, "model": self.model.name}
-        return about | {name: results[name] for name in FIGURES if name in results}
+        figures = {name: results[name] for name in FIGURES if results.get(name) is not None}
+        if "frechet_distance" not in figures or not all(isinstance(value, float | int) for value in figures.values()):
+            raise ValueError("no Fréchet distance, or a figure that is no number")
+        return about | figures
 
 
 Guidance = dict[tuple[str, str], float]  # by the name of the model and the order
@@ -270,9 +273,11 @@ def rows_of(out: Path, cells: Sequence[Cell]) -> list[dict[str, Any]]:
     for cell in cells:
         path = out / "eval" / cell.name / "results.json"
         if path.exists() and cell.model.checkpoint(out).exists():
-            results = json.loads(path.read_text())
-            if results["record"] == asdict(cell) | file_hashes(out, cell.model):
-                rows.append(cell.row(results))
+            present = asdict(cell) | file_hashes(out, cell.model)
+            with reading("results", path):
+                results = read_json("results", path)
+                if results["record"] == present:
+                    rows.append(cell.row(results))
     return rows
 
 

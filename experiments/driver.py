@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
-import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,14 +22,26 @@ from models.flops import training_flops
 from scripts.stages import TRAINING_STAGES, OutOfTime, Stages, train_and_judge
 from util.checkpoint import LAST
 from util.cli import Parser
+from util.config import setting
 from util.data.images import CIFAR10_FOLDER, open_images, write_image_archive
 from util.dist import DeviceConfig, Dist, resolve_device
-from util.errors import UserError
+from util.errors import UserError, reading
 from util.files import check_output_dir
+from util.folder_lock import FolderLock
 from util.logger import setup_logging
+from util.readers import read_json
 from util.signals import REQUEUE_STATUS
 
 OUT_OF_TIME = REQUEUE_STATUS  # exit status: not finished, run the same command again
+
+
+@dataclass(frozen=True)
+class RunConfig(DeviceConfig):
+    """How long a call of an experiment may take, and where it runs."""
+
+    time_limit: float | None = setting(
+        None, "seconds after which no stage or cell is begun, and training saves and stops", above=0
+    )
 
 
 @dataclass(frozen=True)
@@ -83,8 +95,11 @@ class Experiment:
         if args.plan:
             return self._print_plan(scale, args.inception_path is not None)
         setup_logging()
+        check_output_dir(args.output_dir)
         try:
-            self._run_stages(args, scale)
+            with FolderLock(args.output_dir) as lock:
+                lock.acquire()
+                self._run_stages(args, scale)
         except OutOfTime as reason:
             print(f"\n{reason}; run the same command again to resume.", flush=True)
             raise SystemExit(OUT_OF_TIME) from None
@@ -99,13 +114,11 @@ class Experiment:
         add("--download", action="store_true", help=f"let torchvision download --data, a folder named {CIFAR10_FOLDER}")
         add("--output_dir", type=Path, default=Path("runs") / self.name, help="everything that is made")
         add("--stage", nargs="+", choices=self.stages, default=list(self.stages), help="only these stages")
-        add("--time_limit", type=float, help="seconds after which no stage or cell is begun, and training saves and "
-            "stops")  # fmt: skip
         add("--scale", choices=self.scales, default="full", help="tiny: only see that everything runs")
         add("--epochs", type=int, help=f"of the LPD training, for a faster or slower machine (default: {lengths})")
         add("--inception_path", type=Path, help="Inception weights: FID as well, for one seed (doubles the table's "
             "time)")  # fmt: skip
-        parser.add_config(DeviceConfig)
+        parser.add_config(RunConfig)
         add("--plan", action="store_true", help="print how much work it is and stop")
         return parser.parse_args(words)
 
@@ -126,11 +139,11 @@ class Experiment:
 
     def _run_stages(self, args: argparse.Namespace, scale: Scale) -> None:
         check_epochs(args.output_dir, scale)
-        splits = self._open_data(args, scale)
+        dist = Dist(0, 1, resolve_device(args.device))
         out, inception, stages = args.output_dir, args.inception_path, Stages(args.output_dir, args.time_limit)
+        splits = self._open_data(args, scale)
         validation = splits[1] if self.validation else None
         train, test, scored = (*splits, splits[1]) if self.prepare is None else self.prepare(out, splits, scale)
-        dist = Dist(0, 1, resolve_device(args.device))
         bf16 = ("--bf16",) if dist.device.type == "cuda" else ()
         more = {"tokenizer": ("--test_path", test, *bf16), "lpd": bf16}
         flags = {stage: (*more.get(stage, ()), *words) for stage, words in scale.flags.items()}
@@ -153,10 +166,8 @@ class Experiment:
             self.report.write(out, scale, results)
 
     def _open_data(self, args: argparse.Namespace, scale: Scale) -> tuple[str, str]:
-        """Check everything that the flags name, make the output folder, and give the paths of both splits."""
-        if args.time_limit is not None and args.time_limit <= 0:
-            raise UserError(f"--time_limit {args.time_limit} must be positive.")
-        if args.inception_path is not None and not args.inception_path.is_file():
+        """Check everything that the flags name, and give the paths of both splits."""
+        if args.inception_path is not None and not os.path.isfile(args.inception_path):
             raise UserError(f"--inception_path {args.inception_path} does not exist.")
         if args.download:
             if args.data.name != CIFAR10_FOLDER:
@@ -164,11 +175,9 @@ class Experiment:
             from torchvision.datasets import CIFAR10
 
             CIFAR10(args.data.parent, download=True)
-        check_output_dir(args.output_dir)
         splits = split_paths(args.data)
         for path in splits:
             open_images(path, scale.img_size)
-        args.output_dir.mkdir(parents=True, exist_ok=True)
         if scale.subset is None:
             return splits
         path = args.output_dir / f"subset{scale.subset}.npz"
@@ -204,7 +213,10 @@ def check_epochs(out: Path, scale: Scale) -> None:
     wanted = int(scale.flag("lpd", "--epochs"))
     for training in scale.trainings:
         path = (out / training / LAST).with_suffix(".json")
-        trained = json.loads(path.read_text())["args"]["epochs"] if path.exists() else wanted
+        if not path.exists():
+            continue
+        with reading("record of a training", path):
+            trained = read_json("record of a training", path)["args"]["epochs"]
         if trained != wanted:
             raise UserError(
                 f"{out} holds an LPD trained with --epochs {trained}, not {wanted}; resume with {trained} or give "

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import datetime
-import json
+import os
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -15,10 +16,13 @@ from experiments.pages import PICTURES, chosen
 from util.checkpoint import LAST, load_checkpoint
 from util.cli import Parser
 from util.data.images import open_images
-from util.errors import UserError
-from util.files import write_json
+from util.errors import UserError, reading
+from util.files import atomic_write, check_output_dir, write_json
+from util.readers import read_json, read_json_lines
 
 ROOT = Path(__file__).resolve().parents[1]
+NAME = re.compile(r"[A-Za-z0-9_-]+")  # of a publication, in names of files
+RESULTS = "results of an experiment"
 
 
 def collect(out: Path, scale: Scale, seconds: dict[str, float], data: tuple[str, str]) -> dict[str, Any]:
@@ -26,7 +30,7 @@ def collect(out: Path, scale: Scale, seconds: dict[str, float], data: tuple[str,
     rows = finished_rows(out, scale)
     if not rows:
         raise UserError(f"{out} has no evaluated cells yet; run the stage sweep before the report.")
-    first = json.loads((out / "eval" / rows[0]["name"] / "results.json").read_text())
+    first = read_json("results", out / "eval" / rows[0]["name"] / "results.json")
     images = {name: open_images(path, scale.img_size) for name, path in zip(("train", "test"), data, strict=True)}
     trained = [name for name in scale.trainings if (out / name / LAST).exists()]
     return {
@@ -41,9 +45,9 @@ def collect(out: Path, scale: Scale, seconds: dict[str, float], data: tuple[str,
         "model": first["model"],
         "hashes": {name: value for name, value in first["record"].items() if name.endswith("sha256")},
         "stage_sec": seconds,
-        "tokenizer": json.loads((tokenizer_path(out).parent / "metrics.json").read_text()),
+        "tokenizer": read_json("quality of the tokenizer", tokenizer_path(out).parent / "metrics.json"),
         "classifier": load_checkpoint(classifier_path(out))["metadata"],
-        "floors": {path.stem: json.loads(path.read_text()) for path in sorted((out / "floors").glob("*.json"))},
+        "floors": {path.stem: read_json("scores", path) for path in sorted((out / "floors").glob("*.json"))},
         "trainings": {name: training(out / name) for name in trained},
         "cells": rows,
     }
@@ -51,13 +55,19 @@ def collect(out: Path, scale: Scale, seconds: dict[str, float], data: tuple[str,
 
 def training(folder: Path) -> dict[str, Any]:
     """Losses, length and model of an LPD training."""
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    kept, last = ("step", "epoch", "loss", "val_loss"), json.loads((folder / LAST).with_suffix(".json").read_text())
+    lines = read_json_lines(folder / "metrics.jsonl", "step", "epoch", "loss")
+    if not lines:
+        raise UserError(f"{folder} has no metrics.jsonl with losses; train it again.")
+    kept = ("step", "epoch", "loss", "val_loss")
+    record = (folder / LAST).with_suffix(".json")
+    with reading("record of a training", record):
+        trained = read_json("record of a training", record)
+        epochs, model = trained["epoch"], trained["config"]
     return {
         "loss_curve": [{name: line[name] for name in kept if name in line} for line in lines],
         "final_loss": lines[-1]["loss"],
-        "epochs": last["epoch"],
-        "model": last["config"],
+        "epochs": epochs,
+        "model": model,
     }
 
 
@@ -99,28 +109,36 @@ class Report:
     def draw(self, folder: Path) -> None:
         """Page and plots of a report folder, from its JSON file."""
         path = folder / f"{self.name}.json"
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise UserError(f"{folder} has no {path.name}; it is written by the stage report.")
-        results = json.loads(path.read_text())
-        self.plot(results, folder / PICTURES)
-        path.with_suffix(".md").write_text(self.page(results))
+        check_output_dir(folder)
+        with reading(RESULTS, path):
+            results = read_json(RESULTS, path)
+            if NAME.fullmatch(results["experiment"]) is None:  # names files
+                raise ValueError(f"its experiment is called {results['experiment']!r}")
+            text = self.page(results)
+            self.plot(results, folder / PICTURES)
+        with atomic_write(path.with_suffix(".md")) as file:
+            file.write(text.encode())
 
-    def publish(self, folder: Path, name: str, root: Path = ROOT) -> None:
-        """Copy a report to where the repository keeps pages, pictures and measurements.
+    def publish(self, folder: Path, name: str, root: Path) -> None:
+        """Copy a report that :meth:`draw` has accepted to where the repository keeps pages, pictures and measurements.
 
         Raises:
             UserError: for a test run's.
         """
         path = folder / f"{self.name}.json"
-        results = json.loads(path.read_text())
-        if results["settings"]["subset"] is not None:
+        with reading(RESULTS, path):
+            results = read_json(RESULTS, path)
+            subset, title = results["settings"]["subset"], results["experiment"]
+        if subset is not None:
             raise UserError(
                 f"{folder} is of a run with --scale tiny, whose figures mean nothing and are not published."
             )
         (root / "benchmarks" / "results").mkdir(parents=True, exist_ok=True)
         shutil.copytree(folder / PICTURES, root / "docs" / PICTURES, dirs_exist_ok=True)
-        shutil.copy(path, root / "benchmarks" / "results" / f"{results['experiment']}_{name}.json")
-        shutil.copy(path.with_suffix(".md"), root / "docs" / f"{results['experiment']}.md")
+        shutil.copy(path, root / "benchmarks" / "results" / f"{title}_{name}.json")
+        shutil.copy(path.with_suffix(".md"), root / "docs" / f"{title}.md")
 
     def main(self) -> None:
         """The command that makes page and plots of a report folder again and may publish them."""
@@ -131,6 +149,8 @@ class Report:
             "--publish", metavar="NAME", help=f"copy to docs/ and benchmarks/results/, {self.name}_NAME.json"
         )
         args = parser.parse_args()
+        if args.publish is not None and NAME.fullmatch(args.publish) is None:
+            raise UserError(f"--publish {args.publish!r} must be letters, digits, '-' and '_'.")
         self.draw(args.folder)
-        if args.publish:
-            self.publish(args.folder, args.publish)
+        if args.publish is not None:
+            self.publish(args.folder, args.publish, ROOT)

@@ -6,7 +6,6 @@ are compared with one model, by what it generates and by how likely it finds hel
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import shutil
@@ -29,9 +28,11 @@ from scripts.stages import Stages, train_and_judge
 from util.checkpoint import LAST
 from util.cli import Parser, exit_on_user_error
 from util.dist import DeviceConfig, Dist, resolve_device
-from util.errors import UserError
-from util.files import check_output_dir
+from util.errors import UserError, reading
+from util.files import atomic_write, check_output_dir
+from util.folder_lock import LOCK_FILE, FolderLock
 from util.logger import setup_logging
+from util.readers import read_json
 
 IMG_SIZE, STRIDE, CODES = 32, 4, 64
 CFG = 4.0
@@ -133,7 +134,9 @@ def compare_orders(out: Path, device: torch.device, num_images: int) -> str:
     for order, steps in ROWS:
         add(order, steps, comparison.results(order, steps))
     for floor in ("real", "reconstructed"):
-        add(floor, "–", json.loads((out / "floors" / f"reference_{floor}.json").read_text()))
+        path = out / "floors" / f"reference_{floor}.json"
+        with reading("scores", path):
+            add(floor, "–", read_json("scores", path))
     return "\n".join(lines)
 
 
@@ -151,23 +154,32 @@ def main() -> None:
     args = parser.parse_args()
     device, out, stages = resolve_device(args.device), args.output_dir, Stages(args.output_dir)
     check_output_dir(out)
-    if out.exists() and any(out.iterdir()) and not stages.path.exists():
-        raise UserError(f"--output_dir {out} holds something else than a demo; name a new or empty folder.")
-    if args.fresh:
-        shutil.rmtree(out, ignore_errors=True)
-    setup_logging()
-    start, num_images = time.perf_counter(), 20 if args.quick else 400
-    run_stages(stages, out, args.device, args.quick)
+    with FolderLock(out) as lock:
+        lock.acquire()
+        others = [path for path in out.iterdir() if path.name != LOCK_FILE]
+        if others and not stages.path.exists():
+            raise UserError(f"--output_dir {out} holds something else than a demo; name a new or empty folder.")
+        for path in others if args.fresh else ():
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        setup_logging()
+        start = time.perf_counter()
+        run_stages(stages, out, args.device, args.quick)
+        write_results(out, device, 20 if args.quick else 400)
+    print(f"{time.perf_counter() - start:.0f} s in all", flush=True)
+
+
+def write_results(out: Path, device: torch.device, num_images: int) -> None:
+    """The comparison, and what it and the stages found on one page, with its pictures."""
     print(f"\n== generation orders compared: {num_images} digits each, guidance {CFG:g}", flush=True)
     table = compare_orders(out, device, num_images)
     shutil.copy(out / "eval" / "lpd_16" / "grid.png", out / "samples.png")
     plot_losses(out / "loss.png", [out / "lpd"])
     text = f"{table}\n\n{num_images} digits per row, guidance {CFG:g}; {conditions(device)}.\n"
     text += f"\nHow likely the model finds the held-out digits:\n\n{(out / 'likelihood' / 'table.md').read_text()}"
-    (out / "results.md").write_text(text)
+    with atomic_write(out / "results.md") as file:
+        file.write(text.encode())
     pictures = ", ".join(str(out / f"{name}.png") for name in ("samples", "orders", "loss"))
     print(f"\n{text}\nTable: {out / 'results.md'}\nPictures: {pictures}")
-    print(f"{time.perf_counter() - start:.0f} s in all", flush=True)
 
 
 if __name__ == "__main__":

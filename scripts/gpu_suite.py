@@ -15,7 +15,6 @@ from __future__ import annotations
 import contextlib
 import datetime
 import importlib
-import json
 import os
 import shlex
 import signal
@@ -33,14 +32,17 @@ from typing import Any, NoReturn
 import torch
 
 from engine.recipes import EVAL_RECIPES
-from scripts.gpu_tables import NAME, publish
+from experiments.reports import NAME
+from scripts.gpu_tables import publish
 from scripts.stages import OutOfTime, Stages
 from util.cli import Parser, exit_on_user_error, from_args
 from util.config import check, setting
 from util.dist import DeviceConfig, resolve_device
-from util.errors import UserError
+from util.errors import UserError, reading
 from util.files import check_output_dir, write_json
-from util.signals import REQUEUE_STATUS
+from util.folder_lock import FolderLock
+from util.readers import read_json
+from util.signals import REQUEUE_STATUS, die_with_parent
 
 ROOT = Path(__file__).resolve().parents[1]
 GROUPS = ("tests", "latency", "kernels", "tiles", "orders", "train", "evaluation", "photos")
@@ -72,7 +74,7 @@ class SuiteConfig(DeviceConfig):
         if self.publish is not None and NAME.fullmatch(self.publish) is None:
             raise UserError(f"--publish {self.publish!r} must be letters, digits, '-' and '_'.")
         for flag, path in (("inception_path", self.inception_path), ("photos", self.photos), ("produce", self.produce)):
-            if path is not None and not path.exists():
+            if path is not None and not os.path.exists(path):
                 raise UserError(f"--{flag} {path} does not exist.")
 
 
@@ -243,7 +245,7 @@ class Suite:
         self.scale = {"tiny": config.tiny or conditions["device"] == "CPU", "quick": config.quick}
         self.stages = Stages(out, config.time_limit)
         self.path = out / "summary.json"
-        self.summary = json.loads(self.path.read_text()) if self.path.exists() else {"parts": {}}
+        self.summary = self._read_summary() if self.path.exists() else {"parts": {}}
         for key in ("device", "torch", "triton"):
             if self.summary.get(key, conditions[key]) != conditions[key]:
                 raise UserError(
@@ -255,6 +257,15 @@ class Suite:
         caches = {"TORCHINDUCTOR_CACHE_DIR": str(cache / "inductor"), "TRITON_CACHE_DIR": str(cache / "triton")}
         # Later parts find what earlier ones compiled; and a log has what was printed in its order.
         self.environment = os.environ | caches | {"PYTHONUNBUFFERED": "1"}
+
+    def _read_summary(self) -> dict[str, Any]:
+        summary: dict[str, Any] = read_json("summary", self.path)
+        with reading("summary", self.path):
+            for name, part in summary["parts"].items():
+                kinds = {"command": str, "state": str, "revision": str | None}
+                if not all(isinstance(part[key], kind) for key, kind in kinds.items()):
+                    raise ValueError(f"the part {name!r}")
+        return summary
 
     def run(self) -> int:
         """Run what is not finished; gives the exit status."""
@@ -337,7 +348,7 @@ class Suite:
         with open(log, "wb") as file:
             process = subprocess.Popen(
                 [sys.executable, *words], cwd=ROOT, env=self.environment, stdout=file, stderr=subprocess.STDOUT,
-                start_new_session=True,
+                start_new_session=True, preexec_fn=die_with_parent,
             )  # fmt: skip
             try:
                 status = process.wait(None if left is None else left + OVERRUN_S)
@@ -366,12 +377,13 @@ def main() -> None:
     check_output_dir(config.output_dir)
     out, device = config.output_dir.resolve(), resolve_device(config.device)
     cuda = device.type == "cuda"
-    out.mkdir(parents=True, exist_ok=True)
-    suite = Suite(Parts(config, out, cuda)(), out, config, machine(device))
-    signal.signal(signal.SIGTERM, stop_on_sigterm)
-    if not cuda:
-        print("no GPU: tiny models, whose figures mean nothing; the GPU tests and the published rows are left out")
-    status = suite.run()
+    with FolderLock(out) as lock:
+        lock.acquire()
+        suite = Suite(Parts(config, out, cuda)(), out, config, machine(device))
+        signal.signal(signal.SIGTERM, stop_on_sigterm)
+        if not cuda:
+            print("no GPU: tiny models, whose figures mean nothing; the GPU tests and the published rows are left out")
+        status = suite.run()
     print(f"\nsummary: {suite.path}", flush=True)
     raise SystemExit(status)
 

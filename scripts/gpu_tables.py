@@ -5,8 +5,6 @@ A mark is an HTML comment: `<!-- gpu:rows -->` begins the table of the published
 
 from __future__ import annotations
 
-import json
-import re
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -15,10 +13,10 @@ from typing import Any
 from engine.recipes import EVAL_RECIPES, EXPECTED
 from experiments.cifar10.report import REPORT as CIFAR10
 from experiments.produce.report import REPORT as PRODUCE
-from util.errors import UserError
+from util.errors import UserError, reading
 from util.files import atomic_write, write_json
+from util.readers import read_json, read_text
 
-NAME = re.compile(r"[A-Za-z0-9_-]+")
 # Groups of parts that have a table of their own, as the README calls them.
 TABLES = {
     "latency": "latency",
@@ -37,7 +35,7 @@ def read_group(folder: Path, summary: Content, group: str) -> Content:
     states = ("finished", "failed") if group == "tests" else ("finished",)
 
     def result(part: Content) -> Content:
-        content = json.loads((folder / part["result"]).read_text())
+        content = read_json("result", folder / part["result"])
         return {key: value for key, value in content.items() if key != "output"}  # a path of the machine it ran on
 
     parts = {
@@ -59,31 +57,35 @@ def publish(folder: Path, name: str, root: Path) -> None:
     path = folder / "summary.json"
     if not path.is_file():
         raise UserError(f"{folder} has no summary.json; run python -m scripts.gpu_suite --output_dir {folder} first.")
-    summary = json.loads(path.read_text())
-    if summary["device"] == "CPU" or any(part["tiny"] for part in summary["parts"].values()):
-        raise UserError(f"{folder} holds figures of tiny models or of a CPU, which mean nothing and are not published.")
     results = root / "benchmarks" / "results"
-    groups = {group: read_group(folder, summary, group) for group in ("tests", *TABLES)}
-    groups = {group: content for group, content in groups.items() if content["parts"]}
-    if not groups:
-        raise UserError("no part of the suite has finished; there is nothing to publish.")
-    for group, content in groups.items():
-        write_json(results / f"{group}_{name}.json", content)
     paths = {group: results / f"{group}_{name}.json" for group in ("tests", *TABLES)}
-    published = {group: json.loads(path.read_text()) for group, path in paths.items() if path.is_file()}
-    finished = {part for part, entry in summary["parts"].items() if entry["state"] == "finished"}
-    kernels = "kernels" in finished
+    with reading("the measured suite with the summary", path):
+        summary = read_json("summary", path)
+        if summary["device"] == "CPU" or any(part["tiny"] for part in summary["parts"].values()):
+            raise UserError(
+                f"{folder} holds figures of tiny models or of a CPU, which mean nothing and are not published."
+            )
+        groups = {group: read_group(folder, summary, group) for group in ("tests", *TABLES)}
+        groups = {group: content for group, content in groups.items() if content["parts"]}
+        if not groups:
+            raise UserError("no part of the suite has finished; there is nothing to publish.")
+        finished = {part for part, entry in summary["parts"].items() if entry["state"] == "finished"}
+        kernels = "kernels" in finished
+        published = {group: read_json("results", path) for group, path in paths.items() if path.is_file()} | groups
+        tables = [("status", status(published, summary["device"])), *blocks(groups, name, kernels)]
+    readme = root / "README.md"
+    text = read_text("page", readme)
+    for mark, table in tables:
+        text = fill(text, mark, table)
+    for group, content in groups.items():
+        write_json(paths[group], content)
     if kernels:
-        tables = [table.read_bytes() for table in sorted((folder / "kernels").glob("*.txt"))]
+        lists = [path.read_bytes() for path in sorted((folder / "kernels").glob("*.txt"))]
         with atomic_write(results / f"kernels_{name}.txt") as file:
-            file.write(b"\n".join(tables))
+            file.write(b"\n".join(lists))
     for report in REPORTS:
         if report.name in finished:
             report.publish(folder / report.name / "report", name, root)
-    readme = root / "README.md"
-    text = readme.read_text()
-    for mark, table in (("status", status(published, summary["device"])), *blocks(groups, name, kernels)):
-        text = fill(text, mark, table)
     with atomic_write(readme) as file:
         file.write(text.encode())
     print(f"{', '.join(groups)}: {results}/*_{name}.json and {readme}")

@@ -10,12 +10,13 @@ between the marks `<!-- likelihood:NAME -->` and `<!-- /likelihood:NAME -->`; a 
 
 from __future__ import annotations
 
+import itertools
 import json
+import operator
 import re
 import shutil
 import textwrap
-from collections.abc import Iterable, Sequence
-from functools import partial
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,10 @@ from scipy.stats import spearmanr
 from orders.figures import TITLES
 from scripts.gpu_tables import markdown
 from util.cli import Parser, exit_on_user_error
-from util.errors import UserError
+from util.data.images import load_rgb
+from util.errors import UserError, reading
 from util.files import atomic_write, write_json
-from util.readers import read_json
+from util.readers import read_json, read_text
 
 ROOT = Path(__file__).resolve().parents[1]
 PLOTS = {
@@ -60,25 +62,30 @@ def plus_minus(difference: Content | None) -> str:
     return f"{difference['mean']:+.3f} ± {difference['high'] - difference['mean']:.3f}"
 
 
-def matched(cells: Iterable[Content], evaluations: Iterable[Content]) -> list[Content]:
-    """The evaluations of the cells: kind, steps, guidance, bits per token and Fréchet distance of each."""
+def cell_key(row: Content) -> str:
+    """By which a cell of a likelihood and an evaluation with its order, schedule and thresholds are known."""
+    thresholds = [row[f"{name}_threshold"] for name in ("proximity", "repulsion")]
+    return json.dumps([row["order"], row["group_sizes"], *thresholds])
 
-    def key(row: Content) -> str:
-        thresholds = [row[f"{name}_threshold"] for name in ("proximity", "repulsion")]
-        return json.dumps([row["order"], row["group_sizes"], *thresholds])
 
-    bits = {key(row): row["bits_per_token"]["mean"] for row in cells if row["with_class"]}
+def matched(bits: Mapping[str, float], evaluation: Content) -> list[Content]:
+    """An evaluation with the bits per token of its cell: kind, steps, guidance and Fréchet distance; or nothing.
+
+    Args:
+        bits: of the cells, by their key.
+    """
+    settings = evaluation["settings"]
+    if cell_key(settings) not in bits:
+        return []
     return [
         {
-            "order": settings["order"],
+            "order": str(settings["order"]),
             "steps": len(settings["group_sizes"]),
-            "cfg": settings["cfg"],
-            "bits": bits[key(settings)],
-            "frechet_distance": evaluation["frechet_distance"],
-            "num_images": evaluation["num_images"],
+            "cfg": float(settings["cfg"]),
+            "bits": bits[cell_key(settings)],
+            "frechet_distance": float(evaluation["frechet_distance"]),
+            "num_images": operator.index(evaluation["num_images"]),
         }
-        for evaluation in evaluations
-        if key(settings := evaluation["settings"]) in bits
     ]
 
 
@@ -102,7 +109,7 @@ def draw_pairs(path: Path, pairs: Sequence[Content]) -> None:
 
     cfgs = sorted({pair["cfg"] for pair in pairs})
     orders = list(dict.fromkeys(pair["order"] for pair in pairs))
-    markers = dict(zip(sorted({pair["steps"] for pair in pairs}), "vo^sDP*X", strict=False))
+    markers = dict(zip(sorted({pair["steps"] for pair in pairs}), itertools.cycle("vo^sDP*X"), strict=False))
     figure = Figure(figsize=(5 * len(cfgs), 4.6), layout="constrained")
     for axis, cfg in zip(figure.subplots(1, len(cfgs), squeeze=False)[0], cfgs, strict=True):
         for pair in (pair for pair in pairs if pair["cfg"] == cfg):
@@ -145,15 +152,33 @@ def schedule_table(schedules: Sequence[Content]) -> str:
     return markdown(heads, lines)
 
 
+def schedule_paragraphs(schedules: Sequence[Content]) -> list[str]:
+    confirmed, seconds = (schedules[0]["found"][key] for key in ("confirmed_on", "seconds"))
+    several = schedules[0]["found"]["settings"]["orders_per_image"]
+    passes = max(schedule["found"]["passes"] for schedule in schedules)
+    return [
+        "### The searched schedule against the published one",
+        wrapped(
+            f"Locality-aware orders; {seconds:.0f} s of search each on half of the images (at most {passes:,} "
+            f"passes), bits per token of the {confirmed} others, {several} orders each. Thresholds are one for all "
+            "steps, or one for each from the second on."
+        ),
+        schedule_table(schedules),
+    ]
+
+
+def wrapped(text: str) -> str:
+    return textwrap.fill(text, width=120, break_on_hyphens=False)
+
+
 def section(name: str, title: str, results: Content, schedules: Sequence[Content], pairs: Sequence[Content]) -> str:
     """The Markdown of a section, in figures of these results alone."""
     rows, environment = results["cells"], results["environment"]
     packages = environment["packages"]
     each = results["orders_per_image"]
-    text = partial(textwrap.fill, width=120, break_on_hyphens=False)
     paragraphs = [
         f"## {title}",
-        text(
+        wrapped(
             f"{results['num_images']} held-out images, {each} order{'s' if each > 1 else ''} each where they vary, "
             f"given the class; {environment['device_type']}, Python {environment['python']}, torch "
             f"{packages['torch']}. Bits per token, less is better; ± is the standard error over images."
@@ -173,22 +198,11 @@ def section(name: str, title: str, results: Content, schedules: Sequence[Content
         ]
     paragraphs += [f"![{text}](images/likelihood_{name}_{plot}.png)" for plot, text in PLOTS.items()]
     if schedules:
-        confirmed, seconds = (schedules[0]["found"][key] for key in ("confirmed_on", "seconds"))
-        several = schedules[0]["found"]["settings"]["orders_per_image"]
-        passes = max(schedule["found"]["passes"] for schedule in schedules)
-        paragraphs += [
-            "### The searched schedule against the published one",
-            text(
-                f"Locality-aware orders; {seconds:.0f} s of search each on half of the images (at most {passes:,} "
-                f"passes), bits per token of the {confirmed} others, {several} orders each. Thresholds are one for all "
-                "steps, or one for each from the second on."
-            ),
-            schedule_table(schedules),
-        ]
+        paragraphs += schedule_paragraphs(schedules)
     if pairs:
         paragraphs += [
             "### Does likelihood predict the Fréchet distance?",
-            text(
+            wrapped(
                 f"The same cells generated and scored, {pairs[0]['num_images']:,} images each. Rank correlation "
                 "(Spearman) of bits per token and Fréchet distance: +1 if likelihood orders the cells as the distance "
                 "does."
@@ -199,48 +213,65 @@ def section(name: str, title: str, results: Content, schedules: Sequence[Content
     return "\n\n".join(paragraphs)
 
 
-def put(text: str, name: str, content: str) -> str:
-    """The page with the section replaced, or added at the end."""
-    begin, end = f"<!-- likelihood:{name} -->", f"<!-- /likelihood:{name} -->"
-    block = f"{begin}\n{content}\n{end}"
-    before, found, rest = text.partition(begin)
-    if not found:
-        return f"{text.rstrip()}\n\n{block}\n"
-    return before + block + rest.partition(end)[2]
-
-
-def publish(
-    name: str, title: str, likelihood: Path, schedules: Sequence[Path], evaluations: Sequence[Path], root: Path = ROOT
-) -> None:
-    """Write section, plots and figures of these runs under ``root``. UserError for files that are something else."""
-    if not re.fullmatch("[a-z0-9_]+", name):
-        raise UserError(f"the section's name {name!r} must be of small letters, digits and _.")
-    results = read_results(likelihood / "likelihood.json")
-    found = [read_results(path) for path in schedules]
-    scored = [read_results(path) for path in evaluations]
-    pairs = matched(results["cells"], scored)
-    images = root / "docs" / "images"
-    images.mkdir(parents=True, exist_ok=True)
-    for plot in PLOTS:
-        shutil.copy(likelihood / f"{plot}.png", images / f"likelihood_{name}_{plot}.png")
-    if pairs:
-        draw_pairs(images / f"likelihood_{name}_frechet.png", pairs)
+def figures(results: Content, schedules: Sequence[Content], pairs: Sequence[Content]) -> Content:
+    """What the repository keeps of the results: plain data without the long lists."""
     long = ("group_sizes", "step_bits", "step_stderr", "position_bits")
-    kept = {
+    return {
         **{key: results[key] for key in ("num_images", "orders_per_image", "seconds", "passes_per_sec", "environment")},
         "cells": [{key: value for key, value in row.items() if key not in long} for row in results["cells"]],
         "schedules": [
             {key: value for key, value in schedule.items() if key != "found"}
             | {key: value for key, value in schedule["found"].items() if key not in ("settings", "source")}
-            for schedule in found
+            for schedule in schedules
         ],
-        "evaluations": pairs,
+        "evaluations": list(pairs),
     }
+
+
+def put(text: str, name: str, content: str) -> str:
+    """The page with the section replaced, or added at the end. UserError where its end can't be found."""
+    begin, end = f"<!-- likelihood:{name} -->", f"<!-- /likelihood:{name} -->"
+    block = f"{begin}\n{content}\n{end}"
+    before, found, rest = text.partition(begin)
+    if not found:
+        return f"{text.rstrip()}\n\n{block}\n"
+    _, found, after = rest.partition(end)
+    if not found:
+        raise UserError(f"the page has '{begin}' without '{end}' behind it; add that where the section ends.")
+    return before + block + after
+
+
+def publish(
+    name: str, title: str, likelihood: Path, schedules: Sequence[Path], evaluations: Sequence[Path], root: Path
+) -> None:
+    """Write section, plots and figures of these runs under ``root``. UserError for files that are something else."""
+    if not re.fullmatch("[a-z0-9_]+", name):
+        raise UserError(f"the section's name {name!r} must be of small letters, digits and _.")
+    path, images, page = likelihood / "likelihood.json", root / "docs" / "images", root / "docs" / "likelihood.md"
+    results, found, pairs = read_results(path), [], []
+    with reading("results", path):
+        bits = {cell_key(row): float(row["bits_per_token"]["mean"]) for row in results["cells"] if row["with_class"]}
+    for other in schedules:
+        found.append(read_results(other))
+        with reading("results", other):
+            schedule_paragraphs(found[-1:])
+    for other in evaluations:
+        evaluation = read_results(other)
+        with reading("results", other):
+            pairs += matched(bits, evaluation)
+    with reading("results", path):
+        content, kept = section(name, title, results, found, pairs), figures(results, found, pairs)
+    text = put(read_text("page", page) if page.exists() else "# Likelihood under any order\n", name, content)
+    for plot in PLOTS:
+        load_rgb(likelihood / f"{plot}.png")  # a damaged one is not copied
+    images.mkdir(parents=True, exist_ok=True)
+    for plot in PLOTS:
+        shutil.copy(likelihood / f"{plot}.png", images / f"likelihood_{name}_{plot}.png")
+    if pairs:
+        draw_pairs(images / f"likelihood_{name}_frechet.png", pairs)
     write_json(root / "benchmarks" / "results" / f"likelihood_{name}.json", kept)
-    page = root / "docs" / "likelihood.md"
-    text = page.read_text() if page.exists() else "# Likelihood under any order\n"
     with atomic_write(page) as file:
-        file.write(put(text, name, section(name, title, results, found, pairs)).encode())
+        file.write(text.encode())
     print(f"{page}: section {name}, {len(results['cells'])} cells, {len(pairs)} of them scored")
 
 
@@ -249,10 +280,10 @@ def main() -> None:
     parser.add_argument("name", help="of the section's marks and files, such as digits")
     parser.add_argument("--title", required=True, help="heading of the section")
     parser.add_argument("--likelihood", type=Path, required=True, help="output folder of scripts.likelihood")
-    parser.add_argument("--schedules", type=Path, nargs="*", default=[], help="schedule files of scripts.find_schedule")
-    parser.add_argument("--evaluations", type=Path, nargs="*", default=[], help="results.json of main_lpd.py")
+    parser.add_argument("--schedules", type=Path, nargs="+", default=[], help="schedule files of scripts.find_schedule")
+    parser.add_argument("--evaluations", type=Path, nargs="+", default=[], help="results.json of main_lpd.py")
     args = parser.parse_args()
-    publish(args.name, args.title, args.likelihood, args.schedules, args.evaluations)
+    publish(args.name, args.title, args.likelihood, args.schedules, args.evaluations, ROOT)
 
 
 if __name__ == "__main__":

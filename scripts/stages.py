@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import signal
 import subprocess
@@ -17,10 +16,12 @@ from types import MappingProxyType
 from typing import Any
 
 from engine.scoring.features import INCEPTION
-from util.errors import UserError
+from util.errors import UserError, reading
 from util.files import atomic_write, write_json
-from util.signals import REQUEUE_STATUS
+from util.readers import read_json
+from util.signals import REQUEUE_STATUS, die_with_parent
 
+RECORD = "record of stages"
 # Exit statuses of a command stopped by SIGTERM: it saved, or had no handler; what it finished is on the disk.
 STOPPED = (REQUEUE_STATUS, -signal.SIGTERM)
 
@@ -50,8 +51,20 @@ class Stages:
             raise OutOfTime(f"time limit reached before {what}")
 
     def states(self) -> dict[str, dict[str, Any]]:
-        """``command``, ``seconds`` (over all calls) and ``finished`` of every stage, in the order they were begun."""
-        return json.loads(self.path.read_text()) if self.path.exists() else {}
+        """``command``, ``seconds`` (over all calls) and ``finished`` of every stage, in the order they were begun.
+
+        Raises:
+            UserError: if the file is damaged or something else.
+        """
+        if not self.path.exists():
+            return {}
+        states: dict[str, dict[str, Any]] = read_json(RECORD, self.path)
+        with reading(RECORD, self.path):
+            for name, state in states.items():
+                kinds = {"command": str, "seconds": float, "finished": bool}
+                if not all(isinstance(state[key], kind) for key, kind in kinds.items()):
+                    raise ValueError(f"the stage {name!r}")
+        return states
 
     def run(self, name: str, action: Callable[[], None], command: str, always: bool = False) -> None:
         """Run ``action`` unless it finished before under the same ``command``; record its time in any case.
@@ -90,6 +103,8 @@ class Stages:
             stoppable: whether the command saves on SIGTERM and resumes when run again. Others run to their end even
                 beyond the time limit, since their work would be lost.
 
+        It dies with this process, so that a killed one is not in the way of the next.
+
         Raises:
             UserError: if the command fails.
             OutOfTime: if it was stopped, or no time was left to begin it.
@@ -97,7 +112,9 @@ class Stages:
         arguments = [str(word) for word in words]
 
         def action() -> None:
-            process = subprocess.Popen([sys.executable, *arguments], stdout=subprocess.PIPE if output else None)
+            process = subprocess.Popen(
+                [sys.executable, *arguments], stdout=subprocess.PIPE if output else None, preexec_fn=die_with_parent
+            )
             try:
                 printed, _ = process.communicate(timeout=self.left() if stoppable else None)
             except subprocess.TimeoutExpired:

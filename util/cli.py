@@ -175,7 +175,7 @@ def _empty_texts(words: Sequence[str]) -> list[str]:
     return [
         f"{word.strip(' =') or before or 'a word'} is given an empty text."
         for before, word in itertools.pairwise(["", *words])
-        if not word.strip() or (word.startswith("--") and word.endswith("="))
+        if not word.strip() or (word.startswith("-") and "=" in word and not word.partition("=")[2].strip())
     ]
 
 

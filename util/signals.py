@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import logging
 import os
 import signal
@@ -13,6 +14,7 @@ logger = logging.getLogger(__name__)
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 REQUEUE_STATUS = os.EX_TEMPFAIL  # 75: everything is saved, the same command resumes
+PR_SET_PDEATHSIG = 1  # of Linux's prctl
 
 
 def exit_status(number: int) -> int:
@@ -55,3 +57,8 @@ def ignore_stop_signals(worker: int) -> None:
     """For processes that load data: a launcher signals all of them, but the step under way still needs its batches."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+
+
+def die_with_parent() -> None:
+    """Have Linux kill this process when the one that started it is gone, however that one ended."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)

@@ -9,6 +9,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from huggingface_hub import HfApi
+from huggingface_hub.utils import validate_repo_id
 
 from engine.hub.remote import TOKENIZERS, hub_errors
 from engine.model_choice import recorded_config
@@ -139,10 +140,15 @@ def push(folder: Path, repo: str, private: bool = False) -> str:
     """Upload an exported folder to the hub as ``repo``, which is created if it is not there yet; returns its URL.
 
     Raises:
-        UserError: if the folder does not hold an exported model, or the hub refuses it.
+        UserError: if the folder does not hold an exported model, whole, or the hub refuses it.
     """
+    with hub_errors(f"{repo} can't be uploaded"):
+        validate_repo_id(repo)
     content = load_checkpoint(folder / EXPORTED_MODEL)
     check_state(content["model"], _recorded_config(content, folder / EXPORTED_CONFIG), str(folder / EXPORTED_MODEL))
+    for path in (folder / name for name in TOKENIZERS):
+        if path.exists() and sha256(path) != content.get("tokenizer_sha256"):
+            raise UserError(f"{path} is damaged or not the one that was exported: its SHA-256 differs; export again.")
     api = HfApi()
     with hub_errors(f"{repo} can't be uploaded; log in with hf auth login, or set HF_TOKEN to a token that may write"):
         url = api.create_repo(repo, private=private, exist_ok=True)

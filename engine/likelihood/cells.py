@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +78,7 @@ def make_cells(
     for order in orders:
         config = vars(parse_order(order))
         for text in steps:
-            sizes = {"generation_steps": int(text)} if text.isdecimal() else {"group_sizes": text}
+            sizes = {"generation_steps": int(text)} if re.fullmatch(r"\d{1,9}", text) else {"group_sizes": text}
             found.append((order, OrderConfig(**config | sizes).for_grid(grid, seed)))
     found += [(file.name, OrderConfig(schedule_file=file).for_grid(grid, seed)) for file in schedule_files]
     cells = [Cell(order, Decoding(o, o.group_sizes, with_class)) for with_class in conditions for order, o in found]

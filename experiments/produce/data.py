@@ -18,9 +18,10 @@ import numpy as np
 from PIL import Image
 
 from experiments.produce.scales import IMG_SIZE
-from util.cli import Parser, exit_on_user_error
+from util.cli import Parser, exit_on_user_error, path_ending_in
 from util.data.images import load_rgb, write_image_archive
 from util.errors import UserError
+from util.files import check_output_file
 
 PARTS, KINDS = ("train", "val", "test"), ("Fruit", "Vegetables")
 TEST_SHARE, SEED = 0.15, 0
@@ -37,7 +38,7 @@ def find_photos(folder: Path) -> list[tuple[str, Path]]:
     for part in PARTS:
         for kind in KINDS:
             root = folder / part / kind
-            found += [(path.relative_to(root).parts[0], path) for path in root.rglob("*.jpg")]
+            found += [(path.relative_to(root).parts[0], path) for path in root.glob("*/**/*.jpg")]
     if not found:
         raise UserError(f"{folder} has no photos such as train/Fruit/Apple/…/*.jpg; give the folder named dataset.")
     return sorted(found, key=lambda photo: (photo[0], photo[1].relative_to(folder).as_posix()))
@@ -71,10 +72,9 @@ def make_archive(folder: Path, output: Path) -> None:
 def main() -> None:
     parser = Parser(prog="python -m experiments.produce.data", description=__doc__)
     parser.add_argument("dataset", type=Path, help="the folder named dataset of the public data set")
-    parser.add_argument("output", type=Path, help="image archive to write, .npz")
+    parser.add_argument("output", type=path_ending_in(".npz"), help="image archive to write, .npz")
     args = parser.parse_args()
-    if args.output.suffix != ".npz":
-        raise UserError(f"{args.output} must end in .npz, so that it is read as an image archive.")
+    check_output_file(args.output)
     make_archive(args.dataset, args.output)
 
 

@@ -10,7 +10,6 @@ resumes. python -m experiments.produce.data makes the photographs.
 from __future__ import annotations
 
 import io
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -36,9 +35,10 @@ from experiments.produce.scales import BALANCED, SCALES
 from orders.config import parse_shares
 from util.cli import exit_on_user_error
 from util.data.images import SPLITS, open_images, write_image_archive
-from util.errors import UserError
+from util.errors import UserError, reading
 from util.files import write_json
 from util.pictures import image_grid, save_png
+from util.readers import read_json
 
 
 def write_balanced(source: str, img_size: int, per_class: int, path: Path) -> None:
@@ -96,12 +96,14 @@ def read_likelihood(out: Path, model: Model) -> list[dict[str, Any]] | None:
     path = out / "likelihood" / model.name / "likelihood.json"
     if not path.exists():
         return None
-    found = json.loads(path.read_text())
-    if found["source"]["pretrained_ckpt"]["sha256"] != file_hashes(out, model)["checkpoint_sha256"]:
-        return None
-    return [
-        {name: cell[name] for name in ("order", "steps", "bits_per_token", "difference")} for cell in found["cells"]
-    ]
+    present = file_hashes(out, model)["checkpoint_sha256"]
+    with reading("likelihood", path):
+        found = read_json("likelihood", path)
+        if found["source"]["pretrained_ckpt"]["sha256"] != present:
+            return None
+        return [
+            {name: cell[name] for name in ("order", "steps", "bits_per_token", "difference")} for cell in found["cells"]
+        ]
 
 
 def neighbours(call: Call) -> None:
@@ -126,8 +128,12 @@ def neighbours_path(out: Path, model: Model) -> Path:
 def read_neighbours(out: Path, model: Model) -> dict[str, Any] | None:
     """What was measured of the present model; None if nothing was."""
     path = neighbours_path(out, model)
-    found = json.loads(path.read_text()) if path.exists() else {}
-    return found if found.items() >= file_hashes(out, model).items() else None
+    if not path.exists():
+        return None
+    present = file_hashes(out, model)
+    with reading("distances", path):
+        found: dict[str, Any] = read_json("distances", path)
+        return found if found.items() >= present.items() else None
 
 
 def pictures(call: Call) -> None:
@@ -176,7 +182,7 @@ def more_results(call: Call, folder: Path) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.exists() else None
+    return read_json("results", path) if path.exists() else None
 
 
 EXPERIMENT = Experiment(

@@ -31,6 +31,7 @@ from scripts.cli.node import TIME_LIMIT_SIGNAL, NodeTask, path_with_this_python 
 from util.cli import Parser, exit_on_user_error, from_args  # noqa: E402
 from util.config import check, record, setting  # noqa: E402
 from util.errors import UserError  # noqa: E402
+from util.files import check_output_dir  # noqa: E402
 
 # Settings that go to sbatch as they are.
 SBATCH_OPTIONS = ("job_name", "nodes", "partition", "account", "mem", "qos", "constraint", "exclude", "dependency")
@@ -38,7 +39,7 @@ SBATCH_OPTIONS = ("job_name", "nodes", "partition", "account", "mem", "qos", "co
 
 def minutes(time: str) -> int:
     """A time limit as sbatch takes it (minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM, D-HH:MM:SS) in minutes, rounded up."""
-    match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", time)
+    match = re.fullmatch(r"(?:(\d{1,9})-)?(\d{1,9})(?::(\d{1,9}))?(?::(\d{1,9}))?", time)
     if match is None:
         raise UserError(f"--time {time!r} is not a time limit; give minutes, HH:MM:SS or D-HH:MM:SS.")
     days, *rest = match.groups()
@@ -140,6 +141,7 @@ class SlurmExecutor(submitit.SlurmExecutor):
 
 
 def build_executor(job: JobConfig) -> SlurmExecutor:
+    check_output_dir(job.folder)
     python = shlex.quote(sys.executable)
     extra: dict[str, Any] = {"requeue": True, "chdir": ROOT}
     if job.nodes == 1:

@@ -13,7 +13,6 @@ Started by launch.sh, with torchrun's arguments, then the training script and it
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import fcntl
 import os
 import shutil
@@ -26,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-from util.signals import exit_status
+from util.signals import die_with_parent, exit_status
 
 # Signals that ask the workers to save and exit, and what is sent to them. Slurm sends SIGUSR2 (set by submitit).
 STOP_SIGNALS = {
@@ -40,7 +39,6 @@ TOLD_TO_EXIT = tuple(map(exit_status, STOP_SIGNALS))  # exit statuses of workers
 STATUS_FOLDER = "LPD_STATUS_FOLDER"  # environment variable for the workers
 PREFIX = "lpd_status_"  # of that folder's name
 POLL_SECONDS = 0.2
-PR_SET_PDEATHSIG = 1  # of Linux's prctl
 # How long they may take to save and exit after the first signal. One that has been stopped, or hangs on a file system,
 # would keep all others waiting; the job then ends without its last steps.
 STOP_SECONDS = 600.0
@@ -81,11 +79,6 @@ class Workers:
 def ignore_stop_signals() -> None:
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-
-
-def die_with_parent() -> None:
-    """Have Linux kill this process when the one that started it is gone, however that one ended."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 @contextlib.contextmanager

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 from scripts.cli import supervise
-from util.signals import exit_status
+from util.signals import die_with_parent, exit_status
 
 
 def _exit(number: int, frame: FrameType | None) -> None:
@@ -20,7 +20,7 @@ def _exit(number: int, frame: FrameType | None) -> None:
 
 
 def main() -> None:
-    supervise.die_with_parent()
+    die_with_parent()
     report = Path(os.environ[supervise.STATUS_FOLDER], os.environ["LOCAL_RANK"])
     partial = report.with_suffix(".partial")
 

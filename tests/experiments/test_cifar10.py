@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import io
 import json
+import re
 import runpy
 import shlex
 import subprocess
@@ -37,6 +38,7 @@ from tests.helpers.slurm_cluster import wait_until
 from util.data.images import open_images, write_image_archive
 from util.errors import UserError
 from util.files import write_json
+from util.folder_lock import FolderLock
 
 LOAD_FEATURE_EXTRACTOR = features.load_feature_extractor
 BLUE, OLIVE = (31, 119, 180), (188, 189, 34)  # of the first order in a plot, and of the last
@@ -167,7 +169,7 @@ def test_an_unfinished_sweep_has_a_page_too(tmp_path: Path) -> None:
         assert_not_blank(tmp_path / "cifar10_quality.png")
 
 
-def test_page_and_plots_are_made_from_the_json_alone(tmp_path: Path) -> None:
+def test_page_and_plots_are_made_from_the_json_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "report"
     (folder / "images").mkdir(parents=True)
     found = results(hoped_for)
@@ -191,6 +193,13 @@ def test_page_and_plots_are_made_from_the_json_alone(tmp_path: Path) -> None:
     (folder / "cifar10.json").write_text(json.dumps(found))
     with pytest.raises(UserError, match="--scale tiny"):
         REPORT.publish(folder, "test", tmp_path / "repository")
+    for damaged in ("{", "[]", json.dumps(found | {"cells": 3}), json.dumps(found | {"trainings": {}})):
+        (folder / "cifar10.json").write_text(damaged)
+        assert run_command(REPORT.main, folder) == 2
+        assert re.search(r"error: results .*cifar10\.json is truncated or damaged", capsys.readouterr().err)
+    assert (folder / "cifar10.md").read_text() == text
+    assert run_command(REPORT.main, folder, "--publish", "../x") == 2
+    assert "--publish '../x' must be letters" in capsys.readouterr().err
 
 
 def write_cells(out: Path, written: list[Cell], distance: float, lpd_distance: dict[float, float]) -> None:
@@ -228,6 +237,13 @@ def test_cells_of_an_older_model_are_left_out(tmp_path: Path) -> None:
     rows = cells.finished_rows(tmp_path, FULL)
     assert distances(rows, "lpd", 64) == [5]
     assert distances(rows, "lpd", 32) == []
+    of_cell = tmp_path / "eval" / tuning[0].name / "results.json"
+    for change in ({"frechet_distance": "5"}, {"frechet_distance": None}, {"class_accuracy": [1]}):
+        whole = of_cell.read_text()
+        of_cell.write_text(json.dumps(json.loads(whole) | change))
+        with pytest.raises(UserError, match=rf"{tuning[0].name}/results\.json is truncated or damaged"):
+            cells.finished_rows(tmp_path, FULL)
+        of_cell.write_text(whole)
     for name in ("tokenizer/tokenizer.pt", "classifier.pt"):
         (tmp_path / name).write_bytes(b"trained again")
         assert cells.finished_rows(tmp_path, FULL) == []
@@ -309,7 +325,8 @@ def test_wrong_arguments(tmp_path: Path, command: Callable[..., tuple[int, str, 
         (("--data", tmp_path / "nothing.npz"), "nothing.npz does not exist"),
         (("--data", tmp_path), "train is not a folder"),
         (("--data", tmp_path / "photos.npz", "--download"), "--download needs"),
-        (("--data", tmp_path / "photos.npz", "--time_limit", 0), "--time_limit 0"),
+        (("--data", tmp_path / "photos.npz", "--time_limit", 0), "--time_limit is 0.0"),
+        (("--data", tmp_path / "photos.npz", "--time_limit", "nan"), "--time_limit is nan"),
         (("--data", tmp_path / "photos.npz", "--inception_path", tmp_path / "x.pth"), "--inception_path"),
         (("--data", tmp_path / "photos.npz", "--output_dir", tmp_path / "photos.npz"), "is a file"),
     ):
@@ -329,6 +346,17 @@ def test_a_folder_keeps_its_number_of_epochs(tmp_path: Path, command: Callable[.
         status, _, errors = command(*arguments, *flags)
         assert status == 2
         assert "trained with --epochs 18" in errors
+
+
+def test_a_second_start_in_one_folder_is_refused(tmp_path: Path) -> None:
+    write_photos(tmp_path / "photos.npz", 3, 3)
+    arguments = ("--data", tmp_path / "photos.npz", "--output_dir", tmp_path / "out", "--device", "cpu")
+    command = [sys.executable, "-m", "experiments.cifar10.run", *map(str, arguments)]
+    with FolderLock(tmp_path / "out") as lock:
+        lock.acquire()
+        second = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert second.returncode == 2
+    assert "another process is writing to" in second.stderr
 
 
 def test_plan_needs_no_data(tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:

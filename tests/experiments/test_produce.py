@@ -68,6 +68,11 @@ def test_archive_from_the_public_data_set(tmp_path: Path, capsys: pytest.Capture
     assert run_command(data.main, tmp_path / "dataset" / "train", tmp_path / "photos.npz") == 2
     assert "give the folder named dataset" in capsys.readouterr().err
     assert run_command(data.main, tmp_path / "dataset", tmp_path / "photos") == 2
+    write_dataset(tmp_path / "dataset", ["train/Fruit/of_no_class.jpg"])
+    assert run_command(data.main, tmp_path / "dataset", tmp_path / "again.npz") == 0
+    assert (tmp_path / "again.npz").read_bytes() == (tmp_path / "photos.npz").read_bytes()
+    assert run_command(data.main, tmp_path / "dataset", "/proc/none/photos.npz") == 2
+    assert "output file /proc/none/photos.npz can't be used" in capsys.readouterr().err
 
 
 def test_statistics_are_of_equally_many_photos_of_each_class(tmp_path: Path) -> None:

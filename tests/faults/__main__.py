@@ -1,7 +1,7 @@
 """All faults, and the table of what they came to:
 
-    python -m tests.faults [--rounds 1] [--flags 1000] [--turns 3] [--only files flags disturbances] [--minutes 10] \\
-        [--output TABLE.md]
+    python -m tests.faults [--rounds 1] [--flags 1000] [--turns 3] [--only files flags disturbances] \\
+        [--commands "hub push" run.py] [--minutes 10] [--output TABLE.md]
 
 Exit status 1 if something ended in a traceback, hung, or gave a wrong result silently; each of these is printed.
 """
@@ -17,17 +17,18 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from tests.faults.commands import make_inputs, prepare_process
+from tests.faults.commands import COMMANDS, make_inputs, prepare_process
 from tests.faults.disturbances import Disturbances, may_mount
 from tests.faults.files import DamagedFiles
 from tests.faults.flags import BadFlags, add_odd_files, share_of
+from tests.faults.results import Command
 from tests.faults.worker import Kind, Outcome
 from util.cli import Parser, exit_on_user_error
 from util.files import atomic_write, check_output_file
@@ -49,20 +50,36 @@ class Faults:
         add_odd_files(folder / "inputs_of_flags")
         self.flags = BadFlags(folder / "inputs_of_flags", folder / "scratch")
 
-    def cases(self, rounds: int, flags: int, turns: int, only: Sequence[str] = GROUPS) -> list[Case]:
+    def cases(
+        self, rounds: int, flags: int, turns: int, only: Sequence[str] = GROUPS, commands: Collection[str] = COMMANDS
+    ) -> list[Case]:
         """Functions, each of which makes an outcome, and their arguments.
 
         Args:
             rounds: how often each kind of damage is done to each kind of file.
             flags: how many bad flags.
+            commands: names of those that are attacked.
             turns: how often a command is killed, started twice, and so on.
         """
         groups: dict[str, Callable[[], list[Case]]] = {
             "files": lambda: [(self.files.run, case) for case in self.files.cases(rounds)],
-            "flags": lambda: [(self.flags.run, (case,)) for case in share_of(list(self.flags.cases()), flags)],
+            "flags": lambda: [(self.flags.run, (case,)) for case in self.flags.cases()],
             "disturbances": lambda: list(self.disturbances.cases(turns)),
         }
-        return [case for name in only for case in groups[name]()]
+        found: list[Case] = []
+        for name in only:
+            chosen = [case for case in groups[name]() if _command(case) in commands]
+            found += share_of(chosen, flags) if name == "flags" else chosen
+        return found
+
+
+def _command(case: Case) -> str:
+    """The name of the command that a case attacks."""
+    if not case[1]:
+        return "train"  # the rank that is stopped
+    first = case[1][0]
+    command: Command | str = first if isinstance(first, Command) else first.command
+    return command.name if isinstance(command, Command) else command
 
 
 def table(outcomes: Iterable[Outcome]) -> str:
@@ -88,6 +105,7 @@ def main() -> None:
     parser.add_argument("--flags", type=int, default=1000, help="bad flags")
     parser.add_argument("--turns", type=int, default=3, help="of kills, full disks and double starts per command")
     parser.add_argument("--only", nargs="+", choices=GROUPS, default=GROUPS, help="(default: all)")
+    parser.add_argument("--commands", nargs="+", choices=COMMANDS, default=tuple(COMMANDS), help="(default: all)")
     parser.add_argument(
         "--minutes",
         type=float,
@@ -101,7 +119,7 @@ def main() -> None:
     start, found = time.monotonic(), []
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # what is synced to a disk takes longer
     with tempfile.TemporaryDirectory(prefix="faults_", dir=memory) as folder:
-        cases = Faults(Path(folder)).cases(args.rounds, args.flags, args.turns, args.only)
+        cases = Faults(Path(folder)).cases(args.rounds, args.flags, args.turns, args.only, args.commands)
         if math.isfinite(args.minutes):
             random.Random(0).shuffle(cases)
         for function, arguments in tqdm(cases):

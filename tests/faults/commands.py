@@ -1,16 +1,15 @@
 """The commands under attack: a valid command line of each on tiny inputs, and what of its results is compared.
 
-To add a command: a line in COMMANDS. Bad flags are made from its own parser.
+To add a command: a line in COMMANDS; those of experiments and publication stand in `published`. Bad flags are made from
+its own parser.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import shutil
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,105 +40,36 @@ import scripts.plots
 import scripts.tune_kernels
 import tokenizers.train
 from engine.evaluation import partial_results
-from orders.files import load_schedule
+from tests.faults.published import (
+    PUBLISHED,
+    keep_to_the_inputs,
+    write_finished_experiment,
+    write_published_inputs,
+)
+from tests.faults.results import (
+    Command,
+    codes,
+    compared,
+    drawn,
+    exported,
+    generated_orders,
+    likelihood,
+    nothing,
+    pictures,
+    printed_scores,
+    schedule,
+    scores,
+    statistics,
+    weights,
+)
 from tests.faults.worker import Running, call, compute, patched
 from tests.helpers.tiny_models import tiny_tokenizer, write_images
 from tokenizers import save_tokenizer
-from util.checkpoint import LAST, load_checkpoint
+from util.checkpoint import LAST
 from util.cli import Parser
 from util.data.images import write_image_archive
 
 SIZE, CLASSES = 16, {"ant": 5, "bee": 7}
-
-
-@dataclass(frozen=True)
-class Command:
-    """A command: `arguments` of the folder of inputs, with the output in OUT; `result` is compared between runs."""
-
-    name: str
-    main: Callable[[], None]
-    arguments: str
-    result: Callable[[Path, str], Any]
-    until: str | None = None  # pattern of what an unfinished run has in its output: such a run is resumed
-    measures: bool = False  # results are times; only what comes before the work is attacked
-
-    def words(self, out: Path) -> list[str]:
-        return [word.replace("OUT", str(out)) for word in self.arguments.split()]
-
-
-def _digest(parts: Iterable[bytes]) -> str:
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(part)
-    return digest.hexdigest()
-
-
-def _weights(path: Path) -> str:
-    state = load_checkpoint(path)["model"]
-    return _digest(part for name in sorted(state) for part in (name.encode(), state[name].numpy().tobytes()))
-
-
-def _file(path: Path) -> str:
-    return _digest([path.read_bytes()])
-
-
-def _codes(out: Path, said: str) -> Any:
-    arrays = [np.load(out / f"{name}.npy").tobytes() for name in ("codes", "codes_flip", "labels")]
-    return _digest(arrays), json.loads((out / "header.json").read_text())["classes"]
-
-
-def _scores(out: Path, said: str) -> Any:
-    results = json.loads((out / "results.json").read_text())
-    pictures = sorted((out / "images").glob("*.png"))
-    names = ("num_images", "frechet_distance", "class_accuracy")
-    figures = [round(results[name], 6) for name in names]
-    return figures, len(pictures), _digest(Image.open(path).tobytes() for path in pictures)
-
-
-def _printed_scores(out: Path, said: str) -> Any:
-    printed = json.loads(said.splitlines()[-1])
-    return round(printed["frechet_distance"], 6), printed["num_images"]
-
-
-def _statistics(out: Path, said: str) -> Any:
-    with np.load(out / "statistics.npz") as file:
-        return _digest(file[name].tobytes() for name in ("mu", "sigma"))
-
-
-def _exported(out: Path, said: str) -> Any:
-    described = json.loads((out / "config.json").read_text())
-    left = sorted(path.name for path in out.iterdir())
-    return _weights(out / "model.safetensors"), described["config"], described["classes"], left
-
-
-def _pictures(out: Path, said: str) -> Any:
-    names = sorted(path.name for path in out.iterdir())
-    return names, _digest(Image.open(path).tobytes() for path in sorted(out.glob("*.png")))
-
-
-def _likelihood(out: Path, said: str) -> Any:
-    cells = json.loads((out / "likelihood.json").read_text())["cells"]
-    return [(cell["name"], round(cell["bits_per_token"]["mean"], 6)) for cell in cells]
-
-
-def _schedule(out: Path, said: str) -> Any:
-    return len(load_schedule(out / "schedule.json", 4, 0).group_sizes)  # the rest depends on the time
-
-
-def _compared(out: Path, said: str) -> Any:
-    return [_scores(out / f"lpd_{steps}", said) for steps in (4, 2)], _file(out / "strip.png")
-
-
-def _drawn(name: str) -> Callable[[Path, str], Any]:
-    return lambda out, said: _digest([Image.open(out / name).tobytes()])
-
-
-def _orders(name: str) -> Callable[[Path, str], Any]:
-    return lambda out, said: _digest([orders.load_orders(out / name, 4).tobytes()])
-
-
-def _nothing(out: Path, said: str) -> Any:
-    return None
 
 
 _TRAIN = "--use_cached --cached_path codes --model lpd_debug --device cpu --epochs 4 --batch_size 4 --lr 1e-3"
@@ -158,90 +88,90 @@ COMMANDS = {
         Command(
             "train", main_lpd.main,
             f"{_TRAIN} --output_dir OUT --save_last_steps 2 --num_workers 0 --log_freq 1",
-            lambda out, said: _weights(out / LAST), until="checkpoint-last-1.pth",
+            lambda out, said: weights(out / LAST), until="checkpoint-last-1.pth",
         ),
         Command(
             "train on pictures", main_lpd.main,
             "--data_path pictures --img_size 16 --vqgan_path tokenizer.pt --model lpd_debug --device cpu --epochs 1 "
             "--batch_size 6 --num_workers 0 --output_dir OUT",
-            lambda out, said: _weights(out / LAST),
+            lambda out, said: weights(out / LAST),
         ),
         Command(
             "train from a checkpoint", main_lpd.main,
             f"{_TRAIN} --pretrained_ckpt run/{LAST} --epochs 1 --group_sizes_list schedules.json --output_dir OUT",
-            lambda out, said: _weights(out / LAST),
+            lambda out, said: weights(out / LAST),
         ),
         Command(
-            "evaluate", main_lpd.main, f"{_EVALUATE} --pretrained_ckpt run/{LAST} --output_dir OUT", _scores,
+            "evaluate", main_lpd.main, f"{_EVALUATE} --pretrained_ckpt run/{LAST} --output_dir OUT", scores,
             until="partial-*/part_*.npz",
         ),
         Command(
             "evaluate an export", main_lpd.main,
-            f"{_EVALUATE} --pretrained_ckpt exported --lpd_order_file orders.safetensors --output_dir OUT", _scores,
+            f"{_EVALUATE} --pretrained_ckpt exported --lpd_order_file orders.safetensors --output_dir OUT", scores,
         ),
         Command(
             "evaluate with files", main_lpd.main,
             f"{_EVALUATE} --pretrained_ckpt exported --lpd_order_file orders.json --group_sizes sizes.json "
-            "--output_dir OUT", _scores,
+            "--output_dir OUT", scores,
         ),
         Command(
             "evaluate a schedule", main_lpd.main,
-            f"{_EVALUATE} --pretrained_ckpt exported --schedule_file found/schedule.json --output_dir OUT", _scores,
+            f"{_EVALUATE} --pretrained_ckpt exported --schedule_file found/schedule.json --output_dir OUT", scores,
         ),
         Command(
             "cache", main_cache.main,
             "--data_path pictures --vqgan_path tokenizer.pt --img_size 16 --cached_path OUT --device cpu --batch_size "
-            "2 --num_workers 0", _codes, until=".parts/*.npz",
+            "2 --num_workers 0", codes, until=".parts/*.npz",
         ),
         Command(
             "cache an archive", main_cache.main,
             "--data_path pictures.npz:train --vqgan_path tokenizer.safetensors --img_size 16 --cached_path OUT "
-            "--device cpu --num_workers 0", _codes,
+            "--device cpu --num_workers 0", codes,
         ),
         Command(
             "cache a list", main_cache.main,
             "--data_path list.csv --class_names names.json --vqgan_path tokenizer.pt --img_size 16 --cached_path OUT "
-            "--device cpu --num_workers 0", _codes,
+            "--device cpu --num_workers 0", codes,
         ),
         Command(
             "convert a cache", main_cache.main,
             "--convert_from published --vqgan_path tokenizer.pt --img_size 16 --cached_path OUT --device cpu "
-            "--num_workers 0", _codes,
+            "--num_workers 0", codes,
         ),
         Command(
             "tokenizers.train", tokenizers.train.main,
             f"--data_path pictures --test_path pictures --output_dir OUT {_TOKENIZER} --steps 8 --batch_size 4 "
             "--eval_freq 2 --num_workers 0 --device cpu",
-            lambda out, said: _weights(out / "tokenizer.pt"), until="state.pth",
+            lambda out, said: weights(out / "tokenizer.pt"), until="state.pth",
         ),
         Command(
             "classifier", engine.classifier.main,
             "--data_path pictures --test_path pictures --img_size 16 --epochs 4 --batch_size 4 --device cpu "
-            "--output OUT/classifier.pt", lambda out, said: _weights(out / "classifier.pt"),
+            "--output OUT/classifier.pt", lambda out, said: weights(out / "classifier.pt"),
             until="classifier.pt.state.pth",
         ),
-        Command("metrics", engine.metrics.main, f"{_METRICS} --reference_statistics reference.npz", _printed_scores),
-        Command("statistics", engine.metrics.main, f"{_METRICS} --output OUT/statistics.npz", _statistics),
+        Command("metrics", engine.metrics.main, f"{_METRICS} --reference_statistics reference.npz", printed_scores),
+        Command("statistics", engine.metrics.main, f"{_METRICS} --output OUT/statistics.npz", statistics),
         Command(
-            "hub export", engine.hub.__main__.main, f"export run/{LAST} OUT --vqgan_path tokenizer.pt", _exported
+            "hub export", engine.hub.__main__.main, f"export run/{LAST} OUT --vqgan_path tokenizer.pt", exported
         ),
         Command(
-            "hub download", engine.hub.__main__.main, "download orders", _nothing, measures=True
+            "hub download", engine.hub.__main__.main, "download orders", nothing, measures=True
         ),
         Command(
             "orders generate", orders.__main__.main, "generate OUT/o.json --grid 4 --steps 4 --num 20 --workers 1",
-            _orders("o.json"),
+            generated_orders("o.json"),
         ),
         Command(
             "orders convert", orders.__main__.main, "convert orders.json OUT/o.safetensors --grid 4",
-            _orders("o.safetensors"),
+            generated_orders("o.safetensors"),
         ),
         Command(
             "orders stats", orders.__main__.main, "stats --file orders.safetensors --grid 4 --steps 4 --num 20",
             lambda out, said: said.split("\n", 1)[1],
         ),
         *(
-            Command(f"orders {name}", orders.__main__.main, f"{name} OUT/picture.{kind} --grid 4 --steps 4", _nothing)
+            Command(f"orders {name}", orders.__main__.main, f"{name} OUT/picture.{kind} --grid 4 --steps 4", nothing)
             for name, kind in (("draw", "png"), ("compare", "png"), ("animate", "gif"))
         ),
         Command(
@@ -252,36 +182,37 @@ COMMANDS = {
             "compare", engine.evaluation.compare.main,
             f"--pretrained_ckpt run/{LAST} --vqgan_path tokenizer.pt --orders lpd --steps 4 2 --num_images 8 "
             "--eval_bsz 4 --cfg 2 --feature_extractor classifier.pt --reference_statistics reference.npz --save_images "
-            "--device cpu --output_dir OUT", _compared,
+            "--device cpu --output_dir OUT", compared,
         ),
         Command(
             "likelihood", scripts.likelihood.main,
-            f"{_HELD_OUT} --orders lpd random --steps 4 2 --batch_size 2 --output_dir OUT", _likelihood,
+            f"{_HELD_OUT} --orders lpd random --steps 4 2 --batch_size 2 --output_dir OUT", likelihood,
             until="partial-*/part_*.npz",
         ),
         Command(
             "find_schedule", scripts.find_schedule.main,
-            f"{_HELD_OUT} --generation_steps 4 --budget_sec 0.2 --output_dir OUT", _schedule,
+            f"{_HELD_OUT} --generation_steps 4 --budget_sec 0.2 --output_dir OUT", schedule,
         ),
-        Command("generate", scripts.generate.main, f"{_PICTURES} --classes ant 1 --steps 4", _pictures),
+        Command("generate", scripts.generate.main, f"{_PICTURES} --classes ant 1 --steps 4", pictures),
         Command(
             "edit", scripts.edit.main, f"{_PICTURES} --image pictures/ant/photo.jpg --box 0,0,8,16 --class bee",
-            _pictures,
+            pictures,
         ),
-        Command("edit codes", scripts.edit.main, f"{_PICTURES} --codes picture.npy --mask mask.png", _pictures),
-        Command("plots loss", scripts.plots.main, "loss run --output OUT/loss.png", _drawn("loss.png")),
-        Command("plots quality", scripts.plots.main, "quality evaluated --output OUT/fid.png", _drawn("fid.png")),
+        Command("edit codes", scripts.edit.main, f"{_PICTURES} --codes picture.npy --mask mask.png", pictures),
+        Command("plots loss", scripts.plots.main, "loss run --output OUT/loss.png", drawn("loss.png")),
+        Command("plots quality", scripts.plots.main, "quality evaluated --output OUT/fid.png", drawn("fid.png")),
         Command(
             "plots attention", scripts.plots.main,
             f"attention --pretrained_ckpt run/{LAST} --vqgan_path tokenizer.pt --cached_path codes --steps 4 "
-            "--num_images 4 --device cpu --output OUT/attention.png", _drawn("attention.png"),
+            "--num_images 4 --device cpu --output OUT/attention.png", drawn("attention.png"),
         ),
         Command(
             "app", scripts.app.__main__.main,
-            f"--pretrained_ckpt run/{LAST} --vqgan_path tokenizer.pt --device cpu", _nothing, measures=True,
+            f"--pretrained_ckpt run/{LAST} --vqgan_path tokenizer.pt --device cpu", nothing, measures=True,
         ),
+        *PUBLISHED,
         *(
-            Command(f"benchmark {name}", module.main, "--output OUT/figures.json", _nothing, measures=True)
+            Command(f"benchmark {name}", module.main, "--output OUT/figures.json", nothing, measures=True)
             for name, module in {
                 "cache": scripts.benchmark_cache, "evaluation": scripts.benchmark_evaluation,
                 "latency": scripts.benchmark_latency, "orders": scripts.benchmark_orders,
@@ -345,16 +276,18 @@ def make_inputs(folder: Path) -> None:
     """A folder with all inputs, made by the commands themselves where they can be."""
     folder.mkdir(parents=True)
     compute(_write_inputs, folder)
+    compute(write_published_inputs, folder)
     for name, arguments in (
         ("cache", "--cached_path codes"),
         ("train", "--output_dir run"),
-        ("hub export", f"export run/{LAST} exported"),
+        ("hub export", f"export run/{LAST} exported --vqgan_path tokenizer.pt"),
         ("classifier", "--output classifier.pt"),
         ("statistics", "--output reference.npz"),
         ("orders generate", "generate orders.json --grid 4 --steps 4 --num 20"),
         ("orders convert", "convert orders.json orders.safetensors --grid 4"),
         ("evaluate", "--output_dir evaluated"),
         ("find_schedule", "--output_dir found"),
+        ("likelihood", "--output_dir likelihood"),
     ):
         command = COMMANDS[name]
         flags = arguments.split()
@@ -363,6 +296,7 @@ def make_inputs(folder: Path) -> None:
         ended = call(command.main, words, folder)
         if ended.status != 0:
             raise RuntimeError(f"{name} {words}: status {ended.status}\n{ended.err}")
+    compute(write_finished_experiment, folder)
 
 
 def stop_in_the_middle(command: Command, inputs: Path, out: Path, patterns: Iterable[str] = ()) -> None:
@@ -387,7 +321,10 @@ def stop_in_the_middle(command: Command, inputs: Path, out: Path, patterns: Iter
 
 
 def prepare_process() -> None:
-    """What the commands work with is imported here, once; evaluations and caches get parts of a few images."""
+    """What the commands work with is imported here, once; evaluations and caches get parts of a few images.
+
+    Nothing of this leaves the folders of the harness.
+    """
     import matplotlib.figure  # noqa: F401
     import timm  # noqa: F401
     import torch._dynamo
@@ -395,3 +332,4 @@ def prepare_process() -> None:
     torch.set_num_threads(1)
     partial_results.SAVE_INTERVAL_S = 0.0
     engine.cache.PART_SIZE = 4
+    keep_to_the_inputs()

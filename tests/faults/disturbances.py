@@ -23,7 +23,7 @@ from tests.helpers.tiny_run import flags, make_cache
 WRITERS = tuple(command for command in COMMANDS.values() if "OUT" in command.arguments and not command.measures)
 TWICE = (
     *("train", "evaluate", "cache", "tokenizers.train", "hub export", "compare", "likelihood", "find_schedule"),
-    *("classifier", "generate"),
+    *("classifier", "generate", "produce.run", "produce.data"),
 )
 TINY_DISK = 48 * 2**10  # bytes: too few for any of them
 STOP_S = 20.0  # what the stopped rank's supervisor is given here instead of its minutes

@@ -72,6 +72,24 @@ TARGETS = (
     Target("plots loss", "run/metrics.jsonl", free=True),
     Target("plots loss", "run/train_settings.json", free=True),
     Target("plots quality", "evaluated/results.json", free=True),
+    Target("produce.data", "shop/*/*/*/*/*.jpg", free=True),
+    *(
+        Target("produce.run report", f"produced/{pattern}", free=True)
+        for pattern in (
+            *("eval/*/results.json", "tokenizer/metrics.json", "lpd_random/metrics.jsonl", "contexts.json"),
+            *("neighbours/*.json", "likelihood/*/likelihood.json"),
+        )
+    ),
+    Target("produce.report", "report_produce/produce.json", free=True),
+    Target("cifar10.report", "report_cifar10/cifar10.json", free=True),
+    Target("publish_likelihood", "likelihood/likelihood.json", free=True),
+    Target("publish_likelihood", "likelihood/steps.png", free=True),
+    Target("publish_likelihood", "found/schedule.json", free=True),
+    Target("publish_likelihood", "evaluated/results.json", free=True),
+    Target("gpu_suite publish", "suite/summary.json", free=True),
+    Target("gpu_suite publish", "suite/latency_by_path.json", free=True),
+    Target("hub push", "exported/tokenizer.pt", free=True),
+    Target("produce.run", "OUT/stages.json", free=True),
     Target("likelihood", "OUT/partial-*/part_*.npz"),
     Target("train", "OUT/checkpoint-last.pth"),
     Target("train", "OUT/checkpoint-last.json"),
@@ -100,8 +118,12 @@ class DamagedFiles:
     def right(self, command: Command) -> Any:
         """The results of the undisturbed command."""
         if command.name not in self._right:
-            out = self.scratch / "undisturbed" / command.name
-            ended = call(command.main, command.words(out), self.inputs)
+            out = inputs = self.scratch / "undisturbed" / command.name
+            if command.in_place:
+                shutil.copytree(self.inputs, inputs, symlinks=True)
+            else:
+                inputs = self.inputs
+            ended = call(command.main, command.words(out), inputs)
             if ended.status != 0:
                 raise RuntimeError(f"{command.name}, undisturbed: status {ended.status}\n{ended.err}")
             self._right[command.name] = command.result(out, ended.out)
@@ -127,7 +149,8 @@ class DamagedFiles:
         command = COMMANDS[target.command]
         right = self.right(command)
         case, damage = self.scratch / "case", damages_of(Path(target.pattern))[number]
-        inputs, out = case / "inputs", case / "out"
+        inputs = case / "inputs"
+        out = inputs if command.in_place else case / "out"
         shutil.rmtree(case, ignore_errors=True)
         shutil.copytree(self.inputs, inputs, symlinks=True)
         where, pattern = inputs, target.pattern

@@ -32,6 +32,7 @@ NO_OUTPUTS = (
     "", "/proc/none/here", "/dev/null", "/dev/null/here", "/sys/here", "n" * 300, "d/" * 3000 + "x", "pictures.npz/x",
     "/proc/self/mem", "link_to_itself/x",
 )  # fmt: skip
+ODD_TEXTS = ("a\nrm -rf b", 'it\'s "odd" \\ $(touch ran) `touch ran` # --x', " ", "9" * 5000, "../../x")
 NO_INPUTS = ("", "nowhere", "/dev/null", "/dev/zero", "/proc/self/mem", "n" * 300, "pipe", "link_to_itself", "/")
 
 
@@ -51,12 +52,16 @@ class BadFlag:
     def words(self, out: Path) -> list[str]:
         """The command line, the value in the place of the one that is there, if there is one."""
         words, value = self.command.words(out), [] if self.value is None else [self.value]
+        parser = parser_of(self.command)
+        positionals = [other for other in parser._actions if not other.option_strings]
         if self.action.option_strings:
-            return [*words, self.name if self.value is None else f"{self.name}={self.value}"]
-        # Of subcommands: a word that names a file.
-        places = [place for place, word in enumerate(words) if place and not word.startswith("-")]
-        positionals = [other.dest for other in parser_of(self.command)._actions if not other.option_strings]
-        place = places[positionals.index(self.action.dest)]
+            flag = self.name if self.value is None else f"{self.name}={self.value}"
+            takes_all = any(other.nargs == argparse.REMAINDER for other in positionals)  # that follows
+            return [flag, *words] if takes_all else [*words, flag]
+        # A word that names a file, after that of the subcommand where there is one.
+        subcommand = parser.prog.endswith(f" {words[0]}")
+        places = [place for place, word in enumerate(words) if place >= subcommand and not word.startswith("-")]
+        place = places[[other.dest for other in positionals].index(self.action.dest)]
         return words[:place] + value + words[place + 1 :]
 
 
@@ -82,7 +87,9 @@ def _values(action: argparse.Action) -> Iterator[tuple[str | None, bool]]:
             yield value, value == ""  # others matter only where they are read
     else:
         yield "", True
-        yield "no such thing", action.choices is not None
+        listed = bool(action.choices or vars(action).get("setting", {}).get("choices"))
+        for value in ("no such thing", *(() if listed else ODD_TEXTS)):
+            yield value, listed
     if action.option_strings:
         yield None, True  # without its value
 
@@ -111,18 +118,21 @@ class BadFlags:
     def run(self, case: BadFlag) -> Outcome:
         out = self.scratch / "flags" / str(random.getrandbits(60))
 
-        def no_work(*arguments: Any) -> None:
-            scripts.benchmarking.read_config(*arguments)
+        def no_work(*_: Any) -> None:
             raise SystemExit(0)
+
+        def read_flags(*arguments: Any) -> None:
+            no_work(scripts.benchmarking.read_config(*arguments))
 
         # What follows the flags of these takes minutes, or never ends.
         module = sys.modules[case.command.main.__module__]
-        replaced = {"read_config": no_work, "serve": lambda *_: None}
+        starts = ("train_and_judge", "run_stages", "Suite", "submit", "run_here", "serve")
+        replaced = {"read_config": read_flags} | dict.fromkeys(starts, no_work)
         with contextlib.ExitStack() as stack:
             for name in replaced.keys() & vars(module).keys():
                 stack.enter_context(patched(module, name, replaced[name]))
             ended = call(case.command.main, case.words(out), self.inputs, LIMIT_S)
-        kind, said = judge(ended, lambda: not case.must)
+        kind, said = judge(ended, lambda: not case.must and case.command.sound(ended.out))
         if case.must and kind == Kind.REFUSED and ended.status != 2:
             kind = Kind.WRONG  # it was noticed, but not before work
         shown = "nothing" if case.value is None else repr(case.value[:40])

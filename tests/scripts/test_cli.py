@@ -113,6 +113,12 @@ def test_values_with_the_shells_characters_stay_values(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_a_folder_of_logs_that_cannot_be_made_is_named_before_anything_is_submitted() -> None:
+    result = run_py("--log_dir", "/proc/none/here", "--dry_run", "true")
+    assert result.returncode == 2
+    assert "the output folder /proc/none/here can't be used" in result.stderr
+
+
 def test_dry_run_on_one_node_without_gpus() -> None:
     """Guards against srun on one node, which would kill the task at once when the job is requeued."""
     result = run_py("-N", 1, "--gpus_per_node", 0, "--signal_delay", 30, "--dry_run", "true")
@@ -135,6 +141,8 @@ def test_time_limits_are_read_as_by_sbatch(time: str, expected: int) -> None:
         ((), "the command to run is missing"),
         (("-N", "0", "true"), "--nodes is 0"),
         (("-t", "soon", "true"), "--time 'soon'"),
+        (("-t", "9" * 5000, "true"), "is not a time limit"),
+        (("-A=", "true"), "-A is given an empty text"),
         (("-t", "2", "true"), "--signal_delay is 120"),
         (("-J", "../x", "true"), "--job_name '../x'"),
         (("--gpus_per_node", "-1", "true"), "--gpus_per_node is -1"),

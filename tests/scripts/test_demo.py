@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from orders.schedule import grid_group_sizes
 from tests.helpers.commands import ROOT
 from tests.helpers.commands import run as run_command
 from tests.helpers.pictures import assert_curve, assert_mosaic, assert_not_blank, assert_text, pixels_of
+from util.folder_lock import FolderLock
 
 
 @pytest.fixture
@@ -55,6 +58,11 @@ def test_quick_demo_from_start_to_table_and_again(tmp_path: Path, demo: Callable
 
 
 def test_wrong_arguments(tmp_path: Path, demo: Callable[..., tuple[int, str, str]]) -> None:
+    with FolderLock(tmp_path / "taken") as lock:
+        lock.acquire()
+        code = f"import sys, scripts.demo as d; sys.argv[1:] = ['--output_dir', {str(tmp_path / 'taken')!r}]; d.main()"
+        second = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert "another process is writing to" in second.stderr
     (tmp_path / "other").write_text("")
     for arguments, named in (
         (("--output_dir", tmp_path), "something else than a demo"),

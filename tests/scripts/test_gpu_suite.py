@@ -418,6 +418,29 @@ def test_what_means_nothing_is_not_published(tmp_path: Path, repository: Path) -
     assert (repository / "README.md").read_text() == before
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("summary.json", {"parts": [1]}), ("summary.json", {"device": None}), ("train.json", {"rows": 3}),
+        ("latency_by_path.json", {"results": [{}]}), ("summary.json", None), ("train.json", None),
+    ],
+)  # fmt: skip
+def test_damaged_results_are_named_and_nothing_is_published(
+    tmp_path: Path, repository: Path, name: str, change: dict[str, Any] | None
+) -> None:
+    """Guards against results that are half published, and a suite that resumes from a damaged summary."""
+    write_suite(tmp_path)
+    before = {path: path.read_bytes() for path in repository.rglob("*") if path.is_file()}
+    content = json.loads((tmp_path / name).read_text())
+    (tmp_path / name).write_text("{" if change is None else json.dumps(content | change))
+    with pytest.raises(UserError, match=r"damaged"):
+        gpu_tables.publish(tmp_path, "test", repository)
+    assert {path: path.read_bytes() for path in repository.rglob("*") if path.is_file()} == before
+    if name == "summary.json" and "device" not in (change or {}):
+        with pytest.raises(UserError, match=r"summary\.json is truncated or damaged"):
+            suite_of(tmp_path, [])
+
+
 def test_the_readme_says_what_was_measured() -> None:
     """All marks are there once; a table without a published result says that there is none."""
     text = (ROOT / "README.md").read_text()

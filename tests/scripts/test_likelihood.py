@@ -20,7 +20,7 @@ import scripts.likelihood
 from models.lpd import LPD, LPDConfig
 from orders import generate_orders, save_orders
 from orders.files import load_schedule
-from scripts.publish_likelihood import publish
+from scripts.publish_likelihood import publish, put
 from tests.helpers.commands import run
 from tests.helpers.pictures import assert_not_blank, assert_text, pixels_of
 from tests.helpers.tiny_models import far_from_initialisation, tiny_tokenizer, write_images
@@ -267,7 +267,7 @@ def test_a_section_of_the_page(likelihood: Command, folder: Path, tmp_path: Path
         result["settings"]["cfg"] = 1.0
         evaluations.append(tmp_path / f"{number}.json")
         evaluations[-1].write_text(json.dumps(result))
-    other = json.loads(evaluations[0].read_text())
+    evaluated, other = (json.loads(evaluations[0].read_text()) for _ in range(2))
     other["settings"]["group_sizes"] = [1, 15]
     evaluations.append(tmp_path / "other.json")
     evaluations[-1].write_text(json.dumps(other))
@@ -294,3 +294,24 @@ def test_a_section_of_the_page(likelihood: Command, folder: Path, tmp_path: Path
         publish("Two", "Second", tmp_path / "out", [], [], tmp_path)
     with pytest.raises(UserError, match="does not exist"):
         publish("two", "Second", tmp_path / "nowhere", [], [], tmp_path)
+    before = page.read_text()
+    evaluations[0].write_text(json.dumps(other | {"frechet_distance": "small", "settings": evaluated["settings"]}))
+    with pytest.raises(UserError, match=r"results .*/0\.json is truncated or damaged"):
+        publish("two", "Second", tmp_path / "out", [], evaluations, tmp_path)
+    (tmp_path / "out" / "steps.png").write_bytes(b"")
+    with pytest.raises(UserError, match=r"steps\.png' can't be read"):
+        publish("two", "Second", tmp_path / "out", [], [], tmp_path)
+    (tmp_path / "out" / "likelihood.json").write_text(json.dumps({"cells": [1]}))
+    with pytest.raises(UserError, match=r"likelihood\.json is truncated or damaged"):
+        publish("two", "Second", tmp_path / "out", [], [], tmp_path)
+    assert page.read_text() == before
+
+
+def test_a_section_without_its_end_is_refused() -> None:
+    """Guards against the rest of the page lost, by hand or by another section."""
+    text = put("# Page\n", "one", "first")
+    assert put(put(text, "two", "second"), "one", "again").count("<!-- ") == 4
+    with pytest.raises(UserError, match="<!-- /likelihood:one -->"):
+        put(text.replace("<!-- /likelihood:one -->", ""), "one", "again")
+    with pytest.raises(UserError, match="<!-- /likelihood:one -->"):
+        put("<!-- /likelihood:one -->\n" + text.replace("<!-- /likelihood:one -->", "By hand."), "one", "again")

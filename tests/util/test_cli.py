@@ -201,7 +201,7 @@ def test_defects_keep_their_traceback(error: Exception) -> None:
 
 @dataclass(frozen=True)
 class Command:
-    output: Path = setting(Path("here"), "a path")
+    output: Path = setting(Path("here"), "a path", aliases=("-o",))
     name: str = setting("", "a text")
     counts: tuple[int, ...] = setting((1,), "numbers")
 
@@ -211,6 +211,8 @@ class Command:
     [
         (["--output", ""], "--output is given an empty text"),
         (["--output="], "--output is given an empty text"),
+        (["-o="], "-o is given an empty text"),
+        (["--name= "], "--name is given an empty text"),
         (["--name", " "], "--name is given an empty text"),
         (["--counts", "1", str(2**63)], "--counts is a number of more than 64 bits"),
         (["--counts", "-9223372036854775809"], "--counts is a number of more than 64 bits"),

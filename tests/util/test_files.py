@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tests.helpers.commands import ROOT
-from util.errors import UserError
+from util.errors import UserError, reading
 from util.files import atomic_write, check_output_dir, check_output_file, refuse_link
 
 
@@ -96,3 +96,6 @@ def test_a_full_disk_is_told_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(OSError, match="No space left"), atomic_write(tmp_path / "a.pt") as file:
         torch.save({}, file)
     assert not list(tmp_path.iterdir())
+    (tmp_path / "whole.json").touch()
+    with pytest.raises(OSError, match="No space left"), reading("file", tmp_path / "whole.json"):
+        raise OSError(errno.ENOSPC, "No space left on device")  # of what is written from it

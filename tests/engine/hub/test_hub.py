@@ -473,6 +473,12 @@ def test_mistakes_in_export_and_push(
     export(checkpoint, tmp_path / "exported")
     with pytest.raises(UserError, match=re.escape("a..b")):
         push(tmp_path / "exported", "a..b/c")
+    export(checkpoint, tmp_path / "exported", vqgan_path=tmp_path / "tok.pt")
+    with open(tmp_path / "exported" / "tokenizer.pt", "ab") as file:
+        file.write(b"0")
+    with pytest.raises(UserError, match=r"tokenizer\.pt is damaged or not the one"):
+        push(tmp_path / "exported", "user/model")
+    export(checkpoint, tmp_path / "exported")
     monkeypatch.setenv("HF_TOKEN", "hf_wrong")
     with pytest.raises(UserError, match="hf auth login"):
         push(tmp_path / "exported", "user/model")

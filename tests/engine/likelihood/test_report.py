@@ -53,6 +53,7 @@ def test_orders_as_they_are_written(tmp_path: Path) -> None:
         (["lpd"], ["0"], "generation_steps is 0"),
         (["lpd"], ["1,2"], "sum to 3"),
         (["lpd"], ["few"], "'few' must be positive integers"),
+        (["lpd"], ["9" * 5000], "must be positive integers"),
         (["lpd", "raster"], ["4", "4"], "lpd/4 is asked for twice"),
         (["none.json"], ["4"], "none.json does not exist"),
     ],
