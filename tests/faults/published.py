@@ -169,7 +169,8 @@ def write_finished_experiment() -> None:
     for name in TINY.trainings:
         lines = (json.dumps(line) for line in known["trainings"][name]["loss_curve"])
         (out / name / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-        write_json((out / name / LAST).with_suffix(".json"), {"epoch": 2, "args": {"epochs": 2}})
+        trained = {"epoch": 2, "args": {"epochs": 2}, "config": known["trainings"][name]["model"]}
+        write_json((out / name / LAST).with_suffix(".json"), trained)
     hashes = cells.file_hashes(out, first)
     write_json(out / "neighbours" / f"{first.name}.json", known["neighbours"]["lpd_random"] | hashes)
     source = {"pretrained_ckpt": {"sha256": hashes["checkpoint_sha256"]}}
