@@ -23,10 +23,10 @@ from scripts.stages import TRAINING_STAGES, OutOfTime, Stages, train_and_judge
 from util.checkpoint import LAST
 from util.cli import Parser
 from util.config import setting
-from util.data.images import CIFAR10_FOLDER, open_images, write_image_archive
+from util.data.images import CIFAR10_FOLDER, SPLITS, open_images, write_image_archive
 from util.dist import DeviceConfig, Dist, resolve_device
 from util.errors import UserError, reading
-from util.files import check_output_dir
+from util.files import check_output_dir, write_json
 from util.folder_lock import FolderLock
 from util.logger import setup_logging
 from util.readers import read_json
@@ -176,8 +176,7 @@ class Experiment:
 
             CIFAR10(args.data.parent, download=True)
         splits = split_paths(args.data)
-        for path in splits:
-            open_images(path, scale.img_size)
+        check_photos(args.output_dir, splits, scale.img_size)
         if scale.subset is None:
             return splits
         path = args.output_dir / f"subset{scale.subset}.npz"
@@ -206,6 +205,16 @@ def write_subset(splits: tuple[str, str], scale: Scale, path: Path) -> None:
             labels.append(int(images.labels[index]))
             numbers.append(number)
     write_image_archive(path, files, labels, images.classes, numbers)
+
+
+def check_photos(out: Path, splits: tuple[str, str], img_size: int) -> None:
+    """Raise UserError if an output folder holds work on other photos; write down which they are if it holds none."""
+    path, record = out / "photos.json", "record of photos"
+    photos = {name: open_images(split, img_size).fingerprint() for name, split in zip(SPLITS, splits, strict=True)}
+    if not path.exists():
+        write_json(path, photos)
+    elif read_json(record, path) != photos:
+        raise UserError(f"{out} holds work on other photos than those of --data; give another --output_dir.")
 
 
 def check_epochs(out: Path, scale: Scale) -> None:

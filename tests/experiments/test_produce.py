@@ -252,14 +252,25 @@ def command(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) 
     return call
 
 
-def write_photos(path: Path) -> None:
-    rng = np.random.default_rng(0)
+def write_photos(path: Path, seed: int = 0) -> None:
+    rng = np.random.default_rng(seed)
     files, labels = [], [0, 1] * 20
     for label in labels:
         file = io.BytesIO()
         photo(rng, 64, 64, 3 + 4 * label).save(file, "JPEG")
         files.append(file.getvalue())
     write_image_archive(path, files, labels, ["fine", "coarse"], [0] * 30 + [1] * 10)
+
+
+def test_a_folder_holds_work_on_one_set_of_photos(tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
+    """Guards against statistics and judges of other photos than those that the models are trained on."""
+    for name, seed in (("a", 0), ("b", 1)):
+        write_photos(tmp_path / f"{name}.npz", seed)
+    arguments = "--output_dir", tmp_path / "out", "--stage", "contexts", "--data"
+    assert command(*arguments, tmp_path / "a.npz")[0] == 0
+    assert command(*arguments, tmp_path / "a.npz")[0] == 0
+    status, _, errors = command(*arguments, tmp_path / "b.npz")
+    assert (status, "other photos than those of --data" in errors) == (2, True)
 
 
 @pytest.mark.slow
