@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import itertools
 import os
 import signal
@@ -278,6 +279,9 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
         _say_once(f"error: {sentence}")
         raise SystemExit(2 if isinstance(error, UserError) else 1) from None
     except OSError as error:  # what is not of a file is a defect of the program
+        if error.errno == errno.ENAMETOOLONG:
+            _say_once(f"error: the path {str(error.filename)[:60]}… is longer than this system allows.")
+            raise SystemExit(2) from None
         if error.errno not in DISK_FULL and error.filename is None:
             raise
         problem = "the disk is full" if error.errno in DISK_FULL else f"{error.filename} can't be read or written"

@@ -8,7 +8,6 @@ of the configuration (made by :func:`part`); flags and records are flat, so name
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field
 from pathlib import Path
@@ -21,6 +20,7 @@ from util.errors import refuse
 MAX_SIDE = 2**13  # pixels of a picture
 MAX_WORKERS = 1024  # processes, threads
 MAX_COUNT = 2**24  # classes, codes, widths
+MAX_NUMBER = 1e30  # far enough below the largest float32
 
 
 def setting(
@@ -40,7 +40,7 @@ def setting(
 
     Args:
         default: its value where none is given; without one the setting is required.
-        at_least, above, at_most, below: its range, None where it is open. Floats are finite in any case.
+        at_least, above, at_most, below: its range, None where it is open. Floats are at most 1e30 in any case.
         choices: the strings it may be.
         parse: what turns the text of a flag into the value, where the type of the field does not do.
         note: what messages about a value out of range add.
@@ -111,10 +111,13 @@ def _problem_of(name: str, value: Any, given: Mapping[str, Any]) -> str | None:
         "at most": lambda limit: value <= limit,
         "below": lambda limit: value < limit,
     }
-    infinite = isinstance(value, float) and not math.isfinite(value)
-    if not infinite and all(within[words](limit) for words, limit in limits.items()):
+    too_large = isinstance(value, float) and not abs(value) <= MAX_NUMBER  # not a number either
+    if not too_large and all(within[words](limit) for words, limit in limits.items()):
         return None
-    wanted = " and ".join(f"{words} {_figure(limit)}" for words, limit in limits.items()) or "a finite number"
+    if too_large:
+        limits |= {} if limits.keys() & {"at least", "above"} else {"at least": -MAX_NUMBER}
+        limits |= {} if limits.keys() & {"at most", "below"} else {"at most": MAX_NUMBER}
+    wanted = " and ".join(f"{words} {_figure(limit)}" for words, limit in limits.items())
     note = f" ({given['note']})" if given["note"] else ""
     return f"{name} is {value}; it must be {wanted}{note}."
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+import threading
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from tqdm import tqdm
 
 import engine.cache
 import engine.classifier
@@ -330,6 +332,9 @@ def prepare_process() -> None:
     import torch._dynamo
 
     torch.set_num_threads(1)
+    # Bars of started commands would share a lock with this process's, and a killed one would never give it back.
+    tqdm.monitor_interval = 0
+    tqdm.set_lock(threading.RLock())
     partial_results.SAVE_INTERVAL_S = 0.0
     engine.cache.PART_SIZE = 4
     keep_to_the_inputs()

@@ -24,7 +24,7 @@ LIMIT_S = 60.0  # of a case; an undisturbed one takes about a second of a core's
 MEMORY = 6 * 2**30  # bytes of address space that a case may have beyond those of this process
 _WARNING = re.compile(r"^(\d\d:\d\d:\d\d (\[rank \d+\] )?[WE] |warning: )", re.MULTILINE)
 
-_CURSOR = re.compile(r"\x1b\[\w")  # what progress bars move it by
+_CURSOR = re.compile(r"\x1b\[\w")  # what progress bars move it by; they leave blanks, too
 
 
 class Kind(enum.Enum):
@@ -58,7 +58,8 @@ class Ended:
 
     @property
     def refusals(self) -> list[str]:
-        return [line for line in _CURSOR.sub("", self.err).splitlines() if line.startswith("error: ")]
+        lines = (line.lstrip() for line in _CURSOR.sub("", self.err).splitlines())
+        return [line for line in lines if line.startswith("error: ")]
 
 
 @dataclass(frozen=True)

@@ -188,6 +188,15 @@ def test_what_the_machine_refuses_is_one_sentence(
     assert line.startswith(f"error: {sentence}")
 
 
+def test_a_path_that_is_too_long_is_bad_input(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        exit_on_user_error(lambda: print((tmp_path / ("d/" * 3000)).is_dir()))
+    assert caught.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "is longer than this system allows" in line
+    assert len(line) < 150
+
+
 @pytest.mark.parametrize("error", [RuntimeError("shapes differ"), OSError("no number"), KeyError("x")])
 def test_defects_keep_their_traceback(error: Exception) -> None:
     """Guards against hiding them behind a sentence about the machine."""
@@ -204,6 +213,11 @@ class Command:
     output: Path = setting(Path("here"), "a path", aliases=("-o",))
     name: str = setting("", "a text")
     counts: tuple[int, ...] = setting((1,), "numbers")
+    rate: float = setting(1.0, "a number", above=0)
+    shift: float = setting(0.0, "a number")
+
+    def __post_init__(self) -> None:
+        check(self)
 
 
 @pytest.mark.parametrize(
@@ -216,6 +230,9 @@ class Command:
         (["--name", " "], "--name is given an empty text"),
         (["--counts", "1", str(2**63)], "--counts is a number of more than 64 bits"),
         (["--counts", "-9223372036854775809"], "--counts is a number of more than 64 bits"),
+        (["--rate", "1e300"], r"--rate is 1e\+300; it must be above 0 and at most 1e\+30"),
+        (["--rate", "nan"], r"--rate is nan; it must be above 0 and at most 1e\+30"),
+        (["--shift=-inf"], r"--shift is -inf; it must be at least -1e\+30 and at most 1e\+30"),
     ],
 )
 def test_empty_texts_and_absurd_numbers_are_refused(words: list[str], sentence: str) -> None:
