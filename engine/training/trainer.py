@@ -27,6 +27,7 @@ from engine.training.resume import check_continues
 from engine.training.step import TrainStep
 from engine.training.stop import StopRequest
 from engine.training.trackers import Tracker
+from engine.training.validation import what_limits
 from models.flops import training_flops
 from models.lpd import LPD
 from orders.config import parse_shares
@@ -38,6 +39,7 @@ from util.data.sampler import GlobalBatchSampler
 from util.dist import Dist
 from util.errors import UserError
 from util.lr_sched import learning_rate
+from util.readers import read_json_lines
 
 logger = logging.getLogger(__name__)
 
@@ -166,6 +168,10 @@ class Trainer:
                 if self._after_step(step + 1, lr):
                     return self.stop.signal or signal.SIGTERM
         logger.info("the training is finished: %d steps of %d are done", self.last_step, self.total_steps)
+        if self.dist.is_main and self.last_step == self.total_steps:
+            lines = read_json_lines(folder / "metrics.jsonl", "epoch")
+            if (limit := what_limits(lines)) is not None:
+                logger.warning("%s", limit)
         return None
 
     def _log_start(self) -> None:

@@ -6,7 +6,7 @@ Shape legend: `B` images of a chunk, `L` tokens of an image.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
@@ -22,7 +22,32 @@ from util.dist import Dist
 
 # Not the run's: runs of other seeds are measured on the same orders.
 SEED = 0x76616C
+NOTICEABLE = 0.01  # nats per token: of one model against another on the same images and orders
 CHUNK = 32  # images that share a schedule of group sizes
+
+
+def what_limits(lines: Sequence[Mapping[str, float]]) -> str | None:
+    """What a finished training's validation losses say about its length; None if nothing.
+
+    Args:
+        lines: of metrics.jsonl, those with ``val_loss`` and ``epoch``; ``val_loss_ema`` counts where there is one.
+    """
+    losses = {line["epoch"]: line.get("val_loss_ema", line["val_loss"]) for line in lines if "val_loss" in line}
+    if len(losses) < 2:
+        return None
+    end, best = max(losses), min(losses, key=losses.__getitem__)
+    if losses[end] > losses[best] + NOTICEABLE:
+        return (
+            f"the validation loss was least after epoch {best:g}, {losses[best]:.3f}, and is {losses[end]:.3f} now: "
+            "the model learns its images by heart; fewer --epochs, a smaller --model or more images help"
+        )
+    before = [loss for epoch, loss in losses.items() if end / 2 <= epoch <= end * 2 / 3]
+    if before and losses[end] < before[-1] - NOTICEABLE:
+        return (
+            f"the validation loss was still falling, by {before[-1] - losses[end]:.3f} in the last third: more "
+            "--epochs in another --output_dir make a better model"
+        )
+    return None
 
 
 class Validation:

@@ -15,7 +15,7 @@ import main_cache
 import main_lpd
 from engine.training.batch import draw_samples
 from engine.training.config import TrainConfig
-from engine.training.validation import CHUNK, SEED, Validation
+from engine.training.validation import CHUNK, SEED, Validation, what_limits
 from models.lpd import LPD, LPDConfig
 from tests.helpers.commands import run
 from tests.helpers.processes import ALONE, in_processes
@@ -154,3 +154,26 @@ def test_images_and_their_codes_give_the_same_loss(tmp_path: Path, capsys: pytes
         assert message in capsys.readouterr().err
     assert run(main_lpd.main, *base, "--val_path", tmp_path / "train", "--output_dir", tmp_path / "x", "--dry_run") == 0
     assert "can't show overfitting" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("losses", "sentence"),
+    [
+        ([5.0, 4.5, 4.4, 4.405, 4.43, 4.5], "least after epoch 3, 4.400, and is 4.500 now"),
+        ([5.0, 4.8, 4.7, 4.6, 4.55, 4.5], "still falling, by 0.100 in the last third"),
+        ([5.0, 4.5, 4.4, 4.401, 4.4, 4.401], None),
+        ([5.0], None),
+        ([], None),
+    ],
+)
+def test_a_training_says_whether_it_was_too_short_or_too_long(losses: list[float], sentence: str | None) -> None:
+    lines = [{"epoch": 0.5, "loss": 5.0}, *({"epoch": n, "val_loss": loss} for n, loss in enumerate(losses, start=1))]
+    said = what_limits(lines)
+    assert said is None if sentence is None else said is not None and sentence in said
+    averaged = [line | {"val_loss": 1.0, "val_loss_ema": line["val_loss"]} for line in lines if "val_loss" in line]
+    assert what_limits(averaged) == said
+
+
+def test_a_finished_training_says_so_in_its_log(cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trained(cache, config(tmp_path, epochs=6, lr=3e-3))
+    assert "the validation loss was" in caplog.text
