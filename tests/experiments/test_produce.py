@@ -339,6 +339,7 @@ def test_what_was_measured_of_other_weights_or_steps_is_done_again(
         (run.contexts, {"steps": (16,)}),
         (run.likelihood, {"steps": (16,)}),
     ):
+        ran(stage)
         assert len(ran(stage, **changes)) == 1, changes
 
 

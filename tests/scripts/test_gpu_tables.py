@@ -10,9 +10,11 @@ from typing import Any
 
 import pytest
 
+from experiments.produce.report import REPORT as PRODUCE
 from scripts import gpu_tables
 from scripts.gpu_suite import Suite, SuiteConfig
 from tests.helpers.commands import ROOT
+from tests.helpers.experiment_results import produce_results
 from tests.helpers.gpu_results import GPU, REVISION, write_suite
 from util.errors import UserError
 from util.files import write_json
@@ -141,6 +143,7 @@ def test_what_means_nothing_is_not_published(tmp_path: Path, repository: Path) -
     [
         ("summary.json", {"parts": [1]}), ("summary.json", {"device": None}), ("train.json", {"rows": 3}),
         ("latency_by_path.json", {"results": [{}]}), ("summary.json", None), ("train.json", None),
+        ("latency_lpd_l_res256_steps20.json", {"results": [{}]}), ("orders.json", {"drawing": [{}]}),
     ],
 )  # fmt: skip
 def test_damaged_results_are_named_and_nothing_is_published(
@@ -151,12 +154,50 @@ def test_damaged_results_are_named_and_nothing_is_published(
     before = {path: path.read_bytes() for path in repository.rglob("*") if path.is_file()}
     content = json.loads((tmp_path / name).read_text())
     (tmp_path / name).write_text("{" if change is None else json.dumps(content | change))
-    with pytest.raises(UserError, match=r"damaged"):
+    with pytest.raises(UserError, match=rf"(summary|result) \S*/{name} is truncated or damaged"):
         gpu_tables.publish(tmp_path, "test", repository)
     assert {path: path.read_bytes() for path in repository.rglob("*") if path.is_file()} == before
     if name == "summary.json" and "device" not in (change or {}):
         with pytest.raises(UserError, match=r"summary\.json is truncated or damaged"):
             Suite([], tmp_path, SuiteConfig(output_dir=tmp_path), GPU)
+
+
+def test_damaged_results_of_an_earlier_publication_are_named(tmp_path: Path, repository: Path) -> None:
+    write_suite(tmp_path)
+    earlier = repository / "benchmarks" / "results" / "tests_test.json"
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    del summary["parts"]["tests"]
+    write_json(tmp_path / "summary.json", summary)
+    write_json(earlier, {"parts": {}})
+    with pytest.raises(UserError, match=r"published results .*tests_test\.json is truncated or damaged"):
+        gpu_tables.publish(tmp_path, "test", repository)
+    assert list(earlier.parent.iterdir()) == [earlier]
+
+
+def test_reports_of_experiments_are_published_with_the_suite_or_nothing_is(tmp_path: Path, repository: Path) -> None:
+    """Guards against half a publication, and files outside the repository."""
+    write_suite(tmp_path)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    summary["parts"]["produce"] = summary["parts"]["orders"] | {"group": "photos", "result": "produce/report"}
+    write_json(tmp_path / "summary.json", summary)
+    folder, results = PRODUCE.folder(tmp_path / "produce"), produce_results()
+    unnamed = {name: value for name, value in results.items() if name != "experiment"}
+    before = {path: path.read_bytes() for path in repository.rglob("*") if path.is_file()}
+    for content, named in (
+        (None, r"has no produce\.json"),
+        (unnamed, r"produce\.json is truncated or damaged"),
+        (results | {"experiment": "../../../escaped"}, r"produce\.json is of another experiment"),
+        (results, r"has no page produce\.md"),
+    ):
+        if content is not None:
+            write_json(folder / "produce.json", content)
+        with pytest.raises(UserError, match=named):
+            gpu_tables.publish(tmp_path, "test", repository)
+        assert {path: path.read_bytes() for path in repository.rglob("*") if path.is_file()} == before
+    PRODUCE.draw(folder)
+    gpu_tables.publish(tmp_path, "test", repository)
+    assert (repository / "docs" / "produce.md").read_text() == (folder / "produce.md").read_text()
+    assert json.loads((repository / "benchmarks" / "results" / "produce_test.json").read_text()) == results
 
 
 def test_the_readme_says_what_was_measured() -> None:
