@@ -310,7 +310,7 @@ class NotedStages(Stages):
         super().run(name, lambda: self.ran.append(name), command, always)
 
     def command(self, name: str, *words: str | Path, output: Path | None = None, stoppable: bool = False) -> None:
-        self.run(name, str, " ".join(map(str, words)))
+        self.run(name, lambda: None, " ".join(map(str, words)))
 
 
 def test_what_was_measured_of_other_weights_or_steps_is_done_again(

@@ -70,6 +70,10 @@ def test_half_a_report_is_not_published(tmp_path: Path) -> None:
     (folder / "images").rmdir()
     with pytest.raises(UserError, match="no folder images"):
         REPORT.publish(folder, "x", tmp_path / "repository")
+    (folder / "images").mkdir()
+    (folder / "produce.json").write_text(json.dumps(produce_results() | {"settings": {}}))
+    with pytest.raises(UserError, match=r"produce\.json is truncated or damaged"):
+        REPORT.publish(folder, "x", tmp_path / "repository")
     (folder / "produce.json").unlink()
     with pytest.raises(UserError, match=r"has no produce\.json"):
         REPORT.publish(folder, "x", tmp_path / "repository")
