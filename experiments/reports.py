@@ -133,6 +133,7 @@ class Report:
         """Page and plots of a report folder, from its JSON file. UserError if that is missing or something else."""
         path, results = folder / f"{self.name}.json", self._read(folder)
         check_output_dir(folder)
+        (folder / PICTURES).mkdir(exist_ok=True)
         with reading(RESULTS, path):
             text = self.page(results)
             self.plot(results, folder / PICTURES)

@@ -74,6 +74,10 @@ def test_half_a_report_is_not_published(tmp_path: Path) -> None:
     (folder / "produce.json").write_text(json.dumps(produce_results() | {"settings": {}}))
     with pytest.raises(UserError, match=r"produce\.json is truncated or damaged"):
         REPORT.publish(folder, "x", tmp_path / "repository")
+    (folder / "images").rmdir()
+    (folder / "produce.json").write_text(json.dumps(produce_results()))
+    REPORT.draw(folder)
+    assert_not_blank(folder / "images" / "produce_loss.png")
     (folder / "produce.json").unlink()
     with pytest.raises(UserError, match=r"has no produce\.json"):
         REPORT.publish(folder, "x", tmp_path / "repository")
