@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -96,6 +96,16 @@ class Scale:
         return self.img_size // self.stride
 
     @property
+    def summary(self) -> str:
+        """What ``--help`` says of it."""
+        text = f"{self.grid}×{self.grid} tokens, {self.num_images:,} images per cell"
+        return text if self.subset is None else f"{text} and {self.subset} photos, only to see that everything runs"
+
+    def used(self, photos: int) -> int:
+        """How many of a split's photos are used."""
+        return photos if self.subset is None else min(photos, self.subset)
+
+    @property
     def use_ema(self) -> bool:
         """Whether the moving average of the weights is what is evaluated."""
         return float(self.flag("lpd", "--ema", "0")) > 0
@@ -120,10 +130,9 @@ class Scale:
         models = (replace(model, epoch=model.epoch and model.epoch * epochs // before) for model in self.models)
         return replace(self, flags=self.flags | {"lpd": (*self.flags["lpd"], *words)}, models=tuple(models))
 
-    def flag(self, stage: str, name: str, default: str = "", training: str | None = None) -> str:
-        """The value of a flag of a stage's commands, or of one of the LPD trainings; the last one counts."""
-        words = (*self.flags[stage], *(self.trainings[training] if training is not None else ()))
-        return dict(itertools.pairwise(words)).get(name, default)
+    def flag(self, stage: str, name: str, default: str = "") -> str:
+        """The value of a flag of a stage's commands; the last one counts."""
+        return dict(itertools.pairwise(self.flags[stage])).get(name, default)
 
 
 @dataclass(frozen=True)
@@ -165,8 +174,11 @@ class Cell:
         """The cell and its figures in one flat dict. ValueError for results that are none."""
         about = asdict(self) | {"name": self.name, "model": self.model.name}
         figures = {name: results[name] for name in FIGURES if results.get(name) is not None}
-        if "frechet_distance" not in figures or not all(isinstance(value, float | int) for value in figures.values()):
-            raise ValueError("no Fréchet distance, or a figure that is no number")
+        if "frechet_distance" not in figures:
+            raise ValueError("no Fréchet distance")
+        for name, value in figures.items():
+            if type(value) not in (int, float) or not math.isfinite(value):
+                raise ValueError(f"{name} is {value!r}, no finite number")
         return about | figures
 
 
@@ -293,19 +305,12 @@ def finished_rows(out: Path, scale: Scale) -> list[dict[str, Any]]:
     return tuned + rows_of(out, table_cells(scale, best_guidance(tuned), fid=True))
 
 
-def plan(scale: Scale, models: Mapping[str, LPDConfig], fid: bool) -> Iterator[tuple[str, int, int, float]]:
-    """(kind, cells, images, PFLOP of the matrix products with guidance) of every kind of cell, then of all.
-
-    Args:
-        models: of the trainings.
-    """
+def plan(scale: Scale, model: LPDConfig, fid: bool) -> Iterator[tuple[str, int, int, float]]:
+    """(kind, cells, images, PFLOP of the matrix products with guidance) of every kind of cell, then of all."""
     tuning = tuning_cells(scale)
     guidance = {(cell.model.name, cell.order): 2.0 for cell in tuning}
     cells = [*tuning, *table_cells(scale, guidance, fid)]
     for kind in [*dict.fromkeys(cell.kind for cell in cells), "all"]:
         chosen = [cell for cell in cells if kind in (cell.kind, "all")]
-        flops = sum(
-            cell.num_images * decoding_flops(models[cell.training], cell.group_sizes(), cell.cfg != 1)
-            for cell in chosen
-        )
+        flops = sum(cell.num_images * decoding_flops(model, cell.group_sizes(), cell.cfg != 1) for cell in chosen)
         yield kind, len(chosen), sum(cell.num_images for cell in chosen), flops / 1e15

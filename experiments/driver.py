@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import io
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -20,13 +20,12 @@ from experiments.sweep import run_sweep
 from models import model_config
 from models.flops import training_flops
 from scripts.stages import TRAINING_STAGES, OutOfTime, Stages, train_and_judge
-from util.checkpoint import LAST
 from util.cli import Parser
 from util.config import setting
-from util.data.images import CIFAR10_FOLDER, SPLITS, open_images, write_image_archive
+from util.data.images import CIFAR10_FOLDER, SPLITS, ImageFiles, open_images, write_image_archive
 from util.dist import DeviceConfig, Dist, resolve_device
 from util.errors import UserError, reading
-from util.files import check_output_dir, write_json
+from util.files import check_output_dir, sha256, write_json
 from util.folder_lock import FolderLock
 from util.logger import setup_logging
 from util.readers import read_json
@@ -114,7 +113,8 @@ class Experiment:
         add("--download", action="store_true", help=f"let torchvision download --data, a folder named {CIFAR10_FOLDER}")
         add("--output_dir", type=Path, default=Path("runs") / self.name, help="everything that is made")
         add("--stage", nargs="+", choices=self.stages, default=list(self.stages), help="only these stages")
-        add("--scale", choices=self.scales, default="full", help="tiny: only see that everything runs")
+        sizes = "; ".join(f"{name}: {scale.summary}" for name, scale in self.scales.items())
+        add("--scale", choices=self.scales, default="full", help=f"{sizes} (default: full)")
         add("--epochs", type=int, help=f"of the LPD training, for a faster or slower machine (default: {lengths})")
         add("--inception_path", type=Path, help="Inception weights: FID as well, for one seed (doubles the table's "
             "time)")  # fmt: skip
@@ -125,23 +125,23 @@ class Experiment:
     def _print_plan(self, scale: Scale, fid: bool) -> None:
         """The work to come, in cells and in floating point operations."""
         size = {"img_size": scale.img_size, "stride": scale.stride, "class_num": self.classes}
-        codes = int(scale.flag("tokenizer", "--codebook_size"))
-        sizes = {training: scale.flag("lpd", "--model", training=training) for training in scale.trainings}
-        models = {training: model_config(name, **size, vocab_size=codes) for training, name in sizes.items()}
-        epochs = int(scale.flag("lpd", "--epochs"))
-        for training, model in models.items():
-            pflop = epochs * self.photos * training_flops(model) / 1e15
-            print(
-                f"training {training}: {sizes[training]}, {epochs} epochs of {self.photos:,} photos, {pflop:.4g} PFLOP"
-            )
-        for kind, cells, images, pflop in plan(scale, models, fid):
+        name, codes = scale.flag("lpd", "--model"), int(scale.flag("tokenizer", "--codebook_size"))
+        model, epochs = model_config(name, **size, vocab_size=codes), int(scale.flag("lpd", "--epochs"))
+        photos = scale.used(self.photos)
+        pflop = epochs * photos * training_flops(model) / 1e15
+        for training in scale.trainings:
+            print(f"training {training}: {name}, {epochs} epochs of {photos:,} photos, {pflop:.4g} PFLOP")
+        for kind, cells, images, pflop in plan(scale, model, fid):
             print(f"{kind}: {cells} cells, {images:,} images, {pflop:.4g} PFLOP")
 
     def _run_stages(self, args: argparse.Namespace, scale: Scale) -> None:
-        check_epochs(args.output_dir, scale)
         dist = Dist(0, 1, resolve_device(args.device))
         out, inception, stages = args.output_dir, args.inception_path, Stages(args.output_dir, args.time_limit)
-        splits = self._open_data(args, scale)
+        splits = self._find_photos(args)
+        photos = describe_photos(splits, scale)
+        check_record(out, args.scale, scale, photos)
+        if scale.subset is not None:
+            splits = subset_of(splits, scale, out / f"subset{scale.subset}.npz")
         validation = splits[1] if self.validation else None
         train, test, scored = (*splits, splits[1]) if self.prepare is None else self.prepare(out, splits, scale)
         bf16 = ("--bf16",) if dist.device.type == "cuda" else ()
@@ -160,14 +160,14 @@ class Experiment:
                 stage(call)
         if "report" in args.stage:
             seconds = {name: state["seconds"] for name, state in stages.states().items()}
-            results, folder = collect(out, scale, seconds, splits), self.report.folder(out)
+            results, folder = collect(out, scale, seconds, photos), self.report.folder(out)
             if self.more_results is not None:
                 results |= self.more_results(call, folder / PICTURES)
             self.report.write(out, scale, results)
 
-    def _open_data(self, args: argparse.Namespace, scale: Scale) -> tuple[str, str]:
-        """Check everything that the flags name, and give the paths of both splits."""
-        if args.inception_path is not None and not os.path.isfile(args.inception_path):
+    def _find_photos(self, args: argparse.Namespace) -> tuple[str, str]:
+        """The paths of both splits, downloaded where the flags say so; UserError for what they name in vain."""
+        if args.inception_path is not None and not args.inception_path.is_file():
             raise UserError(f"--inception_path {args.inception_path} does not exist.")
         if args.download:
             if args.data.name != CIFAR10_FOLDER:
@@ -175,14 +175,7 @@ class Experiment:
             from torchvision.datasets import CIFAR10
 
             CIFAR10(args.data.parent, download=True)
-        splits = split_paths(args.data)
-        check_photos(args.output_dir, splits, scale.img_size)
-        if scale.subset is None:
-            return splits
-        path = args.output_dir / f"subset{scale.subset}.npz"
-        if not path.exists():
-            write_subset(splits, scale, path)
-        return split_paths(path)
+        return split_paths(args.data)
 
 
 def split_paths(data: Path) -> tuple[str, str]:
@@ -192,42 +185,54 @@ def split_paths(data: Path) -> tuple[str, str]:
     return str(data / "train"), str(data / "test")
 
 
-def write_subset(splits: tuple[str, str], scale: Scale, path: Path) -> None:
-    """``scale.subset`` photos of each split, evenly spread over the split, as an image archive."""
-    assert scale.subset is not None
+def subset_of(splits: tuple[str, str], scale: Scale, path: Path) -> tuple[str, str]:
+    """``scale.subset`` photos of each split, evenly spread over the split, as an image archive, made where missing."""
+    if path.exists():
+        return split_paths(path)
     files, labels, numbers = [], [], []
     for number, source in enumerate(splits):
         images = open_images(source, scale.img_size)
-        for index in np.linspace(0, len(images) - 1, min(scale.subset, len(images))).astype(int).tolist():
+        for index in np.linspace(0, len(images) - 1, scale.used(len(images))).astype(int).tolist():
             file = io.BytesIO()
             images.read(index).save(file, "PNG")
             files.append(file.getvalue())
             labels.append(int(images.labels[index]))
             numbers.append(number)
     write_image_archive(path, files, labels, images.classes, numbers)
+    return split_paths(path)
 
 
-def check_photos(out: Path, splits: tuple[str, str], img_size: int) -> None:
-    """Raise UserError if an output folder holds work on other photos; write down which they are if it holds none."""
-    path, record = out / "photos.json", "record of photos"
-    photos = {name: open_images(split, img_size).fingerprint() for name, split in zip(SPLITS, splits, strict=True)}
+def describe_photos(splits: tuple[str, str], scale: Scale) -> dict[str, Any]:
+    """By split: where its photos are from, how many of them are used, and a SHA-256 of all their bytes and labels."""
+    found = {}
+    for name, split in zip(SPLITS, splits, strict=True):
+        images = open_images(split, scale.img_size)
+        digest = images.fingerprint()
+        if isinstance(images, ImageFiles):  # whose fingerprint is of their names
+            parts = (digest, *(sha256(images.root / path) for path in images.paths))
+            digest = hashlib.sha256("".join(parts).encode()).hexdigest()
+        found[name] = {"source": Path(images.source).name, "images": scale.used(len(images)), "sha256": digest}
+    return found
+
+
+def check_record(out: Path, name: str, scale: Scale, photos: dict[str, Any]) -> None:
+    """Write down what the work of an output folder is on: the scale's name, its epochs and the photos.
+
+    A folder without a record gets this one, whatever it holds.
+
+    Raises:
+        UserError: if the folder has the record of something else.
+    """
+    path, what = out / "experiment.json", "record of an experiment"
+    hashes = {split: found["sha256"] for split, found in photos.items()}
+    record = {"scale": name, "epochs": int(scale.flag("lpd", "--epochs")), "photos": hashes}
     if not path.exists():
-        write_json(path, photos)
-    elif read_json(record, path) != photos:
-        raise UserError(f"{out} holds work on other photos than those of --data; give another --output_dir.")
-
-
-def check_epochs(out: Path, scale: Scale) -> None:
-    """Raise UserError if an LPD of the folder was trained for another number of epochs."""
-    wanted = int(scale.flag("lpd", "--epochs"))
-    for training in scale.trainings:
-        path = (out / training / LAST).with_suffix(".json")
-        if not path.exists():
-            continue
-        with reading("record of a training", path):
-            trained = read_json("record of a training", path)["args"]["epochs"]
-        if trained != wanted:
-            raise UserError(
-                f"{out} holds an LPD trained with --epochs {trained}, not {wanted}; resume with {trained} or give "
-                "another --output_dir."
-            )
+        write_json(path, record)
+        return
+    with reading(what, path):
+        before = read_json(what, path)
+        differing = [key for key, value in record.items() if before[key] != value]
+    if differing:
+        key = differing[0]
+        other = "other photos than those of --data" if key == "photos" else f"--{key} {before[key]}, not {record[key]}"
+        raise UserError(f"{out} holds work with {other}; give another --output_dir.")

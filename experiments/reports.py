@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -15,59 +14,70 @@ from experiments.cells import Scale, classifier_path, finished_rows, tokenizer_p
 from experiments.pages import PICTURES, chosen
 from util.checkpoint import LAST, load_checkpoint
 from util.cli import Parser
-from util.data.images import open_images
-from util.errors import UserError, reading
+from util.errors import UserError, reading, reason_of
 from util.files import atomic_write, check_output_dir, write_json
 from util.readers import read_json, read_json_lines
 
 ROOT = Path(__file__).resolve().parents[1]
-NAME = re.compile(r"[A-Za-z0-9_-]+")  # of a publication, in names of files
+NAME = re.compile("[A-Za-z0-9_-]+")  # of a publication, in names of files
 RESULTS = "results of an experiment"
 
 
-def collect(out: Path, scale: Scale, seconds: dict[str, float], data: tuple[str, str]) -> dict[str, Any]:
-    """Everything measured in an output folder; UserError before the first cell is."""
+def collect(out: Path, scale: Scale, seconds: dict[str, float], data: dict[str, Any]) -> dict[str, Any]:
+    """Everything measured in an output folder; UserError before the first cell is.
+
+    Args:
+        seconds: of the stages, by name. ``data``: the photos of each split, as plain data.
+    """
     rows = finished_rows(out, scale)
     if not rows:
         raise UserError(f"{out} has no evaluated cells yet; run the stage sweep before the report.")
-    first = read_json("results", out / "eval" / rows[0]["name"] / "results.json")
-    images = {name: open_images(path, scale.img_size) for name, path in zip(("train", "test"), data, strict=True)}
-    trained = [name for name in scale.trainings if (out / name / LAST).exists()]
+    path = out / "eval" / rows[0]["name"] / "results.json"
+    first = read_figures("results", path, "environment", "settings", "model", "record")
+    with reading("results", path):
+        decode_path = first["settings"]["decode_path"]
+        hashes = {name: value for name, value in first["record"].items() if name.endswith("sha256")}
+    quality = tokenizer_path(out).parent / "metrics.json"
+    with reading("classifier", classifier_path(out)):
+        classifier = load_checkpoint(classifier_path(out))["metadata"]
+    floors = sorted((out / "floors").glob("*.json"))
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "data": {
-            name: {"source": Path(photos.source).name, "images": len(photos), "sha256": photos.fingerprint()}
-            for name, photos in images.items()
-        },
+        "data": data,
         "settings": asdict(scale),
         "environment": first["environment"],
-        "decode_path": first["settings"]["decode_path"],
+        "decode_path": decode_path,
         "model": first["model"],
-        "hashes": {name: value for name, value in first["record"].items() if name.endswith("sha256")},
+        "hashes": hashes,
         "stage_sec": seconds,
-        "tokenizer": read_json("quality of the tokenizer", tokenizer_path(out).parent / "metrics.json"),
-        "classifier": load_checkpoint(classifier_path(out))["metadata"],
-        "floors": {path.stem: read_json("scores", path) for path in sorted((out / "floors").glob("*.json"))},
-        "trainings": {name: training(out / name) for name in trained},
+        "tokenizer": read_figures("quality of the tokenizer", quality, "psnr_db", "codebook_share", "tokenizer"),
+        "classifier": classifier,
+        "floors": {path.stem: read_figures("scores", path, "extractor") for path in floors},
+        "trainings": {name: training(out / name) for name in scale.trainings if (out / name / LAST).exists()},
         "cells": rows,
     }
 
 
+def read_figures(what: str, path: Path, *names: str) -> dict[str, Any]:
+    """The object of a JSON file. UserError, with ``what`` the file is, unless it has these names."""
+    with reading(what, path):
+        found: dict[str, Any] = read_json(what, path)
+        missing = [name for name in names if name not in found]
+        if missing:
+            raise ValueError(f"it has no {', '.join(missing)}")
+        return found
+
+
 def training(folder: Path) -> dict[str, Any]:
-    """Losses, length and model of an LPD training."""
+    """Losses and length of an LPD training."""
     lines = read_json_lines(folder / "metrics.jsonl", "step", "epoch", "loss")
     if not lines:
         raise UserError(f"{folder} has no metrics.jsonl with losses; train it again.")
     kept = ("step", "epoch", "loss", "val_loss")
-    record = (folder / LAST).with_suffix(".json")
-    with reading("record of a training", record):
-        trained = read_json("record of a training", record)
-        epochs, model = trained["epoch"], trained["config"]
     return {
         "loss_curve": [{name: line[name] for name in kept if name in line} for line in lines],
         "final_loss": lines[-1]["loss"],
-        "epochs": epochs,
-        "model": model,
+        "epochs": read_figures("record of a training", (folder / LAST).with_suffix(".json"), "epoch")["epoch"],
     }
 
 
@@ -77,13 +87,14 @@ class Report:
 
     Args:
         page: the page as Markdown, from the results alone. ``plot``: draws their plots into a folder.
-        samples: numbers of steps whose grid of pictures (locality-aware, first seed, first model) stands on the page.
+        samples: numbers of steps whose grid of pictures (locality-aware, first seed, first model) stands on the page,
+            beside that of ``Scale.tuning_steps``.
     """
 
     name: str
     page: Callable[[dict[str, Any]], str]
     plot: Callable[[dict[str, Any], Path], None]
-    samples: tuple[int, ...]
+    samples: tuple[int, ...] = ()
 
     def folder(self, out: Path) -> Path:
         """Where the report of an output folder goes, with a folder for its pictures."""
@@ -95,46 +106,77 @@ class Report:
         return f"{self.name}_{scale.variant}" if scale.variant else self.name
 
     def write(self, out: Path, scale: Scale, results: dict[str, Any]) -> None:
-        """Page, plots, pictures and results, into the :meth:`folder` of an output folder."""
-        folder = self.folder(out)
-        write_json(folder / f"{self.name}.json", {"experiment": self.title(scale)} | results)
-        first = results["cells"][0]["model"]
-        for row in chosen(results["cells"], "table", order="lpd", model=first):
-            if row["steps"] in self.samples:
-                grid = out / "eval" / row["name"] / "grid.png"
-                shutil.copy(grid, folder / PICTURES / f"{self.title(scale)}_samples_{row['steps']}.png")
-        self.draw(folder)
-        print(f"results: {folder / self.name}.json, page: {folder / self.name}.md")
-
-    def draw(self, folder: Path) -> None:
-        """Page and plots of a report folder, from its JSON file."""
-        path = folder / f"{self.name}.json"
-        if not os.path.isfile(path):
-            raise UserError(f"{folder} has no {path.name}; it is written by the stage report.")
-        check_output_dir(folder)
-        with reading(RESULTS, path):
-            results = read_json(RESULTS, path)
-            if NAME.fullmatch(results["experiment"]) is None:  # names files
-                raise ValueError(f"its experiment is called {results['experiment']!r}")
-            text = self.page(results)
-            self.plot(results, folder / PICTURES)
-        with atomic_write(path.with_suffix(".md")) as file:
-            file.write(text.encode())
-
-    def publish(self, folder: Path, name: str, root: Path) -> None:
-        """Copy a report that :meth:`draw` has accepted to where the repository keeps pages, pictures and measurements.
+        """Page, plots, pictures and results, into the :meth:`folder` of an output folder.
 
         Raises:
-            UserError: for a test run's.
+            UserError: if the results give no page; those that are there stay then.
         """
+        folder, results = self.folder(out), {"experiment": self.title(scale)} | results
+        try:
+            text = self.page(results)
+            self.plot(results, folder / PICTURES)
+        except (UserError, OSError, MemoryError):
+            raise
+        except Exception as error:  # the kind depends on what is wrong with them
+            raise UserError(f"the figures in {out} give no page ({reason_of(error)}); measure them again.") from None
+        first = results["cells"][0]["model"]
+        for row in chosen(results["cells"], "table", order="lpd", model=first):
+            if row["steps"] in (*self.samples, scale.tuning_steps):
+                grid = out / "eval" / row["name"] / "grid.png"
+                shutil.copy(grid, folder / PICTURES / f"{self.title(scale)}_samples_{row['steps']}.png")
         path = folder / f"{self.name}.json"
+        write_json(path, results)
+        self._write_page(folder, text)
+        print(f"results: {path}, page: {path.with_suffix('.md')}")
+
+    def draw(self, folder: Path) -> None:
+        """Page and plots of a report folder, from its JSON file. UserError if that is missing or something else."""
+        path, results = folder / f"{self.name}.json", self._read(folder)
+        check_output_dir(folder)
+        (folder / PICTURES).mkdir(exist_ok=True)
         with reading(RESULTS, path):
-            results = read_json(RESULTS, path)
-            subset, title = results["settings"]["subset"], results["experiment"]
+            text = self.page(results)
+            self.plot(results, folder / PICTURES)
+        self._write_page(folder, text)
+
+    def _write_page(self, folder: Path, text: str) -> None:
+        with atomic_write(folder / f"{self.name}.md") as file:
+            file.write(text.encode())
+
+    def _read(self, folder: Path) -> dict[str, Any]:
+        """The results of a report folder, whose title, which names files, is one of this experiment's."""
+        path = folder / f"{self.name}.json"
+        if not path.is_file():
+            raise UserError(f"{folder} has no {path.name}; it is written by the stage report.")
+        results = read_figures(RESULTS, path, "experiment", "settings")
+        if not re.fullmatch(f"{self.name}(_{NAME.pattern})?", str(results["experiment"])):
+            raise UserError(f"{path} is of another experiment, {results['experiment']!r}, not of {self.name}.")
+        return results
+
+    def published(self, folder: Path) -> str:
+        """The title under which a report folder is published.
+
+        Raises:
+            UserError: if it has no results, no page or no pictures, or those of another experiment or of a test run.
+        """
+        results, page, pictures = self._read(folder), folder / f"{self.name}.md", folder / PICTURES
+        if not (page.is_file() and pictures.is_dir()):
+            raise UserError(f"{folder} has no page {page.name} or no folder {PICTURES}; run the stage report again.")
+        with reading(RESULTS, folder / f"{self.name}.json"):
+            subset = results["settings"]["subset"]
         if subset is not None:
             raise UserError(
                 f"{folder} is of a run with --scale tiny, whose figures mean nothing and are not published."
             )
+        return str(results["experiment"])
+
+    def publish(self, folder: Path, name: str, root: Path) -> None:
+        """Copy a report to where the repository keeps pages, pictures and measurements.
+
+        Raises:
+            UserError: as :meth:`published`, before anything is copied.
+        """
+        title, path = self.published(folder), folder / f"{self.name}.json"
         (root / "benchmarks" / "results").mkdir(parents=True, exist_ok=True)
         shutil.copytree(folder / PICTURES, root / "docs" / PICTURES, dirs_exist_ok=True)
         shutil.copy(path, root / "benchmarks" / "results" / f"{title}_{name}.json")

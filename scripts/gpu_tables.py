@@ -52,30 +52,22 @@ def publish(folder: Path, name: str, root: Path) -> None:
     What has not been measured keeps the copy and the table that it has.
 
     Raises:
-        UserError: if there are no results, or they are of tiny models or of a CPU.
+        UserError: if there are no results, one is damaged, or they are of tiny models or of a CPU; before anything is
+            written.
     """
-    path = folder / "summary.json"
-    if not path.is_file():
-        raise UserError(f"{folder} has no summary.json; run python -m scripts.gpu_suite --output_dir {folder} first.")
+    summary, groups = read_suite(folder)
+    finished = {part for part, entry in summary["parts"].items() if entry["state"] == "finished"}
+    kernels = "kernels" in finished
+    check_results(folder, summary, groups)
+    reports = {report: folder / report.name / "report" for report in REPORTS if report.name in finished}
+    for report, made in reports.items():
+        report.published(made)
     results = root / "benchmarks" / "results"
     paths = {group: results / f"{group}_{name}.json" for group in ("tests", *TABLES)}
-    with reading("the measured suite with the summary", path):
-        summary = read_json("summary", path)
-        if summary["device"] == "CPU" or any(part["tiny"] for part in summary["parts"].values()):
-            raise UserError(
-                f"{folder} holds figures of tiny models or of a CPU, which mean nothing and are not published."
-            )
-        groups = {group: read_group(folder, summary, group) for group in ("tests", *TABLES)}
-        groups = {group: content for group, content in groups.items() if content["parts"]}
-        if not groups:
-            raise UserError("no part of the suite has finished; there is nothing to publish.")
-        finished = {part for part, entry in summary["parts"].items() if entry["state"] == "finished"}
-        kernels = "kernels" in finished
-        published = {group: read_json("results", path) for group, path in paths.items() if path.is_file()} | groups
-        tables = [("status", status(published, summary["device"])), *blocks(groups, name, kernels)]
+    published = {group: read_published(group, path) for group, path in paths.items() if path.is_file()} | groups
     readme = root / "README.md"
-    text = read_text("page", readme)
-    for mark, table in tables:
+    text = fill(read_text("page", readme), "status", status(published, summary["device"]))
+    for mark, table in blocks(groups, name, kernels):
         text = fill(text, mark, table)
     for group, content in groups.items():
         write_json(paths[group], content)
@@ -83,12 +75,49 @@ def publish(folder: Path, name: str, root: Path) -> None:
         lists = [path.read_bytes() for path in sorted((folder / "kernels").glob("*.txt"))]
         with atomic_write(results / f"kernels_{name}.txt") as file:
             file.write(b"\n".join(lists))
-    for report in REPORTS:
-        if report.name in finished:
-            report.publish(folder / report.name / "report", name, root)
+    for report, made in reports.items():
+        report.publish(made, name, root)
     with atomic_write(readme) as file:
         file.write(text.encode())
     print(f"{', '.join(groups)}: {results}/*_{name}.json and {readme}")
+
+
+def read_suite(folder: Path) -> tuple[Content, Content]:
+    """The summary of a suite and its groups with something to publish. UserError as :func:`publish`."""
+    path = folder / "summary.json"
+    if not path.is_file():
+        raise UserError(f"{folder} has no summary.json; run python -m scripts.gpu_suite --output_dir {folder} first.")
+    with reading("summary", path):
+        summary = read_json("summary", path)
+        if summary["device"] == "CPU" or any(part["tiny"] for part in summary["parts"].values()):
+            raise UserError(
+                f"{folder} holds figures of tiny models or of a CPU, which mean nothing and are not published."
+            )
+        groups = {group: read_group(folder, summary, group) for group in ("tests", *TABLES)}
+        groups = {group: content for group, content in groups.items() if content["parts"]}
+        for content in groups.values():
+            conditions(content, {}, [])
+    if not groups:
+        raise UserError("no part of the suite has finished; there is nothing to publish.")
+    return summary, groups
+
+
+def check_results(folder: Path, summary: Content, groups: Content) -> None:
+    """Raise UserError, naming the file, for the result of a part that gives no table."""
+    for group, content in groups.items():
+        for part, entry in content["parts"].items():
+            alone = {group: content | {"parts": {part: entry}}}
+            with reading("result", folder / summary["parts"][part]["result"]):
+                status(alone, summary["device"])
+                list(blocks(alone, "", False))
+
+
+def read_published(group: str, path: Path) -> Content:
+    """A group as it was published earlier. UserError if the status can't be told from it."""
+    with reading("published results", path):
+        content: Content = read_json("published results", path)
+        status({group: content}, "")
+        return content
 
 
 def fill(text: str, mark: str, table: str) -> str:

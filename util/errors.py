@@ -51,8 +51,8 @@ def reading(what: str, path: str | Path) -> Iterator[None]:
     """Turn whatever a damaged file makes of its readers into a UserError that names ``what``, the file and the reason.
 
     Raises:
-        UserError: if there is no such file, or the block fails. One raised in the block is passed on as it is, and so
-            is a full disk where the block writes something.
+        UserError: if there is no such file, or the block fails. One raised in the block is passed on as it is.
+        OSError: for a full disk and for another file, where the block writes something.
     """
     if not os.path.isfile(path):
         raise UserError(f"{what} {path} {'is not a file' if os.path.exists(path) else 'does not exist'}.")
@@ -61,8 +61,12 @@ def reading(what: str, path: str | Path) -> Iterator[None]:
     except (UserError, MemoryError):
         raise
     except Exception as error:  # the kind depends on where the damage is
-        if isinstance(error, OSError) and error.errno in DISK_FULL:
+        if isinstance(error, OSError) and (error.errno in DISK_FULL or _is_of_another(error, path)):
             raise
         reason = reason_of(error)
         message = f"{what} {path} is truncated or damaged or not plain data: it is not readable ({reason})."
         raise UserError(message) from None
+
+
+def _is_of_another(error: OSError, path: str | Path) -> bool:
+    return isinstance(error.filename, str) and Path(error.filename) != Path(path)

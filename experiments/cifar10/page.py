@@ -50,6 +50,7 @@ def answers(rows: Rows) -> Iterator[tuple[str, str, bool]]:
 def page(results: dict[str, Any]) -> str:
     """The whole page as Markdown, in figures taken from ``results`` alone."""
     scale, data, rows = (results[key] for key in ("settings", "data", "cells"))
+    shown = (256, scale["tuning_steps"])
     tokenizer, model, training = results["tokenizer"], results["model"], results["trainings"]["lpd"]
     paragraphs = [
         "# Quality against steps, on photographs",
@@ -92,7 +93,7 @@ def page(results: dict[str, Any]) -> str:
             f"{scale['tuning_seed']}: the least was chosen for each order",
             pivot(chosen(rows, "tuning"), "frechet_distance", ".2f", across="cfg"),
             f"![Training loss]({PICTURES}/cifar10_loss.png)",
-            *(f"![Locality-aware, {n} steps]({PICTURES}/cifar10_samples_{n}.png)" for n in (256, 20)),
+            *(f"![Locality-aware, {n} steps]({PICTURES}/cifar10_samples_{n}.png)" for n in shown),
         ]
     ) + "\n"  # fmt: skip
 

@@ -9,7 +9,7 @@ from experiments.cifar10.page import page, plot
 from experiments.reports import Report
 from util.cli import exit_on_user_error
 
-REPORT = Report("cifar10", page, plot, samples=(256, 20))
+REPORT = Report("cifar10", page, plot, samples=(256,))
 
 if __name__ == "__main__":
     exit_on_user_error(REPORT.main)

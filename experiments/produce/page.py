@@ -26,7 +26,6 @@ from experiments.produce.contexts import FIGURES, context_rows, plot_contexts
 from util.plots import plot_curves
 
 RIVALS = ("random", "halton", "raster")
-SAMPLES = (16, 20)  # steps whose pictures are shown
 
 
 def verdict(ours: list[float], theirs: list[float]) -> str:
@@ -79,8 +78,9 @@ def page(results: dict[str, Any]) -> str:
         tuned = chosen(rows, "tuning", model=model)
         paragraphs += [f"### {model}", pivot(tuned, "frechet_distance", ".2f", across="cfg")]
     paragraphs += ["## Pictures"]
-    steps = [row["steps"] for row in chosen(rows, "table", order="lpd", model=_first(results))]
-    paragraphs += [f"![Locality-aware, {n} steps]({pictures}_samples_{n}.png)" for n in SAMPLES if n in steps]
+    steps = scale["tuning_steps"]
+    if chosen(rows, "table", order="lpd", model=_first(results), steps=steps):
+        paragraphs += [f"![Locality-aware, {steps} steps]({pictures}_samples_{steps}.png)"]
     if results["unlabelled"] is not None:
         answers = ", ".join(f"{number} {name}" for number, name in results["unlabelled"].items())
         paragraphs += [
@@ -101,10 +101,9 @@ def _models(rows: Rows, *kinds: str) -> list[str]:
 
 
 def _about(results: dict[str, Any]) -> str:
-    scale, data, tokenizer = (results[key] for key in ("settings", "data", "tokenizer"))
+    scale, data, tokenizer, model = (results[key] for key in ("settings", "data", "tokenizer", "model"))
     trained = "; ".join(
-        f"`{name}` {' '.join(scale['trainings'][name])}, {training['epochs']} epochs, width "
-        f"{training['model']['embed_dim']}, depth {training['model']['depth']}"
+        f"`{name}` {' '.join(scale['trainings'][name])}, {training['epochs']} epochs"
         for name, training in results["trainings"].items()
     )
     return (
@@ -115,7 +114,7 @@ def _about(results: dict[str, Any]) -> str:
         f"Tokenizer of stride {scale['stride']}: PSNR {tokenizer['psnr_db']:.2f} dB on test photos, "
         f"{tokenizer['codebook_share']:.1%} of {tokenizer['tokenizer']['codebook_size']} codes in use. The classifier "
         f"reads {results['classifier']['test_accuracy']:.1%} of the test photos right (mean over classes). "
-        f"Models: {trained}. {conditions(results)}"
+        f"Models of width {model['embed_dim']}, depth {model['depth']}: {trained}. {conditions(results)}"
     )
 
 
@@ -181,7 +180,7 @@ def _likelihood(results: dict[str, Any]) -> Iterator[str]:
 
 
 def _losses(results: dict[str, Any]) -> Iterator[str]:
-    yield "## Losses, nats per token; the test loss of both trainings is on random orders"
+    yield "## Losses, nats per token; the test loss of every training is on random orders"
     rows = []
     for name, training in results["trainings"].items():
         measured = [line for line in training["loss_curve"] if "val_loss" in line]

@@ -5,11 +5,11 @@ python -m experiments.produce.report RUN/report [--publish NAME]
 
 from __future__ import annotations
 
-from experiments.produce.page import SAMPLES, page, plot
+from experiments.produce.page import page, plot
 from experiments.reports import Report
 from util.cli import exit_on_user_error
 
-REPORT = Report("produce", page, plot, samples=SAMPLES)
+REPORT = Report("produce", page, plot)
 
 if __name__ == "__main__":
     exit_on_user_error(REPORT.main)

@@ -2,8 +2,8 @@
 
     python -m experiments.produce.run --data produce64.npz --output_dir runs/produce
 
-Trains a tokenizer, a classifier as judge, and two LPDs, one on random orders and one on locality-aware ones among them.
-What is finished is not done again: after an interruption, or when --time_limit has ended a call, the same command
+Trains a tokenizer, a classifier as judge, and two LPDs, one on random orders and one with locality-aware orders among
+them. What is finished is not done again: after an interruption, or when --time_limit has ended a call, the same command
 resumes. python -m experiments.produce.data makes the photographs.
 """
 
@@ -32,6 +32,7 @@ from experiments.produce.contexts import measure_contexts
 from experiments.produce.neighbours import measure_neighbours
 from experiments.produce.report import REPORT
 from experiments.produce.scales import BALANCED, SCALES
+from experiments.reports import read_figures
 from orders.config import parse_shares
 from util.cli import exit_on_user_error
 from util.data.images import SPLITS, open_images, write_image_archive
@@ -82,8 +83,11 @@ def likelihood(call: Call) -> None:
     """Likelihood of the test photos under every model, order and number of steps."""
     scale = call.scale
     for model in scale.models:
+        name, states = f"likelihood {model.name}", call.stages.states()
+        if states.get(name, {}).get("finished") and read_likelihood(call.out, model) is None:  # of other weights
+            write_json(call.stages.path, {other: state for other, state in states.items() if other != name})
         call.stages.command(
-            f"likelihood {model.name}", "-m", "scripts.likelihood", "--pretrained_ckpt", model.checkpoint(call.out),
+            name, "-m", "scripts.likelihood", "--pretrained_ckpt", model.checkpoint(call.out),
             "--vqgan_path", tokenizer_path(call.out), "--cached_path", call.out / "codes_validation",
             "--orders", *filter(model.takes, scale.orders), "--steps", *map(str, model.steps or scale.steps),
             "--baseline", "random", "--no-one_by_one", "--output_dir", call.out / "likelihood" / model.name,
@@ -152,7 +156,9 @@ def pictures(call: Call) -> None:
         names = generator.classes or numbers
         write_json(call.out / "unlabelled.json", {n: names[c] for n, c in zip(numbers, mixed, strict=True)})
 
-    call.stages.run("pictures", draw, f"one picture of each class, {model.name}, guidance {cfg:g}")
+    of_model = f"{model.name} {file_hashes(call.out, model)['checkpoint_sha256']}"
+    settings = f"{scale.tuning_steps} steps, seed {scale.seeds[0]}, guidance {cfg:g}"
+    call.stages.run("pictures", draw, f"one picture of each class, {of_model}, {settings}")
 
 
 def contexts(call: Call) -> None:
@@ -164,7 +170,9 @@ def contexts(call: Call) -> None:
         found = measure_contexts(scale.img_size, scale.stride, scale.orders, scale.steps, shares)
         write_json(call.out / "contexts.json", found)
 
-    call.stages.run("contexts", measure, f"experiments/produce/contexts.py: {' '.join(scale.orders)}; {shares}")
+    steps = " ".join(map(str, scale.steps))
+    drawn = f"stride {scale.stride}; {' '.join(scale.orders)}; {steps} steps; {shares}"
+    call.stages.run("contexts", measure, f"experiments/produce/contexts.py: {drawn}")
 
 
 def more_results(call: Call, folder: Path) -> dict[str, Any]:
@@ -177,12 +185,13 @@ def more_results(call: Call, folder: Path) -> dict[str, Any]:
     return {
         "neighbours": {name: found for name, found in measured.items() if found is not None},
         "likelihood": {name: found for name, found in likelihoods.items() if found is not None},
-        **{name: _read(out / f"{name}.json") for name in ("contexts", "unlabelled")},
+        "contexts": _read("contexts", out / "contexts.json", "decoding", "training"),
+        "unlabelled": _read("answers", out / "unlabelled.json"),
     }
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    return read_json("results", path) if path.exists() else None
+def _read(what: str, path: Path, *names: str) -> dict[str, Any] | None:
+    return read_figures(what, path, *names) if path.exists() else None
 
 
 EXPERIMENT = Experiment(

@@ -89,7 +89,7 @@ FINE = dataclasses.replace(
     ablation_steps=(),
 )  # fmt: skip
 
-# The same, with ten times the training and more images.
+# FULL with ten times the training and more images.
 GPU = dataclasses.replace(
     FULL.for_epochs(10 * EPOCHS),
     flags=FULL.for_epochs(10 * EPOCHS).flags

@@ -12,10 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image, ImageFilter, JpegImagePlugin
+import torch
+from PIL import Image, JpegImagePlugin
 
 from experiments import cells, driver
-from experiments.cells import Cell, Model
+from experiments.cells import Model
 from experiments.pages import distances
 from experiments.produce import contexts, data, page, run
 from experiments.produce.report import REPORT
@@ -24,14 +25,11 @@ from scripts.stages import Stages
 from tests.experiments.test_cifar10 import StagesUntil, command_in_process
 from tests.helpers.commands import ROOT
 from tests.helpers.commands import run as run_command
+from tests.helpers.experiment_results import photo, produce_results, write_finished_run
 from tests.helpers.pictures import assert_not_blank
 from util.data.images import open_images, write_image_archive
+from util.dist import Dist
 from util.errors import UserError
-
-
-def photo(rng: np.random.Generator, width: int, height: int, blur: float) -> Image.Image:
-    noise = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-    return noise.filter(ImageFilter.GaussianBlur(blur))
 
 
 def write_dataset(folder: Path, places: list[str]) -> None:
@@ -121,7 +119,7 @@ def test_cells_of_fine_tokens() -> None:
     assert all(sum(cell.group_sizes()) == 256 and len(cell.group_sizes()) == cell.steps for cell in every)
     assert FINE.tuning_steps in FINE.steps
     assert (FINE.flag("tokenizer", "--stride"), FINE.flag("tokenizer", "--codebook_size")) == ("4", "512")
-    assert FINE.flag("lpd", "--train_orders", training="lpd_mixed") == "random:0.5"
+    assert FINE.trainings["lpd_mixed"] == ("--train_orders", "random:0.5", "lpd:0.5")
 
 
 def test_a_longer_training_has_its_checkpoints_at_the_same_shares() -> None:
@@ -165,45 +163,9 @@ def test_verdicts_count_the_spread_of_seeds() -> None:
     assert page.verdict([10.0], [11.0, 11.2]) == "–"
 
 
-def results() -> dict[str, Any]:
-    """A full run's results with figures made up: locality-aware orders win with the mixed training alone."""
-    reported = [*cells.tuning_cells(FULL), *cells.table_cells(FULL, GUIDANCE, fid=False)]
-
-    def figures(cell: Cell) -> dict[str, float]:
-        better = (cell.order == "lpd") * (1 if cell.training == "lpd_mixed" else -1)
-        return {"frechet_distance": 20 - better + 0.01 * cell.seed, "class_accuracy": 0.5, "sec_per_image": 0.01}
-
-    curve = [{"step": n, "epoch": float(n), "loss": 6.0 - n, "val_loss": 6.0 - n / 2} for n in (1, 2)]
-    curve.append({"step": 3, "epoch": 3.0, "loss": 2.5, "val_loss": 5.25})
-    trained = {"loss_curve": curve, "final_loss": 2.5, "epochs": EPOCHS, "model": {"embed_dim": 192, "depth": 6}}
-    space = {"samples": 30.0, "held_out": 28.0, "nearer": 0.07}
-    floor = {"extractor": "net", "frechet_distance": 0.25, "class_accuracy": 0.9}
-    bits = {"order": "lpd", "steps": 16, "bits_per_token": {"mean": 4.5, "stderr": 0.1}, "difference": None}
-    trainings = {
-        name: dict.fromkeys(words, 1.0) for name, words in (("lpd_random", ("random",)), ("lpd_mixed", ("lpd",)))
-    }
-    return {
-        "experiment": "produce",
-        "date": "2026-01-02T03:04:05+00:00",
-        "data": {name: {"source": "photos.npz", "images": 3000, "sha256": ""} for name in ("train", "test")},
-        "settings": json.loads(json.dumps(dataclasses.asdict(FULL))),
-        "environment": {"device": "CPU", "python": "3.12", "packages": {"torch": "2.11"}},
-        "stage_sec": {"tokenizer": 100.0},
-        "tokenizer": {"psnr_db": 20.125, "codebook_share": 0.5, "tokenizer": {"codebook_size": 512}},
-        "classifier": {"test_accuracy": 0.75},
-        "floors": {"reference_real": floor},
-        "trainings": dict.fromkeys(FULL.trainings, trained),
-        "cells": [cell.row(figures(cell)) for cell in reported],
-        "neighbours": {"lpd_random": {"pixels": space, "features": space}},
-        "likelihood": {"lpd_random": [bits]},
-        "contexts": contexts.measure_contexts(64, 8, ("lpd", "random"), (16, 4), trainings),
-        "unlabelled": {"1": "Tomato", "2": "Kiwi"},
-    }
-
-
 def test_page_and_plots_from_the_json_alone(tmp_path: Path) -> None:
     folder = REPORT.folder(tmp_path)
-    found = results()
+    found = produce_results()
     (folder / "produce.json").write_text(json.dumps(found))
     REPORT.draw(folder)
     text = (folder / "produce.md").read_text()
@@ -262,15 +224,123 @@ def write_photos(path: Path, seed: int = 0) -> None:
     write_image_archive(path, files, labels, ["fine", "coarse"], [0] * 30 + [1] * 10)
 
 
-def test_a_folder_holds_work_on_one_set_of_photos(tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
+def test_a_folder_holds_work_of_one_kind(tmp_path: Path, command: Callable[..., tuple[int, str, str]]) -> None:
     """Guards against statistics and judges of other photos than those that the models are trained on."""
     for name, seed in (("a", 0), ("b", 1)):
         write_photos(tmp_path / f"{name}.npz", seed)
-    arguments = "--output_dir", tmp_path / "out", "--stage", "contexts", "--data"
-    assert command(*arguments, tmp_path / "a.npz")[0] == 0
-    assert command(*arguments, tmp_path / "a.npz")[0] == 0
-    status, _, errors = command(*arguments, tmp_path / "b.npz")
-    assert (status, "other photos than those of --data" in errors) == (2, True)
+        for split in ("train", "test"):
+            path = tmp_path / name / split / "Apple" / "1.bmp"  # of the same size, whatever it shows
+            path.parent.mkdir(parents=True)
+            photo(np.random.default_rng(seed), 64, 64, 3).save(path)
+    for suffix in (".npz", ""):
+        a, b = (tmp_path / f"{name}{suffix}" for name in "ab")
+        arguments = "--output_dir", tmp_path / f"out{suffix}", "--stage", "contexts", "--data"
+        for _ in range(2):
+            assert command(*arguments, a)[0] == 0
+        made = {path: path.read_bytes() for path in (tmp_path / f"out{suffix}").iterdir()}
+        for words, named in (
+            ((b,), "other photos than those of --data"),
+            ((a, "--scale", "full"), "--scale tiny, not full"),
+            ((a, "--epochs", 4), "--epochs 2, not 4"),
+        ):
+            status, _, errors = command(*arguments, *words)
+            assert (status, f"holds work with {named}; give another" in errors) == (2, True)
+        assert made == {path: path.read_bytes() for path in (tmp_path / f"out{suffix}").iterdir()}
+
+
+def test_plan_counts_the_photos_that_are_used(command: Callable[..., tuple[int, str, str]]) -> None:
+    for scale, model, photos in (("tiny", "lpd_debug", "2 epochs of 40"), ("fine", "lpd_mini", "12 epochs of 3,111")):
+        status, printed, _ = command("--data", "anything", "--plan", "--scale", scale)
+        assert (status, f"training lpd_mixed: {model}, {photos} photos, " in printed) == (0, True)
+
+
+@pytest.fixture
+def finished(tmp_path: Path) -> Path:
+    """A finished run with a report, beside its photos."""
+    write_photos(tmp_path / "photos.npz")
+    torch.save({"model": {"a": torch.ones(1)}, "metadata": {"test_accuracy": 0.5}}, tmp_path / "classifier.pt")
+    write_finished_run(tmp_path / "out", tmp_path / "classifier.pt")
+    return tmp_path / "out"
+
+
+def test_the_report_names_the_file_that_is_damaged_and_keeps_the_page(
+    finished: Path, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    """Guards against a good report that is overwritten by figures that give no page."""
+    arguments = "--data", finished.parent / "photos.npz", "--output_dir", finished, "--stage", "report"
+    status, _, errors = command(*arguments)
+    assert status == 0, errors
+    report = {path: path.read_bytes() for path in (finished / "report").rglob("produce.*")}
+    assert len(report) == 2
+    cell = cells.tuning_cells(TINY)[0].name
+    results = json.loads((finished / "eval" / cell / "results.json").read_text())
+    for name, content in (
+        ("tokenizer/metrics.json", {}),
+        ("floors/reference_real.json", {}),
+        ("contexts.json", {}),
+        (f"eval/{cell}/results.json", results | {"settings": {}}),
+        (f"eval/{cell}/results.json", {name: value for name, value in results.items() if name != "environment"}),
+        ("lpd_mixed/checkpoint-last.json", {}),
+    ):
+        whole = (finished / name).read_text()
+        (finished / name).write_text(json.dumps(content))
+        status, _, errors = command(*arguments)
+        assert (status, f"{name} is truncated or damaged" in errors) == (2, True), (name, errors)
+        (finished / name).write_text(whole)
+    for name, content in (  # which only the page or a plot finds odd
+        ("floors/reference_real.json", {"extractor": "net", "frechet_distance": "small"}),
+        ("contexts.json", {"decoding": {}, "training": {"lpd": {}}}),
+    ):
+        whole = (finished / name).read_text()
+        (finished / name).write_text(json.dumps(content))
+        status, _, errors = command(*arguments)
+        assert (status, f"the figures in {finished} give no page" in errors) == (2, True), (name, errors)
+        (finished / name).write_text(whole)
+    assert report == {path: path.read_bytes() for path in report}
+
+
+class NotedStages(Stages):
+    """Stages that only note that they ran."""
+
+    def __init__(self, out: Path) -> None:
+        super().__init__(out)
+        self.ran: list[str] = []
+
+    def run(self, name: str, action: Callable[[], None], command: str, always: bool = False) -> None:
+        super().run(name, lambda: self.ran.append(name), command, always)
+
+    def command(self, name: str, *words: str | Path, output: Path | None = None, stoppable: bool = False) -> None:
+        self.run(name, lambda: None, " ".join(map(str, words)))
+
+
+def test_what_was_measured_of_other_weights_or_steps_is_done_again(
+    finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against figures and pictures of an earlier model beside those of the present one."""
+    stages, first = NotedStages(finished), TINY.models[0]
+    monkeypatch.setattr(run, "tuned_guidance", lambda call: {(first.name, "lpd"): 2.0})
+
+    def ran(stage: Callable[[driver.Call], None], **changes: Any) -> list[str]:
+        stages.ran.clear()
+        scale = dataclasses.replace(TINY, models=(first,), **changes)
+        stage(driver.Call(finished, scale, Dist(0, 1, torch.device("cpu")), stages, ("", "")))
+        return stages.ran
+
+    for stage in (run.likelihood, run.pictures, run.contexts):
+        assert [len(ran(stage)), len(ran(stage))] == [1, 0]
+    first.checkpoint(finished).write_bytes(b"trained again")
+    assert ran(run.likelihood) == [f"likelihood {first.name}"]
+    assert ran(run.pictures) == ["pictures"]
+    assert ran(run.contexts) == []
+    for stage, changes in (
+        (run.pictures, {"tuning_steps": 16}),
+        (run.pictures, {"seeds": (7,)}),
+        (run.contexts, {"stride": 4}),
+        (run.contexts, {"steps": (16,)}),
+        (run.likelihood, {"steps": (16,)}),
+    ):
+        ran(stage)
+        assert len(ran(stage, **changes)) == 1, changes
 
 
 @pytest.mark.slow
@@ -300,7 +370,7 @@ def test_recipe_from_photos_to_page_in_pieces(
     assert sorted(found["unlabelled"].values()) == ["coarse", "fine"]
     text = (tmp_path / "out" / "report" / "produce.md").read_text()
     assert "no figure here means anything" in text
-    names = ("unlabelled", "samples_16", "loss", "known_neighbours")
+    names = ("unlabelled", f"samples_{TINY.tuning_steps}", "loss", "known_neighbours")
     for name in names:
         assert_not_blank(tmp_path / "out" / "report" / "images" / f"produce_{name}.png")
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("[enl]*/*/*.json")}

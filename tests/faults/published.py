@@ -5,7 +5,6 @@ The repository is the folder `repository` of the inputs, the hub a class of this
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shlex
 import shutil
@@ -15,7 +14,6 @@ from typing import Any
 
 import numpy as np
 from huggingface_hub.utils import validate_repo_id
-from PIL import Image
 
 import engine.hub.__main__
 import engine.hub.export
@@ -24,18 +22,21 @@ import scripts.cli.run
 import scripts.demo
 import scripts.gpu_suite
 import scripts.publish_likelihood
-from experiments import cells
 from experiments.cifar10.report import REPORT as CIFAR10_REPORT
 from experiments.cifar10.run import EXPERIMENT as CIFAR10
 from experiments.produce import data
 from experiments.produce.report import REPORT as PRODUCE_REPORT
 from experiments.produce.run import EXPERIMENT as PRODUCE
-from experiments.produce.scales import TINY
-from tests.experiments import test_cifar10, test_produce
 from tests.faults.results import Command, digest, file_digest, nothing
 from tests.helpers.commands import ROOT
-from tests.scripts.test_gpu_suite import write_suite
-from util.checkpoint import LAST
+from tests.helpers.experiment_results import (
+    cifar10_results,
+    hoped_for,
+    photo,
+    produce_results,
+    write_finished_run,
+)
+from tests.helpers.gpu_results import write_suite
 from util.files import write_json
 
 REPOSITORY = Path("repository")
@@ -134,9 +135,9 @@ def write_published_inputs() -> None:
     for place in ("train/Fruit/Apple/A/1", "train/Fruit/Apple/B/2", "val/Vegetables/Leek/3", "test/Fruit/Kiwi/4"):
         path = Path("shop", f"{place}.jpg")
         path.parent.mkdir(parents=True)
-        test_produce.photo(rng, 40, 32, 3).save(path)
+        photo(rng, 40, 32, 3).save(path)
     for name, results in (
-        ("produce", test_produce.results()), ("cifar10", test_cifar10.results(test_cifar10.hoped_for)),
+        ("produce", produce_results()), ("cifar10", cifar10_results(hoped_for)),
     ):  # fmt: skip
         write_json(Path(f"report_{name}", f"{name}.json"), results)
         Path(f"report_{name}", "images").mkdir()
@@ -147,33 +148,5 @@ def write_published_inputs() -> None:
 
 
 def write_finished_experiment() -> None:
-    """A folder of the tiny experiment as its stages leave it, with made-up figures, for the stage that reads them."""
-    out, (first, *_) = Path("produced"), TINY.models
-    for path in (*(model.checkpoint(out) for model in TINY.models), cells.tokenizer_path(out)):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(path.name.encode())
-    shutil.copy("classifier.pt", cells.classifier_path(out))
-    guidance = {(model.name, order): 2.0 for model in TINY.models for order in TINY.orders}
-    about = {
-        "environment": {"device": "CPU", "python": "3.11", "packages": {"torch": "2.11"}},
-        "settings": {"decode_path": "plain"}, "model": {"embed_dim": 32, "depth": 2},
-    }  # fmt: skip
-    for cell in (*cells.tuning_cells(TINY), *cells.table_cells(TINY, guidance, fid=False)):
-        figures = {"frechet_distance": 9.0 + cell.seed - cell.cfg, "class_accuracy": 0.5, "sec_per_image": 0.1}
-        record = dataclasses.asdict(cell) | cells.file_hashes(out, cell.model)
-        write_json(out / "eval" / cell.name / "results.json", about | figures | {"record": record})
-        Image.new("RGB", (8, 8)).save(out / "eval" / cell.name / "grid.png")
-    known = test_produce.results()
-    write_json(out / "tokenizer" / "metrics.json", known["tokenizer"])
-    write_json(out / "floors" / "reference_real.json", known["floors"]["reference_real"])
-    for name in TINY.trainings:
-        lines = (json.dumps(line) for line in known["trainings"][name]["loss_curve"])
-        (out / name / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-        trained = {"epoch": 2, "args": {"epochs": 2}, "config": known["trainings"][name]["model"]}
-        write_json((out / name / LAST).with_suffix(".json"), trained)
-    hashes = cells.file_hashes(out, first)
-    write_json(out / "neighbours" / f"{first.name}.json", known["neighbours"]["lpd_random"] | hashes)
-    source = {"pretrained_ckpt": {"sha256": hashes["checkpoint_sha256"]}}
-    of_cells = {"cells": known["likelihood"]["lpd_random"], "source": source}
-    write_json(out / "likelihood" / first.name / "likelihood.json", of_cells)
-    write_json(out / "contexts.json", known["contexts"])
+    """What the stage report reads."""
+    write_finished_run(Path("produced"), Path("classifier.pt"))

@@ -1,11 +1,10 @@
-"""The suite for a GPU: its parts, time limits and failures with parts made up here; its tables; all of it, tiny."""
+"""The suite for a GPU: its parts, time limits and failures with parts made up here; all of it, tiny."""
 
 from __future__ import annotations
 
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +17,7 @@ import pytest
 from engine.recipes import EVAL_RECIPES
 from experiments.cifar10 import run as cifar10
 from experiments.produce import run as produce
-from scripts import gpu_suite, gpu_tables
+from scripts import gpu_suite
 from scripts.benchmark_evaluation import EvaluationBenchmark
 from scripts.benchmark_latency import LatencyBenchmark
 from scripts.benchmark_orders import OrdersBenchmark
@@ -26,13 +25,11 @@ from scripts.benchmark_train import TrainBenchmark
 from scripts.gpu_suite import Part, Parts, Suite, SuiteConfig
 from scripts.tune_kernels import TuneConfig
 from tests.helpers.commands import ROOT, run
+from tests.helpers.gpu_results import GPU
 from tests.helpers.slurm_cluster import wait_until
 from util.cli import Parser, from_args
 from util.errors import UserError
-from util.files import write_json
 
-GPU = {"device": "a GPU", "driver": "570.1", "cuda": "12.8", "torch": "2.11.0", "triton": "3.6.0"}
-REVISION = "0123456789" * 4
 BENCHMARKS = {
     "scripts.benchmark_latency": LatencyBenchmark,
     "scripts.benchmark_orders": OrdersBenchmark,
@@ -227,229 +224,6 @@ def test_counts_of_tests_are_pytests(tmp_path: Path) -> None:
     assert (counts["passed"], counts["failed"], counts["skipped"]) == (1, 2, 1)
     assert [failure["test"].rsplit("::")[-1] for failure in counts["failures"]] == ["test_b", "test_d"]
     assert "assert 1 == 2" in counts["failures"][0]["message"]
-
-
-def latency_result(path: str, batch_size: int, pixels: bool, median_ms: float, **more: Any) -> dict[str, Any]:
-    rates = {"images_per_sec": 1000 * batch_size / median_ms, "weight_bytes_share": 0.25, "flops_share": None}
-    return {
-        "batch_size": batch_size, "path": path, "pixels": pixels, "warmup": 20, "runs": 50, "median_ms": median_ms,
-        "peak_memory_gib": 3.21, **rates, **more,
-    }  # fmt: skip
-
-
-def write_suite(out: Path, **more: Any) -> None:
-    """A folder as the suite leaves it, with made-up figures."""
-    by_path = [
-        latency_result(path, 1, pixels, median_ms)
-        for path, median_ms in (("plain", 100.0), ("graph", 12.5))
-        for pixels in (False, True)
-    ]
-    by_path[1] |= {"speed_up": 1.0}
-    by_path[3] |= {"median_ms": 20.0, "speed_up": 5.0}
-    by_path[2] |= {"graph_nodes": 2345}
-    products = [
-        {"product": "fc1", "rows": 12, "by": by, "weights": weights, "pdl": pdl, "us": us, "chosen": chosen,
-         "columns": columns, "block": 128, "split": 1, "stages": 5}
-        for by, weights, pdl, us, chosen, columns in (
-            ("library", "bfloat16", False, 5.04, False, None), ("own", "bfloat16", True, 4.06, True, 32),
-            ("own", "bfloat16", True, 3.52, False, 64), ("own", "bfloat16", False, 4.51, True, 32),
-            ("own", "float8", True, 2.5, True, 32),
-        )
-    ]  # fmt: skip
-    row = [latency_result("graph", 1, True, 20.0), latency_result("graph", 64, True, 200.0)]
-    train = {
-        "model": "lpd_l", "img_size": 256, "batch_size": 64, "dtype": "bfloat16 autocast",
-        "rows": [
-            {"name": "plain", "failed": "out of memory", "peak_memory_gib": 70.0},
-            {"name": "fast", "images_per_sec": 512.0, "peak_share": 0.4, "median_sec_per_step": 0.125,
-             "peak_memory_gib": 20.0},
-        ],
-    }  # fmt: skip
-    drawing = [
-        {"img_size": size, "steps": steps, "implementation": name, "orders_per_sec": rate}
-        for size, steps in ((256, 20), (512, 48))
-        for name, rate in (("NumPy, 1 thread", 1790.0), ("torch, a GPU", 1234567.0))
-    ]
-    evaluation = {
-        "model": "lpd_l", "img_size": 256, "generation_steps": 20, "eval_bsz": 64, "extractor": "classifier-net",
-        "random_extractor_weights": True, "images_per_sec_without_scores": 400.0, "images_per_sec_with_features": 300.0,
-        "pixels_share_of_generating": 0.125, "scores_sec": 7.5, "scoring_share_of_50000_images": 0.25,
-    }  # fmt: skip
-    tests = {"passed": 16, "failed": 1, "skipped": 0, "seconds": 3.0, "failures": []}
-    contents: dict[str, tuple[str, dict[str, Any]]] = {
-        "tests": ("tests", tests),
-        "latency_by_path": ("latency", {"results": by_path}),
-        "latency_lpd_l_res256_steps20": ("latency", {"results": row}),
-        "kernels": ("kernels", {}),
-        "tiles": ("tiles", {"model": "lpd_l", "products": [*products, products[0] | {"rows": 78}]}),
-        "train": ("train", train),
-        "orders": ("orders", {"drawing": drawing}),
-        "evaluation": ("evaluation", evaluation),
-    }
-    parts = {}
-    for name, (group, content) in contents.items():
-        write_json(out / f"{name}.json", content | {"output": str(out / f"{name}.json")})
-        parts[name] = {
-            "group": group, "command": f"python of {name}", "tiny": False, "quick": True, "date": "2026-01-02",
-            "state": "failed" if name == "tests" else "finished", "seconds": 1.0, "result": f"{name}.json",
-            "revision": REVISION,
-            "error": None,
-        }  # fmt: skip
-    (out / "kernels").mkdir()
-    (out / "kernels" / "graph.txt").write_text("attention 1 ms\n")
-    write_json(out / "summary.json", GPU | {"parts": parts} | more)
-
-
-@pytest.fixture
-def repository(tmp_path: Path) -> Path:
-    """A root with the project's README as it stands."""
-    root = tmp_path / "repository"
-    root.mkdir()
-    shutil.copy(ROOT / "README.md", root)
-    return root
-
-
-def between(text: str, mark: str) -> str:
-    return text.partition(f"<!-- gpu:{mark} -->\n")[2].partition(f"\n<!-- /gpu:{mark} -->")[0]
-
-
-def test_publishing_fills_the_readme_and_does_so_again(tmp_path: Path, repository: Path) -> None:
-    """Guards against marks lost from the README, and figures in the wrong column."""
-    write_suite(tmp_path)
-    gpu_tables.publish(tmp_path, "test", repository)
-    text = (repository / "README.md").read_text()
-    assert "run on a GPU yet" not in text
-    measured = "latency, products of a step, orders, training, evaluation ([speed on a GPU](#speed-on-a-gpu))."
-    tested = "GPU tests: 16 passed, 1 failed, 0 skipped."
-    assert between(text, "status") == f"**Measured on one a GPU**: {measured} {tested}"
-    paths = between(text, "paths").replace("\n", " ")
-    assert "| `plain` | 100.0 ms | 100.0 ms | 1.0 | – | 3.2 GiB |" in paths
-    assert "| `graph` | 12.5 ms | 20.0 ms | 5.0 | 2,345 | 3.2 GiB |" in paths
-    assert "a GPU, driver 570.1, torch 2.11.0, triton 3.6.0, code of revision 0123456789, 2026-01-02, random" in paths
-    assert "random weights, medians (batch 1: 50 runs after 20)" in paths
-    assert "`python -m scripts.gpu_suite --output_dir DIR --quick`" in paths
-    assert "[kernels of `graph`](benchmarks/results/kernels_test.txt)" in paths
-    row = "| LPD-L, 256 px, 20 steps | 20.0 ms | 280 ms | 25% | – | 320.0 | 139.1 | – | 3.2 GiB |"
-    assert row in between(text, "rows")
-    tiles = between(text, "tiles")
-    assert "| fc1, 12 rows | 5.0 | 4.1 | 3.5 (64×128, 1, 5) | 4.5 | 2.5 |" in tiles
-    assert "| fc1, 78 rows | 5.0 | – | – | – | – |" in tiles
-    train = between(text, "train")
-    assert "| plain | out of memory | – | – | 70.0 GiB |" in train
-    assert "| fast | 512 | 40% | 125 ms | 20.0 GiB |" in train
-    assert "| torch, a GPU | 1,234,567/s | 1,234,567/s |" in between(text, "orders")
-    evaluation = between(text, "evaluation")
-    assert "| with features (classifier-net, random weights), images/s | 300.0 |" in evaluation
-    assert "(extrapolated) | 25% |" in evaluation
-    for mark in ("paths", "rows", "tiles", "train", "orders", "evaluation"):
-        table = [line for line in between(text, mark).splitlines() if line.startswith("|")]
-        assert len({line.count("|") for line in table}) == 1
-        assert set(table[1]) == {"|", "-"}
-    results = {path.name for path in (repository / "benchmarks" / "results").iterdir()}
-    groups = ("tests", "latency", "tiles", "orders", "train", "evaluation")
-    assert results == {*(f"{group}_test.json" for group in groups), "kernels_test.txt"}
-    latency = (repository / "benchmarks" / "results" / "latency_test.json").read_text()
-    assert str(tmp_path) not in latency
-    assert json.loads(latency)["parts"]["latency_by_path"]["result"]["results"][2]["graph_nodes"] == 2345
-
-    gpu_tables.publish(tmp_path, "test", repository)
-    assert (repository / "README.md").read_text() == text
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    for part in ("latency_by_path", "latency_lpd_l_res256_steps20", "orders"):
-        summary["parts"][part]["state"] = "failed"
-    summary["parts"]["train"]["date"] = "2026-02-03"
-    write_json(tmp_path / "summary.json", summary)
-    gpu_tables.publish(tmp_path, "test", repository)
-    again = (repository / "README.md").read_text()
-    for mark in ("status", "paths", "rows", "orders"):
-        assert between(again, mark) == between(text, mark)
-    assert "2026-02-03" in between(again, "train")
-
-
-@pytest.mark.parametrize(
-    ("kept", "first"),
-    [
-        ({"tests"}, "**Nothing has been measured on a GPU yet**; tests have been run on one a GPU. GPU tests: 16"),
-        ({"tests", "orders"}, "**Latency has not been measured on a GPU yet**; on one a GPU: orders. GPU tests: 16"),
-        ({"orders", "train"}, "**Latency has not been measured on a GPU yet**; on one a GPU: orders, training."),
-    ],
-)
-def test_without_latency_the_readme_does_not_say_measured(
-    tmp_path: Path, repository: Path, kept: set[str], first: str
-) -> None:
-    write_suite(tmp_path)
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    summary["parts"] = {name: part for name, part in summary["parts"].items() if name in kept}
-    write_json(tmp_path / "summary.json", summary)
-    gpu_tables.publish(tmp_path, "test", repository)
-    assert between((repository / "README.md").read_text(), "status").startswith(first)
-
-
-def test_figures_of_two_revisions_are_published_as_such(tmp_path: Path, repository: Path) -> None:
-    write_suite(tmp_path)
-    summary = json.loads((tmp_path / "summary.json").read_text())
-    summary["parts"]["latency_by_path"]["revision"] = None
-    summary["parts"]["latency_lpd_l_res256_steps20"]["revision"] = f"{REVISION}-dirty"
-    summary["parts"]["latency_lpd_l_res256_steps32"] = summary["parts"]["latency_lpd_l_res256_steps20"] | {
-        "revision": REVISION
-    }
-    write_json(tmp_path / "summary.json", summary)
-    gpu_tables.publish(tmp_path, "test", repository)
-    text = (repository / "README.md").read_text().replace("\n", " ")
-    assert "code of revision unknown, 2026-01-02" in text
-    assert "code of revision 0123456789 and 0123456789-dirty, 2026-01-02" in text
-
-
-def test_what_means_nothing_is_not_published(tmp_path: Path, repository: Path) -> None:
-    before = (repository / "README.md").read_text()
-    with pytest.raises(UserError, match=r"has no summary\.json"):
-        gpu_tables.publish(tmp_path, "test", repository)
-    write_suite(tmp_path, device="CPU")
-    with pytest.raises(UserError, match="of a CPU"):
-        gpu_tables.publish(tmp_path, "test", repository)
-    summary = json.loads((tmp_path / "summary.json").read_text()) | {"device": "a GPU"}
-    summary["parts"]["orders"]["tiny"] = True
-    write_json(tmp_path / "summary.json", summary)
-    with pytest.raises(UserError, match="tiny models"):
-        gpu_tables.publish(tmp_path, "test", repository)
-    write_json(tmp_path / "summary.json", summary | {"parts": {}})
-    with pytest.raises(UserError, match="nothing to publish"):
-        gpu_tables.publish(tmp_path, "test", repository)
-    assert (repository / "README.md").read_text() == before
-
-
-@pytest.mark.parametrize(
-    ("name", "change"),
-    [
-        ("summary.json", {"parts": [1]}), ("summary.json", {"device": None}), ("train.json", {"rows": 3}),
-        ("latency_by_path.json", {"results": [{}]}), ("summary.json", None), ("train.json", None),
-    ],
-)  # fmt: skip
-def test_damaged_results_are_named_and_nothing_is_published(
-    tmp_path: Path, repository: Path, name: str, change: dict[str, Any] | None
-) -> None:
-    """Guards against results that are half published, and a suite that resumes from a damaged summary."""
-    write_suite(tmp_path)
-    before = {path: path.read_bytes() for path in repository.rglob("*") if path.is_file()}
-    content = json.loads((tmp_path / name).read_text())
-    (tmp_path / name).write_text("{" if change is None else json.dumps(content | change))
-    with pytest.raises(UserError, match=r"damaged"):
-        gpu_tables.publish(tmp_path, "test", repository)
-    assert {path: path.read_bytes() for path in repository.rglob("*") if path.is_file()} == before
-    if name == "summary.json" and "device" not in (change or {}):
-        with pytest.raises(UserError, match=r"summary\.json is truncated or damaged"):
-            suite_of(tmp_path, [])
-
-
-def test_the_readme_says_what_was_measured() -> None:
-    """All marks are there once; a table without a published result says that there is none."""
-    text = (ROOT / "README.md").read_text()
-    for mark in ("status", "paths", "rows", "tiles", "train", "orders", "evaluation"):
-        assert gpu_tables.fill(text, mark, between(text, mark)) == text
-        assert re.search(r"yet\*\*|yet\.\*\*|has been tried|Measured on|\|---\|", between(text, mark))
-    for broken in (text.replace("<!-- gpu:rows -->", ""), text + "<!-- gpu:rows -->", text + "<!-- /gpu:rows -->"):
-        with pytest.raises(UserError, match="gpu:rows"):
-            gpu_tables.fill(broken, "rows", "")
 
 
 def test_bad_input_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -99,3 +99,15 @@ def test_a_full_disk_is_told_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "whole.json").touch()
     with pytest.raises(OSError, match="No space left"), reading("file", tmp_path / "whole.json"):
         raise OSError(errno.ENOSPC, "No space left on device")  # of what is written from it
+
+
+def test_what_another_file_fails_with_is_not_blamed_on_the_one_that_is_read(tmp_path: Path) -> None:
+    """Guards against results that are called damaged because a picture made from them can't be written."""
+    whole, other = tmp_path / "whole.json", tmp_path / "folder"
+    whole.touch()
+    other.mkdir()
+    with pytest.raises(IsADirectoryError) as failed, reading("file", whole):
+        other.write_text("")
+    assert failed.value.filename == str(other)
+    with pytest.raises(UserError, match=r"file .*whole\.json is truncated"), reading("file", whole):
+        os.readlink(whole)  # an OSError of the file itself
