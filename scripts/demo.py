@@ -24,15 +24,16 @@ from engine.image_generator import ImageGenerator
 from engine.scoring.config import ScoringConfig
 from models.sampling import Sampling
 from scripts.plots import plot_losses
-from scripts.stages import Stages, train_and_judge
+from scripts.stages import OutOfTime, Stages, train_and_judge
 from util.checkpoint import LAST
 from util.cli import Parser, exit_on_user_error
 from util.dist import DeviceConfig, Dist, resolve_device
 from util.errors import UserError, reading
-from util.files import atomic_write, check_output_dir
+from util.files import atomic_write, check_output_dir, write_json
 from util.folder_lock import LOCK_FILE, FolderLock
 from util.logger import setup_logging
 from util.readers import read_json
+from util.signals import REQUEUE_STATUS
 
 IMG_SIZE, STRIDE, CODES = 32, 4, 64
 CFG = 4.0
@@ -159,11 +160,19 @@ def main() -> None:
         others = [path for path in out.iterdir() if path.name != LOCK_FILE]
         if others and not stages.path.exists():
             raise UserError(f"--output_dir {out} holds something else than a demo; name a new or empty folder.")
-        for path in others if args.fresh else ():
-            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        if args.fresh:
+            # First of all and not deleted: one that is killed here leaves a demo of which nothing is finished.
+            write_json(stages.path, {})
+            for path in others:
+                if path != stages.path:
+                    shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         setup_logging()
         start = time.perf_counter()
-        run_stages(stages, out, args.device, args.quick)
+        try:
+            run_stages(stages, out, args.device, args.quick)
+        except OutOfTime as reason:
+            print(f"\n{reason}; run the same command again to resume.", flush=True)
+            raise SystemExit(REQUEUE_STATUS) from None
         write_results(out, device, 20 if args.quick else 400)
     print(f"{time.perf_counter() - start:.0f} s in all", flush=True)
 

@@ -26,12 +26,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from engine.recipes import EVAL_RECIPES
+from engine.training.stop import exit_when_told
 from experiments.reports import NAME
 from scripts.gpu_tables import publish
 from scripts.stages import OutOfTime, Stages
@@ -74,7 +74,7 @@ class SuiteConfig(DeviceConfig):
         if self.publish is not None and NAME.fullmatch(self.publish) is None:
             raise UserError(f"--publish {self.publish!r} must be letters, digits, '-' and '_'.")
         for flag, path in (("inception_path", self.inception_path), ("photos", self.photos), ("produce", self.produce)):
-            if path is not None and not os.path.exists(path):
+            if path is not None and not path.exists():
                 raise UserError(f"--{flag} {path} does not exist.")
 
 
@@ -165,10 +165,6 @@ class Parts:
 
 class PartFailed(Exception):
     """A part ended with an error; the message holds the last lines that it printed."""
-
-
-def stop_on_sigterm(number: int, frame: FrameType | None) -> NoReturn:
-    raise SystemExit(REQUEUE_STATUS)
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
@@ -380,10 +376,10 @@ def main() -> None:
     with FolderLock(out) as lock:
         lock.acquire()
         suite = Suite(Parts(config, out, cuda)(), out, config, machine(device))
-        signal.signal(signal.SIGTERM, stop_on_sigterm)
         if not cuda:
             print("no GPU: tiny models, whose figures mean nothing; the GPU tests and the published rows are left out")
-        status = suite.run()
+        with exit_when_told():
+            status = suite.run()
     print(f"\nsummary: {suite.path}", flush=True)
     raise SystemExit(status)
 

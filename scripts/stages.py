@@ -19,15 +19,15 @@ from engine.scoring.features import INCEPTION
 from util.errors import UserError, reading
 from util.files import atomic_write, write_json
 from util.readers import read_json
-from util.signals import REQUEUE_STATUS, die_with_parent
+from util.signals import REQUEUE_STATUS, STOP_SIGNALS, die_with_parent, pass_on_stop_signals
 
 RECORD = "record of stages"
-# Exit statuses of a command stopped by SIGTERM: it saved, or had no handler; what it finished is on the disk.
-STOPPED = (REQUEUE_STATUS, -signal.SIGTERM)
+# Exit statuses of a command that a stop signal ended: it saved, or had no handler; what it finished is on the disk.
+STOPPED = (REQUEUE_STATUS, *(-number for number in STOP_SIGNALS))
 
 
 class OutOfTime(Exception):
-    """The time limit has come, at a point from which the same command resumes."""
+    """The time limit or a stop signal has come, at a point from which the same command resumes."""
 
 
 class Stages:
@@ -103,28 +103,34 @@ class Stages:
             stoppable: whether the command saves on SIGTERM and resumes when run again. Others run to their end even
                 beyond the time limit, since their work would be lost.
 
-        It dies with this process, so that a killed one is not in the way of the next.
+        A stop signal to this process is passed on to it and waited for. It dies with this process, so that a killed one
+        is not in the way of the next.
 
         Raises:
             UserError: if the command fails.
-            OutOfTime: if it was stopped, or no time was left to begin it.
+            OutOfTime: if it was stopped, no time was left to begin it, or a stop signal came before it finished.
         """
         arguments = [str(word) for word in words]
+        signals: list[int] = []
 
         def action() -> None:
             process = subprocess.Popen(
                 [sys.executable, *arguments], stdout=subprocess.PIPE if output else None, preexec_fn=die_with_parent
             )
-            try:
-                printed, _ = process.communicate(timeout=self.left() if stoppable else None)
-            except subprocess.TimeoutExpired:
-                process.send_signal(signal.SIGTERM)
-                printed, _ = process.communicate()
-                if process.returncode in STOPPED:
-                    raise OutOfTime(f"time limit reached in the stage '{name}', which can be resumed") from None
-            except KeyboardInterrupt:
-                process.wait()  # it got the signal too and may be saving
-                raise
+            reason = "told to stop"
+            with pass_on_stop_signals(process) as came:
+                try:
+                    printed, _ = process.communicate(timeout=self.left() if stoppable else None)
+                except subprocess.TimeoutExpired:
+                    reason = "time limit reached"
+                    process.send_signal(signal.SIGTERM)
+                    printed, _ = process.communicate()
+                except KeyboardInterrupt:
+                    process.wait()  # it got the signal too and may be saving
+                    raise
+            signals.extend(came)
+            if process.returncode in STOPPED:
+                raise OutOfTime(f"{reason} in the stage '{name}', which can be resumed")
             if process.returncode:
                 raise UserError(
                     f"the stage '{name}' ended with status {process.returncode}; run the same command again to resume."
@@ -134,6 +140,8 @@ class Stages:
                     file.write(printed)
 
         self.run(name, action, shlex.join(["python", *arguments]))
+        if signals:
+            raise OutOfTime(f"told to stop in the stage '{name}', which was finished all the same")
 
 
 TRAINING_STAGES = ("tokenizer", "codes", "classifier", "reference", "floors", "lpd")

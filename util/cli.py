@@ -6,6 +6,7 @@ import argparse
 import errno
 import itertools
 import os
+import select
 import signal
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -268,8 +269,8 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
         main()
         if sys.stdout is not None:
             sys.stdout.flush()
-    except BrokenPipeError as error:
-        if error.filename is not None or sys.stdout is None:
+    except BrokenPipeError:
+        if not _reader_is_gone():
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain when it ends
         raise SystemExit(128 + signal.SIGPIPE) from None
@@ -295,6 +296,14 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         _say_once("interrupted")
         raise SystemExit(130) from None
+
+
+def _reader_is_gone() -> bool:
+    """Whether standard output is a pipe that nobody reads. Flushing would not tell: what failed may be left nowhere."""
+    poll = select.poll()
+    if sys.stdout is not None:
+        poll.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -7,8 +7,10 @@ import ctypes
 import logging
 import os
 import signal
+import subprocess
 from collections.abc import Iterator
 from types import FrameType
+from typing import Any
 
 logger = logging.getLogger(__name__)
 
@@ -51,6 +53,26 @@ class StopSignal:
             yield
         finally:
             self.__enter__()
+
+
+@contextlib.contextmanager
+def pass_on_stop_signals(child: subprocess.Popen[Any]) -> Iterator[list[int]]:
+    """Pass stop signals on to a child process instead of ending; gives the list of those that came.
+
+    Ctrl-C is left as it is: a terminal sends it to both, and a second one would interrupt a child that saves.
+    """
+    came: list[int] = []
+
+    def pass_on(number: int, frame: FrameType | None) -> None:
+        came.append(number)
+        child.send_signal(number)
+
+    previous = {number: signal.signal(number, pass_on) for number in STOP_SIGNALS if number != signal.SIGINT}
+    try:
+        yield came
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def ignore_stop_signals(worker: int) -> None:

@@ -18,9 +18,15 @@ READ_BACK_DELAY = 2  # steps after which a GPU's answer is read, so that nobody 
 
 @contextlib.contextmanager
 def exit_when_told() -> Iterator[None]:
-    """Let a stop signal end the program at once with its exit status, where there is nothing to save."""
+    """Let a stop signal end the program at once with its exit status, where there is nothing to save.
+
+    Those that follow are ignored until the block is left, so that what is put in order there is not interrupted:
+    ``timeout`` and launchers send theirs twice.
+    """
 
     def leave(number: int, frame: FrameType | None) -> None:
+        for other in previous:
+            signal.signal(other, signal.SIG_IGN)
         raise SystemExit(exit_status(number))
 
     previous = {number: signal.signal(number, leave) for number in STOP_SIGNALS if number != signal.SIGINT}

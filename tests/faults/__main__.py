@@ -28,7 +28,6 @@ from tests.faults.commands import COMMANDS, make_inputs, prepare_process
 from tests.faults.disturbances import Disturbances, may_mount
 from tests.faults.files import DamagedFiles
 from tests.faults.flags import BadFlags, add_odd_files, share_of
-from tests.faults.results import Command
 from tests.faults.worker import Kind, Outcome
 from util.cli import Parser, exit_on_user_error
 from util.files import atomic_write, check_output_file
@@ -61,25 +60,20 @@ class Faults:
             commands: names of those that are attacked.
             turns: how often a command is killed, started twice, and so on.
         """
-        groups: dict[str, Callable[[], list[Case]]] = {
-            "files": lambda: [(self.files.run, case) for case in self.files.cases(rounds)],
-            "flags": lambda: [(self.flags.run, (case,)) for case in self.flags.cases()],
-            "disturbances": lambda: list(self.disturbances.cases(turns)),
+        # With the name of the command that each attacks.
+        groups: dict[str, Callable[[], list[tuple[str, Case]]]] = {
+            "files": lambda: [(case[0].command, (self.files.run, case)) for case in self.files.cases(rounds)],
+            "flags": lambda: [(case.command.name, (self.flags.run, (case,))) for case in self.flags.cases()],
+            "disturbances": lambda: [
+                (words[0].name if words else "train", (function, words))  # without: a rank of a training is stopped
+                for function, words in self.disturbances.cases(turns)
+            ],
         }
         found: list[Case] = []
         for name in only:
-            chosen = [case for case in groups[name]() if _command(case) in commands]
+            chosen = [case for command, case in groups[name]() if command in commands]
             found += share_of(chosen, flags) if name == "flags" else chosen
         return found
-
-
-def _command(case: Case) -> str:
-    """The name of the command that a case attacks."""
-    if not case[1]:
-        return "train"  # the rank that is stopped
-    first = case[1][0]
-    command: Command | str = first if isinstance(first, Command) else first.command
-    return command.name if isinstance(command, Command) else command
 
 
 def table(outcomes: Iterable[Outcome]) -> str:

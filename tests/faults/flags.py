@@ -59,8 +59,8 @@ class BadFlag:
             takes_all = any(other.nargs == argparse.REMAINDER for other in positionals)  # that follows
             return [flag, *words] if takes_all else [*words, flag]
         # A word that names a file, after that of the subcommand where there is one.
-        subcommand = parser.prog.endswith(f" {words[0]}")
-        places = [place for place, word in enumerate(words) if place >= subcommand and not word.startswith("-")]
+        first = 1 if parser.prog.endswith(f" {words[0]}") else 0
+        places = [place for place in range(first, len(words)) if not words[place].startswith("-")]
         place = places[[other.dest for other in positionals].index(self.action.dest)]
         return words[:place] + value + words[place + 1 :]
 

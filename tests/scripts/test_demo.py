@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,10 +12,12 @@ from matplotlib import colormaps
 
 import scripts.demo
 from orders.schedule import grid_group_sizes
+from scripts.stages import OutOfTime, Stages
 from tests.helpers.commands import ROOT
 from tests.helpers.commands import run as run_command
 from tests.helpers.pictures import assert_curve, assert_mosaic, assert_not_blank, assert_text, pixels_of
-from util.folder_lock import FolderLock
+from tests.helpers.processes import holder
+from util.errors import UserError
 
 
 @pytest.fixture
@@ -57,12 +57,14 @@ def test_quick_demo_from_start_to_table_and_again(tmp_path: Path, demo: Callable
     assert printed.count("done before") == 10
 
 
-def test_wrong_arguments(tmp_path: Path, demo: Callable[..., tuple[int, str, str]]) -> None:
-    with FolderLock(tmp_path / "taken") as lock:
-        lock.acquire()
-        code = f"import sys, scripts.demo as d; sys.argv[1:] = ['--output_dir', {str(tmp_path / 'taken')!r}]; d.main()"
-        second = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert "another process is writing to" in second.stderr
+def test_wrong_arguments(
+    tmp_path: Path, demo: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(scripts.demo, "run_stages")  # nothing is begun
+    with holder(tmp_path / "taken"):
+        status, _, errors = demo("--output_dir", tmp_path / "taken", "--fresh")
+    assert status == 2
+    assert errors.startswith(f"error: another process is writing to {tmp_path / 'taken'}")
     (tmp_path / "other").write_text("")
     for arguments, named in (
         (("--output_dir", tmp_path), "something else than a demo"),
@@ -74,3 +76,31 @@ def test_wrong_arguments(tmp_path: Path, demo: Callable[..., tuple[int, str, str
         assert status == 2
         assert named in errors.splitlines()[-1]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["other"]
+
+
+def test_a_fresh_start_that_is_killed_is_no_obstacle_to_the_next(
+    tmp_path: Path, demo: Callable[..., tuple[int, str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards against a folder that is a demo's no longer, and stages that look finished without their files."""
+
+    def fail(error: BaseException) -> Callable[..., None]:
+        def function(*_: object) -> None:
+            raise error
+
+        return function
+
+    stages = Stages(tmp_path)
+    stages.run("codes", (tmp_path / "codes").mkdir, "command")
+    monkeypatch.setattr(scripts.demo, "run_stages", fail(UserError("begun")))
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", fail(KeyboardInterrupt()))
+        assert demo("--output_dir", tmp_path, "--fresh")[0] == 130
+    assert stages.path.exists()
+    assert stages.states() == {}
+    assert demo("--output_dir", tmp_path)[2] == "error: begun\n"
+    assert (tmp_path / "codes").exists()
+    assert demo("--output_dir", tmp_path, "--fresh")[2] == "error: begun\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["stages.json"]
+    monkeypatch.setattr(scripts.demo, "run_stages", fail(OutOfTime("told to stop")))
+    status, printed, errors = demo("--output_dir", tmp_path)
+    assert (status, printed, errors) == (75, "\ntold to stop; run the same command again to resume.\n", "")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -26,6 +27,7 @@ from scripts.gpu_suite import Part, Parts, Suite, SuiteConfig
 from scripts.tune_kernels import TuneConfig
 from tests.helpers.commands import ROOT, run
 from tests.helpers.gpu_results import GPU
+from tests.helpers.processes import holder
 from tests.helpers.slurm_cluster import wait_until
 from util.cli import Parser, from_args
 from util.errors import UserError
@@ -238,36 +240,70 @@ def test_bad_input_is_named(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -
         assert named in capfd.readouterr().err
 
 
+WITH_A_PART = """
+import sys
+from pathlib import Path
+from scripts import gpu_suite
+from tests.scripts.test_gpu_suite import made_up
+from util.cli import exit_on_user_error
+out = Path(sys.argv[2])
+gpu_suite.Parts = lambda *_: lambda: [made_up(out, "part", (out / "code").read_text())]
+exit_on_user_error(gpu_suite.main)
+"""
+SAVES = """
+import os, pathlib, signal, sys, time
+folder = pathlib.Path({!r})
+def save(number, frame):
+    time.sleep(3)
+    (folder / "saved").touch()
+    sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+(folder / "pid.new").write_text(str(os.getpid()))
+(folder / "pid.new").rename(folder / "pid")
+time.sleep(60)
+"""
+
+
 @pytest.mark.slow
-def test_sigterm_ends_the_suite_where_it_resumes(tmp_path: Path) -> None:
-    command = (sys.executable, "-m", "scripts.gpu_suite", "--output_dir", tmp_path, "--device", "cpu")
-    suite = subprocess.Popen([*command, "--parts", "orders"], cwd=ROOT)
-    wait_until((tmp_path / "logs" / "orders.log").exists, 60, "the first part")
-    suite.terminate()
-    assert suite.wait(60) == 75
-    assert states(tmp_path) == {"orders": "not finished"}
-    running = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True).stdout
-    assert str(tmp_path) not in running
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGKILL])
+def test_a_part_ends_with_the_suite_and_saves_if_it_can(tmp_path: Path, number: signal.Signals) -> None:
+    """Guards against a part that goes on without its suite, and one that is killed while it saves."""
+    (tmp_path / "code").write_text(SAVES.format(str(tmp_path)).strip())
+    words = (sys.executable, "-c", WITH_A_PART, "--output_dir", tmp_path, "--device", "cpu")
+    with subprocess.Popen(words, cwd=ROOT) as suite:
+        wait_until((tmp_path / "pid").exists, 60, "the part")
+        suite.send_signal(number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            suite.wait(0.5)
+        suite.send_signal(number)  # `timeout` sends it twice
+    wait_until(lambda: not Path("/proc", (tmp_path / "pid").read_text()).exists(), 20, "the end of the part")
+    killed = number == signal.SIGKILL
+    assert suite.returncode == (-signal.SIGKILL if killed else 75)
+    assert (tmp_path / "saved").exists() != killed
+    assert states(tmp_path) == {"part": "not finished"}
+
+
+def test_a_second_suite_in_the_same_folder_is_refused(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    with holder(tmp_path):
+        assert run(gpu_suite.main, "--output_dir", tmp_path, "--device", "cpu", "--parts", "orders") == 2
+    assert capfd.readouterr().err.startswith(f"error: another process is writing to {tmp_path}")
+    assert not (tmp_path / "summary.json").exists()
 
 
 @pytest.mark.slow
 def test_all_of_it_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """Every part that a CPU has, as the commands they are; then nothing is left to do, and nothing to publish."""
     monkeypatch.chdir(ROOT)
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        assert run(gpu_suite.main, "--output_dir", tmp_path, "--device", "cpu") == 0
-        assert "no GPU: tiny models" in capfd.readouterr().out
-        assert states(tmp_path) == dict.fromkeys(
-            ("latency_by_path", "kernels", "orders", "train", "evaluation"), "finished"
-        )
-        for part in json.loads((tmp_path / "summary.json").read_text())["parts"].values():
-            assert json.loads((tmp_path / part["result"]).read_text())["environment"]["device_type"] == "cpu"
-        written = {path: os.stat(path).st_mtime_ns for path in tmp_path.glob("*.json")}
-        assert run(gpu_suite.main, "--output_dir", tmp_path, "--device", "cpu") == 0
-        assert capfd.readouterr().out.count("done before") == 5
-        results = [path for path in written if path.name != "summary.json"]
-        assert all(os.stat(path).st_mtime_ns == written[path] for path in results)
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    assert run(gpu_suite.main, "--output_dir", tmp_path, "--device", "cpu") == 0
+    assert "no GPU: tiny models" in capfd.readouterr().out
+    assert states(tmp_path) == dict.fromkeys(
+        ("latency_by_path", "kernels", "orders", "train", "evaluation"), "finished"
+    )
+    for part in json.loads((tmp_path / "summary.json").read_text())["parts"].values():
+        assert json.loads((tmp_path / part["result"]).read_text())["environment"]["device_type"] == "cpu"
+    written = {path: os.stat(path).st_mtime_ns for path in tmp_path.glob("*.json")}
+    assert run(gpu_suite.main, "--output_dir", tmp_path, "--device", "cpu") == 0
+    assert capfd.readouterr().out.count("done before") == 5
+    results = [path for path in written if path.name != "summary.json"]
+    assert all(os.stat(path).st_mtime_ns == written[path] for path in results)
     assert run(gpu_suite.main, "--output_dir", tmp_path, "--publish", "cpu") == 2

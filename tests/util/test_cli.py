@@ -244,11 +244,22 @@ def test_empty_texts_and_absurd_numbers_are_refused(words: list[str], sentence: 
         parser.parse_args(words)
 
 
-def test_a_reader_that_has_seen_enough_is_no_error() -> None:
+@pytest.mark.parametrize("flush", [False, True])
+def test_a_reader_that_has_seen_enough_is_no_error(flush: bool) -> None:
     """Guards against a traceback after ``| head``."""
-    program = "from util.cli import exit_on_user_error; exit_on_user_error(lambda: print('a line'))"
+    program = "from util.cli import exit_on_user_error; "
+    program += f"exit_on_user_error(lambda: print('a line' * 10**5, flush={flush}))"
     reading, writing = os.pipe()
     os.close(reading)
     found = subprocess.run([sys.executable, "-c", program], stdout=writing, stderr=subprocess.PIPE, cwd=ROOT)
     os.close(writing)
     assert (found.returncode, found.stderr) == (128 + signal.SIGPIPE, b"")
+
+
+def test_another_pipe_that_breaks_is_a_defect() -> None:
+    """Guards against work that ends in silence."""
+    program = "import os; from util.cli import exit_on_user_error; r, w = os.pipe(); os.close(r); "
+    program += "exit_on_user_error(lambda: os.write(w, b'x'))"
+    found = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT)
+    assert found.returncode == 1
+    assert "BrokenPipeError" in found.stderr
