@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from util.errors import UserError, reason_of
+from util.errors import UserError, reading, reason_of
 
 
 @contextlib.contextmanager
@@ -115,10 +115,8 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def sha256(path: str | Path) -> str:
-    """Hex SHA-256 of a file's bytes. UserError if there is no such file."""
-    if not Path(path).is_file():
-        raise UserError(f"{path} does not exist or is not a file.")
-    with open(path, "rb") as file:
+    """Hex SHA-256 of a file's bytes. UserError if there is no such file, or it can't be read."""
+    with reading("file", path), open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 

@@ -13,7 +13,7 @@ class TokenizerTrainConfig:
     """How to train. The learning rate rises to ``lr``, then falls to 0. UserError for a setting out of its range."""
 
     steps: int = setting(help="optimizer steps; more than before extend a finished training", at_least=1)
-    batch_size: int = setting(64, "images per step", at_least=1)
+    batch_size: int = setting(64, "images per step", at_least=1, at_most=2**16)
     lr: float = setting(1e-3, "highest learning rate", above=0)
     eval_freq: int = setting(500, "measure and save every N steps", at_least=1)
     held_out: float = setting(0.1, "share of the images kept for measuring", above=0, below=1)

@@ -92,6 +92,7 @@ def test_the_command_trains_a_loadable_tokenizer(
         ("--epochs 0", "--epochs is 0"),
         ("", "either --steps or --epochs"),
         ("--steps 1 --batch_size 0", "--batch_size is 0"),
+        ("--steps 1 --batch_size 1000000000", "it must be at least 1 and at most 65536"),
         ("--steps 1 --lr 0", "--lr is 0"),
         ("--steps 1 --held_out 1", "--held_out is 1"),
         ("--steps 1 --eval_freq 0", "--eval_freq is 0"),

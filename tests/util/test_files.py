@@ -14,7 +14,7 @@ import torch
 
 from tests.helpers.commands import ROOT
 from util.errors import UserError, reading
-from util.files import atomic_write, check_output_dir, check_output_file, refuse_link
+from util.files import atomic_write, check_output_dir, check_output_file, refuse_link, sha256
 
 
 def test_good_outputs_pass_and_nothing_is_left(tmp_path: Path) -> None:
@@ -111,3 +111,10 @@ def test_what_another_file_fails_with_is_not_blamed_on_the_one_that_is_read(tmp_
     assert failed.value.filename == str(other)
     with pytest.raises(UserError, match=r"file .*whole\.json is truncated"), reading("file", whole):
         os.readlink(whole)  # an OSError of the file itself
+
+
+def test_a_file_that_can_be_opened_but_not_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="/proc/self/mem is truncated or damaged"):
+        sha256("/proc/self/mem")
+    with pytest.raises(UserError, match="is not a file"):
+        sha256(tmp_path)
