@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from engine.training.stop import exit_when_told
 from experiments.cells import Scale, plan
 from experiments.pages import PICTURES
 from experiments.reports import Report, collect
@@ -96,7 +97,7 @@ class Experiment:
         setup_logging()
         check_output_dir(args.output_dir)
         try:
-            with FolderLock(args.output_dir) as lock:
+            with FolderLock(args.output_dir) as lock, exit_when_told():
                 lock.acquire()
                 self._run_stages(args, scale)
         except OutOfTime as reason:

@@ -109,7 +109,7 @@ class Report:
         """Page, plots, pictures and results, into the :meth:`folder` of an output folder.
 
         Raises:
-            UserError: if the results give no page; those that are there stay then.
+            UserError: if the results give no page; the page and the results that are there stay then.
         """
         folder, results = self.folder(out), {"experiment": self.title(scale)} | results
         try:

@@ -22,6 +22,7 @@ from engine.evaluation.compare import Comparison
 from engine.evaluation.config import EvalConfig
 from engine.image_generator import ImageGenerator
 from engine.scoring.config import ScoringConfig
+from engine.training.stop import exit_when_told
 from models.sampling import Sampling
 from scripts.plots import plot_losses
 from scripts.stages import OutOfTime, Stages, train_and_judge
@@ -168,12 +169,13 @@ def main() -> None:
                     shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         setup_logging()
         start = time.perf_counter()
-        try:
-            run_stages(stages, out, args.device, args.quick)
-        except OutOfTime as reason:
-            print(f"\n{reason}; run the same command again to resume.", flush=True)
-            raise SystemExit(REQUEUE_STATUS) from None
-        write_results(out, device, 20 if args.quick else 400)
+        with exit_when_told():
+            try:
+                run_stages(stages, out, args.device, args.quick)
+            except OutOfTime as reason:
+                print(f"\n{reason}; run the same command again to resume.", flush=True)
+                raise SystemExit(REQUEUE_STATUS) from None
+            write_results(out, device, 20 if args.quick else 400)
     print(f"{time.perf_counter() - start:.0f} s in all", flush=True)
 
 

@@ -55,8 +55,7 @@ def publish(folder: Path, name: str, root: Path) -> None:
         UserError: if there are no results, one is damaged, or they are of tiny models or of a CPU; before anything is
             written.
     """
-    summary, groups = read_suite(folder)
-    finished = {part for part, entry in summary["parts"].items() if entry["state"] == "finished"}
+    summary, groups, finished = read_suite(folder)
     kernels = "kernels" in finished
     check_results(folder, summary, groups)
     reports = {report: folder / report.name / "report" for report in REPORTS if report.name in finished}
@@ -69,10 +68,10 @@ def publish(folder: Path, name: str, root: Path) -> None:
     text = fill(read_text("page", readme), "status", status(published, summary["device"]))
     for mark, table in blocks(groups, name, kernels):
         text = fill(text, mark, table)
+    lists = [path.read_bytes() for path in sorted((folder / "kernels").glob("*.txt"))] if kernels else []
     for group, content in groups.items():
         write_json(paths[group], content)
     if kernels:
-        lists = [path.read_bytes() for path in sorted((folder / "kernels").glob("*.txt"))]
         with atomic_write(results / f"kernels_{name}.txt") as file:
             file.write(b"\n".join(lists))
     for report, made in reports.items():
@@ -82,8 +81,8 @@ def publish(folder: Path, name: str, root: Path) -> None:
     print(f"{', '.join(groups)}: {results}/*_{name}.json and {readme}")
 
 
-def read_suite(folder: Path) -> tuple[Content, Content]:
-    """The summary of a suite and its groups with something to publish. UserError as :func:`publish`."""
+def read_suite(folder: Path) -> tuple[Content, Content, set[str]]:
+    """The summary of a suite, groups with something to publish, finished parts. UserError as :func:`publish`."""
     path = folder / "summary.json"
     if not path.is_file():
         raise UserError(f"{folder} has no summary.json; run python -m scripts.gpu_suite --output_dir {folder} first.")
@@ -93,13 +92,14 @@ def read_suite(folder: Path) -> tuple[Content, Content]:
             raise UserError(
                 f"{folder} holds figures of tiny models or of a CPU, which mean nothing and are not published."
             )
+        finished = {part for part, entry in summary["parts"].items() if entry["state"] == "finished"}
         groups = {group: read_group(folder, summary, group) for group in ("tests", *TABLES)}
         groups = {group: content for group, content in groups.items() if content["parts"]}
         for content in groups.values():
             conditions(content, {}, [])
     if not groups:
         raise UserError("no part of the suite has finished; there is nothing to publish.")
-    return summary, groups
+    return summary, groups, finished
 
 
 def check_results(folder: Path, summary: Content, groups: Content) -> None:

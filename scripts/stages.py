@@ -95,10 +95,13 @@ class Stages:
             write_json(self.path, states | {name: state})
         print(f"== {name}: {state['seconds']:.0f} s", flush=True)
 
-    def command(self, name: str, *words: str | Path, output: Path | None = None, stoppable: bool = False) -> None:
+    def command(
+        self, name: str, *words: str | Path, output: Path | None = None, stoppable: bool = False, always: bool = False
+    ) -> None:
         """Run ``python WORDS`` as a stage.
 
         Args:
+            always: as in :meth:`run`.
             output: file for the command's standard output, written when it succeeds.
             stoppable: whether the command saves on SIGTERM and resumes when run again. Others run to their end even
                 beyond the time limit, since their work would be lost.
@@ -120,13 +123,15 @@ class Stages:
             reason = "told to stop"
             with pass_on_stop_signals(process) as came:
                 try:
-                    printed, _ = process.communicate(timeout=self.left() if stoppable else None)
-                except subprocess.TimeoutExpired:
-                    reason = "time limit reached"
-                    process.send_signal(signal.SIGTERM)
-                    printed, _ = process.communicate()
+                    try:
+                        printed, _ = process.communicate(timeout=self.left() if stoppable else None)
+                    except subprocess.TimeoutExpired:
+                        reason = "time limit reached"
+                        process.send_signal(signal.SIGTERM)
+                        printed, _ = process.communicate()
                 except KeyboardInterrupt:
-                    process.wait()  # it got the signal too and may be saving
+                    process.send_signal(signal.SIGTERM)  # a terminal's Ctrl-C has reached it already, another one not
+                    process.wait()
                     raise
             signals.extend(came)
             if process.returncode in STOPPED:
@@ -139,7 +144,7 @@ class Stages:
                 with atomic_write(output) as file:
                     file.write(printed)
 
-        self.run(name, action, shlex.join(["python", *arguments]))
+        self.run(name, action, shlex.join(["python", *arguments]), always)
         if signals:
             raise OutOfTime(f"told to stop in the stage '{name}', which was finished all the same")
 

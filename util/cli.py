@@ -301,9 +301,11 @@ def exit_on_user_error(main: Callable[[], None]) -> None:
 def _reader_is_gone() -> bool:
     """Whether standard output is a pipe that nobody reads. Flushing would not tell: what failed may be left nowhere."""
     poll = select.poll()
-    if sys.stdout is not None:
+    try:
         poll.register(sys.stdout.fileno(), 0)
-    return any(event & select.POLLERR for _, event in poll.poll(0))
+    except (AttributeError, OSError, ValueError):  # no standard output, or one that is no file
+        return False
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
 
 
 def _out_of_memory(error: Exception) -> bool:

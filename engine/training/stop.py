@@ -21,7 +21,7 @@ def exit_when_told() -> Iterator[None]:
     """Let a stop signal end the program at once with its exit status, where there is nothing to save.
 
     Those that follow are ignored until the block is left, so that what is put in order there is not interrupted:
-    ``timeout`` and launchers send theirs twice.
+    ``timeout`` and launchers send theirs twice. What hangs there ends with SIGKILL only.
     """
 
     def leave(number: int, frame: FrameType | None) -> None:

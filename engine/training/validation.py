@@ -22,6 +22,7 @@ from util.dist import Dist
 
 # Not the run's: runs of other seeds are measured on the same orders.
 SEED = 0x76616C
+LOSSES = ("val_loss", "val_loss_ema")
 NOTICEABLE = 0.01  # nats per token: of one model against another on the same images and orders
 CHUNK = 32  # images that share a schedule of group sizes
 
@@ -30,9 +31,12 @@ def what_limits(lines: Sequence[Mapping[str, float]]) -> str | None:
     """What a finished training's validation losses say about its length; None if nothing.
 
     Args:
-        lines: of metrics.jsonl, those with ``val_loss`` and ``epoch``; ``val_loss_ema`` counts where there is one.
+        lines: of metrics.jsonl with ``epoch``, and with ``val_loss`` where it was measured; ``val_loss_ema`` counts
+            where there is one.
     """
-    losses = {line["epoch"]: line.get("val_loss_ema", line["val_loss"]) for line in lines if "val_loss" in line}
+    measured = [line for line in lines if all(map(_is_loss, (line.get(name, 0.0) for name in LOSSES)))]
+    plain = {line["epoch"]: line["val_loss"] for line in measured if "val_loss" in line}
+    losses = {line["epoch"]: line.get("val_loss_ema", line["val_loss"]) for line in measured if "val_loss" in line}
     if len(losses) < 2:
         return None
     end, best = max(losses), min(losses, key=losses.__getitem__)
@@ -41,13 +45,18 @@ def what_limits(lines: Sequence[Mapping[str, float]]) -> str | None:
             f"the validation loss was least after epoch {best:g}, {losses[best]:.3f}, and is {losses[end]:.3f} now: "
             "the model learns its images by heart; fewer --epochs, a smaller --model or more images help"
         )
-    before = [loss for epoch, loss in losses.items() if end / 2 <= epoch <= end * 2 / 3]
-    if before and losses[end] < before[-1] - NOTICEABLE:
+    since = max((epoch for epoch in losses if end / 2 <= epoch <= end * 2 / 3), default=end)
+    learnt_by_heart = plain[end] > min(plain.values()) + NOTICEABLE  # an average lags behind
+    if losses[end] < losses[since] - NOTICEABLE and not learnt_by_heart:
         return (
-            f"the validation loss was still falling, by {before[-1] - losses[end]:.3f} in the last third: more "
-            "--epochs in another --output_dir make a better model"
+            f"the validation loss was still falling, by {losses[since] - losses[end]:.3f} since epoch {since:g}: more "
+            "--epochs in another --output_dir may make a better model"
         )
     return None
+
+
+def _is_loss(value: object) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)  # type: ignore[arg-type]
 
 
 class Validation:

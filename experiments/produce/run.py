@@ -83,15 +83,13 @@ def likelihood(call: Call) -> None:
     """Likelihood of the test photos under every model, order and number of steps."""
     scale = call.scale
     for model in scale.models:
-        name, states = f"likelihood {model.name}", call.stages.states()
-        if states.get(name, {}).get("finished") and read_likelihood(call.out, model) is None:  # of other weights
-            write_json(call.stages.path, {other: state for other, state in states.items() if other != name})
         call.stages.command(
-            name, "-m", "scripts.likelihood", "--pretrained_ckpt", model.checkpoint(call.out),
+            f"likelihood {model.name}", "-m", "scripts.likelihood", "--pretrained_ckpt", model.checkpoint(call.out),
             "--vqgan_path", tokenizer_path(call.out), "--cached_path", call.out / "codes_validation",
             "--orders", *filter(model.takes, scale.orders), "--steps", *map(str, model.steps or scale.steps),
             "--baseline", "random", "--no-one_by_one", "--output_dir", call.out / "likelihood" / model.name,
             "--device", str(call.dist.device), *(("--use_ema",) if scale.use_ema else ()), stoppable=True,
+            always=read_likelihood(call.out, model) is None,
         )  # fmt: skip
 
 

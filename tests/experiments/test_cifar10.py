@@ -321,7 +321,7 @@ def test_plan_needs_no_data(tmp_path: Path, command: Callable[..., tuple[int, st
 
 
 def command_in_process(
-    self: Stages, name: str, *words: str | Path, output: Path | None = None, stoppable: bool = False
+    self: Stages, name: str, *words: str | Path, output: Path | None = None, always: bool = False, **_: Any
 ) -> None:
     """Like Stages.command, without the seconds that a new process needs to import everything."""
     program, *arguments = map(str, words)
@@ -341,7 +341,7 @@ def command_in_process(
             output.parent.mkdir(parents=True, exist_ok=True)
             output.write_text(printed.getvalue())
 
-    self.run(name, action, shlex.join(map(str, words)))
+    self.run(name, action, shlex.join(map(str, words)), always)
 
 
 def load_with_fake_inception(name: str, *arguments: Any) -> features.FeatureExtractor:

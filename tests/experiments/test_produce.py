@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import signal
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -309,8 +310,8 @@ class NotedStages(Stages):
     def run(self, name: str, action: Callable[[], None], command: str, always: bool = False) -> None:
         super().run(name, lambda: self.ran.append(name), command, always)
 
-    def command(self, name: str, *words: str | Path, output: Path | None = None, stoppable: bool = False) -> None:
-        self.run(name, lambda: None, " ".join(map(str, words)))
+    def command(self, name: str, *words: str | Path, always: bool = False, **_: Any) -> None:
+        self.run(name, lambda: None, " ".join(map(str, words)), always)
 
 
 def test_what_was_measured_of_other_weights_or_steps_is_done_again(
@@ -341,6 +342,18 @@ def test_what_was_measured_of_other_weights_or_steps_is_done_again(
     ):
         ran(stage)
         assert len(ran(stage, **changes)) == 1, changes
+
+
+def test_a_stop_signal_between_commands_asks_to_be_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: Callable[..., tuple[int, str, str]]
+) -> None:
+    """Guards against the status of a signal, on which no launcher starts again, in stages that are no commands."""
+    write_photos(tmp_path / "photos.npz")
+    arguments = "--data", tmp_path / "photos.npz", "--output_dir", tmp_path / "out", "--stage", "contexts"
+    with monkeypatch.context() as patch:
+        patch.setattr(run, "measure_contexts", lambda *_: signal.raise_signal(signal.SIGUSR1))
+        assert command(*arguments)[0] == 75
+    assert command(*arguments)[0] == 0
 
 
 @pytest.mark.slow

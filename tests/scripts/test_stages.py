@@ -75,6 +75,7 @@ except OutOfTime as reason:
         (signal.SIGTERM, False, 75),
         (signal.SIGUSR1, True, 75),  # Slurm, before the time limit
         (signal.SIGINT, True, -signal.SIGINT),  # Ctrl-C
+        (signal.SIGINT, False, -signal.SIGINT),
     ],
 )
 def test_a_stage_that_is_told_to_stop_saves(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -160,7 +161,7 @@ def test_images_and_their_codes_give_the_same_loss(tmp_path: Path, capsys: pytes
     ("losses", "sentence"),
     [
         ([5.0, 4.5, 4.4, 4.405, 4.43, 4.5], "least after epoch 3, 4.400, and is 4.500 now"),
-        ([5.0, 4.8, 4.7, 4.6, 4.55, 4.5], "still falling, by 0.100 in the last third"),
+        ([5.0, 4.8, 4.7, 4.6, 4.55, 4.5], "still falling, by 0.100 since epoch 4"),
         ([5.0, 4.5, 4.4, 4.401, 4.4, 4.401], None),
         ([5.0], None),
         ([], None),
@@ -172,6 +173,14 @@ def test_a_training_says_whether_it_was_too_short_or_too_long(losses: list[float
     assert said is None if sentence is None else said is not None and sentence in said
     averaged = [line | {"val_loss": 1.0, "val_loss_ema": line["val_loss"]} for line in lines if "val_loss" in line]
     assert what_limits(averaged) == said
+    odd: dict[str, Any] = {"epoch": 0.1, "val_loss": None}
+    assert what_limits([odd, {"epoch": 0.2, "val_loss": float("nan")}, *lines]) == said
+
+
+def test_an_average_that_lags_behind_does_not_ask_for_more_epochs() -> None:
+    losses = zip((5.0, 4.5, 4.4, 4.5, 4.6, 4.7), (6.0, 5.5, 5.2, 5.0, 4.9, 4.8), strict=True)
+    lines = [{"epoch": n, "val_loss": a, "val_loss_ema": b} for n, (a, b) in enumerate(losses, start=1)]
+    assert what_limits(lines) is None
 
 
 def test_a_finished_training_says_so_in_its_log(cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
