@@ -61,7 +61,7 @@ def write_balanced(source: str, img_size: int, per_class: int, path: Path) -> No
 def prepare(out: Path, splits: tuple[str, str], scale: Scale) -> tuple[str, str, str]:
     """Training photos as they are; test photos and those that statistics are taken of with equally many of each class.
 
-    Generated images are, and the data set has 20 times as many apples as pineapples.
+    Generated images are, and the data set has 17 times as many apples as asparagus.
     """
     paths = [out / f"balanced_{split}.npz" for split in SPLITS]
     for source, path, split in zip(splits, paths, SPLITS, strict=True):

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytest.importorskip("submitit", reason="the launcher, which is attacked too, needs submitit")
+
 from tests.faults.commands import COMMANDS, parser_of
 from tests.faults.damage import damages_of, odd_json
 from tests.faults.files import TARGETS

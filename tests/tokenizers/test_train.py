@@ -278,6 +278,6 @@ def test_a_stopped_command_leaves_no_readers(photos: Path, tmp_path: Path) -> No
         while "1/100000" not in text:
             text = text[-20:] + process.stderr.read(1)
         process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=120)
-    assert process.returncode == 75
+        _, rest = process.communicate(timeout=120)
+    assert process.returncode == 75, rest
     assert (tmp_path / "out" / "state.pth").exists()
