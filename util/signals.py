@@ -34,8 +34,10 @@ class StopSignal:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         if self.signal is None:
-            logger.info("%s: finishing this step, then saving", signal.Signals(number).name)
             self.signal = number
+            # In the middle of a progress bar's writing nothing else can be written.
+            with contextlib.suppress(RuntimeError):
+                logger.info("%s: finishing this step, then saving", signal.Signals(number).name)
 
     def __enter__(self) -> StopSignal:
         self._previous = {number: signal.signal(number, self._handle) for number in STOP_SIGNALS}
