@@ -18,6 +18,7 @@ from tests.faults.commands import COMMANDS, Command
 from tests.faults.files import DamagedFiles
 from tests.faults.worker import LIMIT_S, Ended, Kind, Outcome, Running, call, judge
 from tests.helpers.commands import ROOT
+from tests.helpers.slurm_cluster import wait_until
 from tests.helpers.tiny_run import flags, make_cache
 
 WRITERS = tuple(command for command in COMMANDS.values() if "OUT" in command.arguments and not command.measures)
@@ -136,7 +137,8 @@ class Disturbances:
         command = [sys.executable, "-c", code, *torchrun, *flags(cache, out, epochs=100_000)]
         with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
             try:
-                ranks = _wait_for(lambda: _descendants(process.pid, out) if (out / "metrics.jsonl").exists() else [])
+                wait_until((out / "metrics.jsonl").exists, 120, "the first step of two processes")
+                ranks = _descendants(process.pid, out)
                 os.kill(max(ranks), signal.SIGSTOP)
                 start = time.monotonic()
                 process.terminate()
@@ -223,12 +225,3 @@ def _descendants(pid: int, out: Path) -> list[int]:
                 ):
                     found.append(child)
     return found
-
-
-def _wait_for(look: Callable[[], list[int]], seconds: float = 120) -> list[int]:
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        if len(found := look()) >= 2:
-            return found
-        time.sleep(0.1)
-    raise RuntimeError("the two processes did not start")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -184,7 +183,7 @@ def test_parts_of_another_revision_are_named_and_measured_again_once_deleted(
 @pytest.mark.slow
 def test_a_part_that_overruns_is_stopped_with_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_suite, "OVERRUN_S", 0.1)
-    child = "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(60)'])"
+    child = "import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', 'import signal; signal.pause()'])"
     code = f"{child}; open({str(tmp_path / 'pid')!r}, 'w').write(str(p.pid)); p.wait()"
     part = made_up(tmp_path, "slow", code)
     assert suite_of(tmp_path, [part], 5).run() == 75
@@ -251,16 +250,17 @@ gpu_suite.Parts = lambda *_: lambda: [made_up(out, "part", (out / "code").read_t
 exit_on_user_error(gpu_suite.main)
 """
 SAVES = """
-import os, pathlib, signal, sys, time
+import os, pathlib, signal, sys
 folder = pathlib.Path({!r})
 def save(number, frame):
-    time.sleep(3)
+    (folder / "go_on").read_bytes()
     (folder / "saved").touch()
     sys.exit(75)
 signal.signal(signal.SIGTERM, save)
 (folder / "pid.new").write_text(str(os.getpid()))
 (folder / "pid.new").rename(folder / "pid")
-time.sleep(60)
+while True:
+    signal.pause()
 """
 
 
@@ -269,15 +269,16 @@ time.sleep(60)
 def test_a_part_ends_with_the_suite_and_saves_if_it_can(tmp_path: Path, number: signal.Signals) -> None:
     """Guards against a part that goes on without its suite, and one that is killed while it saves."""
     (tmp_path / "code").write_text(SAVES.format(str(tmp_path)).strip())
+    os.mkfifo(tmp_path / "go_on")
+    killed = number == signal.SIGKILL
     words = (sys.executable, "-c", WITH_A_PART, "--output_dir", tmp_path, "--device", "cpu")
     with subprocess.Popen(words, cwd=ROOT) as suite:
         wait_until((tmp_path / "pid").exists, 60, "the part")
         suite.send_signal(number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            suite.wait(0.5)
-        suite.send_signal(number)  # `timeout` sends it twice
+        if not killed:
+            with open(tmp_path / "go_on", "wb"):  # once the part has begun to save
+                suite.send_signal(number)  # `timeout` sends it twice
     wait_until(lambda: not Path("/proc", (tmp_path / "pid").read_text()).exists(), 20, "the end of the part")
-    killed = number == signal.SIGKILL
     assert suite.returncode == (-signal.SIGKILL if killed else 75)
     assert (tmp_path / "saved").exists() != killed
     assert states(tmp_path) == {"part": "not finished"}
