@@ -13,15 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from tokenizers.vq_model import VQConfig, VQModel
-from util.checkpoint import load_checkpoint, save_torch
+from util.checkpoint import load_checkpoint, save_safetensors, save_torch
 from util.config import record
 from util.errors import UserError
-from util.files import atomic_write
 from util.shapes import shapes_only
 
 logger = logging.getLogger(__name__)
@@ -77,9 +75,7 @@ def save_tokenizer(
         state = {name: tensor.bfloat16() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
     described = {"config": record(model.config), "quality": quality or {}}
     if path.suffix == ".safetensors":
-        metadata = {name: json.dumps(value) for name, value in described.items()}
-        with atomic_write(path) as file:
-            file.write(safetensors.torch.save(state, metadata=metadata))
+        save_safetensors(path, state, {name: json.dumps(value) for name, value in described.items()})
     else:
         save_torch(path, {"model": state, **described})
 

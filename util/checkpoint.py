@@ -8,6 +8,7 @@ A `.pth` holds a dict with `model` (state dict) and, for training, `optimizer`, 
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import re
 import zipfile
@@ -39,6 +40,24 @@ def save_torch(path: str | Path, content: Any) -> None:
     """
     with atomic_write(path) as file:
         torch.save(content, file)
+
+
+def save_safetensors(path: str | Path, tensors: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
+    """Write tensors as a `.safetensors` file, atomically; the same content gives the same bytes.
+
+    Raises:
+        OSError: if it can't be written; the old file is kept.
+    """
+    # Not the library's `save_file`, which puts a file of its own, of mode 0600, in the place of this one.
+    written = safetensors.torch.save(tensors, metadata=metadata)
+    end = 8 + int.from_bytes(written[:8], "little")
+    header = json.loads(written[8:end])
+    header["__metadata__"] = metadata  # which the library writes in an order of its own, another each time
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors are aligned
+    with atomic_write(path) as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.write(memoryview(written)[end:])
 
 
 def save_checkpoint(path: str | Path, payload: dict[str, Any]) -> None:

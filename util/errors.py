@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+UNREACHABLE = (errno.EACCES, errno.EPERM, errno.EIO)  # the file may be whole
 
 
 class UserError(ValueError):
@@ -63,6 +64,8 @@ def reading(what: str, path: str | Path) -> Iterator[None]:
     except Exception as error:  # the kind depends on where the damage is
         if isinstance(error, OSError) and (error.errno in DISK_FULL or _is_of_another(error, path)):
             raise
+        if isinstance(error, OSError) and error.errno in UNREACHABLE:
+            raise UserError(f"{what} {path} can't be read: {error.strerror}.") from None
         reason = reason_of(error)
         message = f"{what} {path} is truncated or damaged or not plain data: it is not readable ({reason})."
         raise UserError(message) from None

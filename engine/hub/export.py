@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from huggingface_hub import HfApi
 from huggingface_hub.utils import validate_repo_id
@@ -16,7 +15,7 @@ from engine.model_choice import recorded_config
 from models.lpd import LPD, LPDConfig, load_weights
 from orders.schedule import default_steps
 from tokenizers import load_tokenizer, read_quality, save_tokenizer
-from util.checkpoint import EXPORT_FORMAT, EXPORTED_CONFIG, EXPORTED_MODEL, load_checkpoint
+from util.checkpoint import EXPORT_FORMAT, EXPORTED_CONFIG, EXPORTED_MODEL, load_checkpoint, save_safetensors
 from util.errors import UserError
 from util.files import atomic_write, check_output_dir, content_sha256, sha256, write_json
 from util.folder_lock import LOCK_FILE, FolderLock
@@ -72,10 +71,8 @@ def export(
         others = {path.name for path in folder.glob("*")} - FILES - {LOCK_FILE}
         if others:
             raise UserError(f"{folder} holds {min(others)!r}, which no export wrote; choose another folder.")
-        with atomic_write(folder / EXPORTED_MODEL) as file:
-            tensors = {name: _narrowed(tensor, bf16).contiguous() for name, tensor in state.items()}
-            # Not `save_file`, which puts a file of its own, of mode 0600, in the place of this one.
-            file.write(safetensors.torch.save(tensors, metadata={"format": "pt"}))
+        tensors = {name: _narrowed(tensor, bf16).contiguous() for name, tensor in state.items()}
+        save_safetensors(folder / EXPORTED_MODEL, tensors, {"format": "pt"})
         if vqgan_path is not None and tokenizer is not None:
             if bf16:
                 save_tokenizer(loaded, folder / tokenizer, read_quality(vqgan_path), bf16=True)

@@ -8,12 +8,13 @@ import pickle
 from pathlib import Path
 
 import pytest
+import safetensors
 import safetensors.torch
 import torch
 
 from models import build_model
 from models.lpd import load_weights
-from util.checkpoint import find_checkpoints, load_checkpoint, load_newest, save_checkpoint
+from util.checkpoint import find_checkpoints, load_checkpoint, load_newest, save_checkpoint, save_safetensors
 from util.errors import UserError
 from util.files import atomic_write
 
@@ -48,6 +49,19 @@ def test_bare_state_dict_and_safetensors_load(tmp_path: Path) -> None:
 class Exploit:
     def __reduce__(self) -> tuple:
         return (print, ("executed",))
+
+
+def test_safetensors_of_the_same_content_are_the_same_file(tmp_path: Path) -> None:
+    """Guards against a SHA-256 that is another after each export: the library writes metadata in any order."""
+    tensors = {"a": torch.arange(3.0), "b": torch.ones(2, 2, dtype=torch.bfloat16)}
+    metadata = {f"key{number}": f'{{"größe": {number}}}' for number in range(8)}
+    paths = [tmp_path / f"{number}.safetensors" for number in range(3)]
+    for path in paths:
+        save_safetensors(path, tensors, metadata)
+    assert len({path.read_bytes() for path in paths}) == 1
+    with safetensors.safe_open(paths[0], framework="pt") as file:
+        assert file.metadata() == metadata
+        assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in tensors.items())
 
 
 def test_code_in_a_file_is_not_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
