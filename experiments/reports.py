@@ -62,6 +62,8 @@ def read_figures(what: str, path: Path, *names: str) -> dict[str, Any]:
     """The object of a JSON file. UserError, with ``what`` the file is, unless it has these names."""
     with reading(what, path):
         found: dict[str, Any] = read_json(what, path)
+        if not isinstance(found, dict):
+            raise ValueError("it is no object")
         missing = [name for name in names if name not in found]
         if missing:
             raise ValueError(f"it has no {', '.join(missing)}")

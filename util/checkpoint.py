@@ -52,7 +52,7 @@ def save_safetensors(path: str | Path, tensors: dict[str, torch.Tensor], metadat
     written = safetensors.torch.save(tensors, metadata=metadata)
     end = 8 + int.from_bytes(written[:8], "little")
     header = json.loads(written[8:end])
-    header["__metadata__"] = metadata  # which the library writes in an order of its own, another each time
+    header["__metadata__"] = dict(sorted(metadata.items()))  # the library writes them in another order each time
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)  # tensors are aligned
     with atomic_write(path) as file:

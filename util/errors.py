@@ -5,11 +5,15 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
-UNREACHABLE = (errno.EACCES, errno.EPERM, errno.EIO)  # the file may be whole
+# Not a word on the file, which may be whole.
+UNREACHABLE = (
+    errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ETIMEDOUT,
+)  # fmt: skip
 
 
 class UserError(ValueError):
@@ -52,11 +56,17 @@ def reading(what: str, path: str | Path) -> Iterator[None]:
     """Turn whatever a damaged file makes of its readers into a UserError that names ``what``, the file and the reason.
 
     Raises:
-        UserError: if there is no such file, or the block fails. One raised in the block is passed on as it is.
+        UserError: if there is no such file, it can't be read, or the block fails. One raised in the block is passed on
+            as it is.
         OSError: for a full disk and for another file, where the block writes something.
     """
-    if not os.path.isfile(path):
-        raise UserError(f"{what} {path} {'is not a file' if os.path.exists(path) else 'does not exist'}.")
+    try:
+        mode = os.stat(path).st_mode
+    except (OSError, ValueError) as error:
+        _refuse_unreachable(what, path, error)
+        raise UserError(f"{what} {path} does not exist.") from None
+    if not stat.S_ISREG(mode):
+        raise UserError(f"{what} {path} is not a file.")
     try:
         yield
     except (UserError, MemoryError):
@@ -64,11 +74,15 @@ def reading(what: str, path: str | Path) -> Iterator[None]:
     except Exception as error:  # the kind depends on where the damage is
         if isinstance(error, OSError) and (error.errno in DISK_FULL or _is_of_another(error, path)):
             raise
-        if isinstance(error, OSError) and error.errno in UNREACHABLE:
-            raise UserError(f"{what} {path} can't be read: {error.strerror}.") from None
+        _refuse_unreachable(what, path, error)
         reason = reason_of(error)
         message = f"{what} {path} is truncated or damaged or not plain data: it is not readable ({reason})."
         raise UserError(message) from None
+
+
+def _refuse_unreachable(what: str, path: str | Path, error: Exception) -> None:
+    if isinstance(error, OSError) and error.errno in UNREACHABLE:
+        raise UserError(f"{what} {path} can't be read: {error.strerror}.") from None
 
 
 def _is_of_another(error: OSError, path: str | Path) -> bool:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -113,18 +114,23 @@ def test_what_another_file_fails_with_is_not_blamed_on_the_one_that_is_read(tmp_
         os.readlink(whole)  # an OSError of the file itself
 
 
-def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path: Path) -> None:
+def test_a_file_that_may_not_be_read_is_not_called_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "whole.json"
     path.touch()
-    with (
-        pytest.raises(UserError, match=r"file .*whole\.json can't be read: Permission denied\."),
-        reading("file", path),
-    ):
+
+    def refuse(*_: object) -> NoReturn:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    refused = pytest.raises(UserError, match=r"file .*whole\.json can't be read: Permission denied\.")
+    with refused, reading("file", path):
+        refuse()
+    monkeypatch.setattr(os, "stat", refuse)  # its folder may not be entered
+    with refused, reading("file", path):
+        pass
 
 
 def test_a_file_that_can_be_opened_but_not_read_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="/proc/self/mem can.t be read: Input/output error"):
+    with pytest.raises(UserError, match=r"/proc/self/mem can't be read: Input/output error"):
         sha256("/proc/self/mem")
     with pytest.raises(UserError, match="is not a file"):
         sha256(tmp_path)

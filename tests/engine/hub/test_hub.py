@@ -344,6 +344,9 @@ def test_a_small_export_holds_the_rounded_weights_and_notes(checkpoint: Path, tm
     assert run("export", checkpoint, folder, "--vqgan_path", tokenizer, "--bf16", "--notes", notes) == 0
     assert left_behind(folder) == ["README.md", "config.json", "model.safetensors", "tokenizer.safetensors"]
     assert (folder / "model.safetensors").stat().st_size < 0.6 * size
+    assert run("export", checkpoint, tmp_path / "again", "--vqgan_path", tokenizer, "--bf16") == 0
+    for name in ("model.safetensors", "tokenizer.safetensors", "config.json"):
+        assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()
     assert "Digits, public domain." in (folder / "README.md").read_text()
     content, full = load_checkpoint(folder / "model.safetensors"), load_checkpoint(checkpoint)["model"]
     assert all(torch.equal(content["model"][name], full[name].bfloat16()) for name in full)
