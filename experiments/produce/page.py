@@ -23,6 +23,7 @@ from experiments.pages import (
     table,
 )
 from experiments.produce.contexts import FIGURES, context_rows, plot_contexts
+from experiments.produce.naming import GRIDS, count_right
 from util.plots import plot_curves
 
 RIVALS = ("random", "halton", "raster")
@@ -81,13 +82,7 @@ def page(results: dict[str, Any]) -> str:
     steps = scale["tuning_steps"]
     if chosen(rows, "table", order="lpd", model=_first(results), steps=steps):
         paragraphs += [f"![Locality-aware, {steps} steps]({pictures}_samples_{steps}.png)"]
-    if results["unlabelled"] is not None:
-        answers = ", ".join(f"{number} {name}" for number, name in results["unlabelled"].items())
-        paragraphs += [
-            f"One picture of each class, seed {scale['seeds'][0]}, in mixed order:",
-            f"![Unlabelled pictures]({pictures}_unlabelled.png)",
-            f"<details><summary>What they are</summary>{answers}</details>",
-        ]
+    paragraphs += _unlabelled(results)
     return "\n\n".join(paragraphs) + "\n"
 
 
@@ -215,6 +210,30 @@ def _neighbours(results: dict[str, Any]) -> Iterator[str]:
     )
     yield table(("model", "space", "samples", "test photos", "nearer"), rows)
     yield "The run's folder `neighbours` shows both side by side; the photos are not part of this repository."
+
+
+def _unlabelled(results: dict[str, Any]) -> Iterator[str]:
+    """Pictures to be named, and how many were."""
+    found = results["unlabelled"]
+    if found is None:
+        return
+    drawn = f"{found['steps']} steps, guidance {found['cfg']:g}, temperature {found['temperature']:g}"
+    yield f"One picture of each class by `{found['model']}`, in mixed order; seed {found['seed']}, {drawn}:"
+    yield f"![Unlabelled pictures]({PICTURES}/{results['experiment']}_{GRIDS['pictures']})"
+    answers, named = found["pictures"], found["named"]
+    if named is None:
+        lines = [f"{number} {name}" for number, name in answers.items()]
+    else:
+        yield (
+            f"{named['who']} named {count_right(found, 'pictures')} of these {len(answers)} right, and "
+            f"{count_right(found, 'photos')} of {len(found['photos'])} test photos of the same size."
+        )
+        given = named["pictures"]
+        lines = [
+            f"{number} {name}" if given[number] == name else f"{number} {name} (named {given[number]})"
+            for number, name in answers.items()
+        ]
+    yield f"<details><summary>What they are</summary>{', '.join(lines)}</details>"
 
 
 def plot(results: dict[str, Any], folder: Path) -> None:

@@ -22,23 +22,22 @@ from experiments.cells import (
     Scale,
     best_guidance,
     file_hashes,
-    load_model,
     rows_of,
     tokenizer_path,
     tuning_cells,
 )
 from experiments.driver import Call, Experiment
 from experiments.produce.contexts import measure_contexts
+from experiments.produce.naming import GRIDS, draw_unlabelled, read_unlabelled
 from experiments.produce.neighbours import measure_neighbours
 from experiments.produce.report import REPORT
-from experiments.produce.scales import BALANCED, SCALES
+from experiments.produce.scales import BALANCED, NAMED_SAMPLING, SCALES
 from experiments.reports import read_figures
 from orders.config import parse_shares
 from util.cli import exit_on_user_error
 from util.data.images import SPLITS, open_images, write_image_archive
 from util.errors import UserError, reading
 from util.files import write_json
-from util.pictures import image_grid, save_png
 from util.readers import read_json
 
 
@@ -139,24 +138,16 @@ def read_neighbours(out: Path, model: Model) -> dict[str, Any] | None:
 
 
 def pictures(call: Call) -> None:
-    """One picture of each class without its name, in mixed order, and the answers: who names them?"""
-    scale, model = call.scale, call.scale.models[0]
-    cfg = tuned_guidance(call)[model.name, "lpd"]
-
-    def draw() -> None:
-        generator = load_model(call.out, scale, model, call.dist.device)
-        count = generator.model.config.class_num
-        drawn = generator(list(range(count)), scale.tuning_steps, seed=scale.seeds[0], cfg=cfg)
-        mixed = np.random.default_rng(0).permutation(count)
-        numbers = [str(number) for number in range(1, count + 1)]
-        grid = image_grid(np.stack([np.asarray(drawn[label]) for label in mixed]), 7, numbers)
-        save_png(grid, call.out / "unlabelled.png")
-        names = generator.classes or numbers
-        write_json(call.out / "unlabelled.json", {n: names[c] for n, c in zip(numbers, mixed, strict=True)})
-
-    of_model = f"{model.name} {file_hashes(call.out, model)['checkpoint_sha256']}"
-    settings = f"{scale.tuning_steps} steps, seed {scale.seeds[0]}, guidance {cfg:g}"
-    call.stages.run("pictures", draw, f"one picture of each class, {of_model}, {settings}")
+    """One picture and one test photo of each class without its name, and the answers: who names them?"""
+    out, scale, model = call.out, call.scale, call.scale.models[0]
+    hashes, sampling = file_hashes(out, model), " ".join(f"{name} {value:g}" for name, value in NAMED_SAMPLING.items())
+    call.stages.run(
+        "pictures",
+        lambda: draw_unlabelled(out, scale, model, call.splits[1], call.dist),
+        f"one picture and photo of each class, {model.name} {hashes['checkpoint_sha256']}, tokenizer "
+        f"{hashes['tokenizer_sha256']}, {scale.tuning_steps} steps, seed {scale.seeds[0]}, {sampling}",
+        always=read_unlabelled(out, model) is None,
+    )
 
 
 def contexts(call: Call) -> None:
@@ -178,18 +169,16 @@ def more_results(call: Call, folder: Path) -> dict[str, Any]:
     out, models = call.out, [model for model in call.scale.models if model.checkpoint(call.out).exists()]
     measured = {model.name: read_neighbours(out, model) for model in models}
     likelihoods = {model.name: read_likelihood(out, model) for model in models}
-    if (out / "unlabelled.png").exists():
-        shutil.copy(out / "unlabelled.png", folder / f"{REPORT.title(call.scale)}_unlabelled.png")
+    first, path = call.scale.models[0], out / "contexts.json"
+    unlabelled = read_unlabelled(out, first) if first in models else None
+    if unlabelled is not None:
+        shutil.copy(out / GRIDS["pictures"], folder / f"{REPORT.title(call.scale)}_{GRIDS['pictures']}")
     return {
         "neighbours": {name: found for name, found in measured.items() if found is not None},
         "likelihood": {name: found for name, found in likelihoods.items() if found is not None},
-        "contexts": _read("contexts", out / "contexts.json", "decoding", "training"),
-        "unlabelled": _read("answers", out / "unlabelled.json"),
+        "contexts": read_figures("contexts", path, "decoding", "training") if path.exists() else None,
+        "unlabelled": unlabelled,
     }
-
-
-def _read(what: str, path: Path, *names: str) -> dict[str, Any] | None:
-    return read_figures(what, path, *names) if path.exists() else None
 
 
 EXPERIMENT = Experiment(

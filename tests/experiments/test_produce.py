@@ -19,9 +19,9 @@ from PIL import Image, JpegImagePlugin
 from experiments import cells, driver
 from experiments.cells import Model
 from experiments.pages import distances
-from experiments.produce import contexts, data, page, run
+from experiments.produce import contexts, data, naming, page, run
 from experiments.produce.report import REPORT
-from experiments.produce.scales import EPOCHS, FINE, FULL, MAIN, TINY
+from experiments.produce.scales import EPOCHS, FINE, FINE_EPOCHS, FULL, MAIN, TINY
 from scripts.stages import Stages
 from tests.experiments.test_cifar10 import StagesUntil, command_in_process
 from tests.helpers.commands import ROOT
@@ -121,6 +121,9 @@ def test_cells_of_fine_tokens() -> None:
     assert FINE.tuning_steps in FINE.steps
     assert (FINE.flag("tokenizer", "--stride"), FINE.flag("tokenizer", "--codebook_size")) == ("4", "512")
     assert FINE.trainings["lpd_mixed"] == ("--train_orders", "random:0.5", "lpd:0.5")
+    kept = int(FINE.flag("lpd", "--save_intermediate_freq"))
+    assert {cell.epoch for cell in every} == {None, kept, 2 * kept}
+    assert 4 * kept == FINE_EPOCHS
 
 
 def test_a_longer_training_has_its_checkpoints_at_the_same_shares() -> None:
@@ -201,6 +204,7 @@ def test_page_and_plots_from_the_json_alone(tmp_path: Path) -> None:
         "unlabelled": None,
     }
     assert "**wins**" not in page.page(part)
+    assert "A child" not in page.page(part)
     page.plot(part, folder / "images")
 
 
@@ -250,7 +254,10 @@ def test_a_folder_holds_work_of_one_kind(tmp_path: Path, command: Callable[..., 
 
 
 def test_plan_counts_the_photos_that_are_used(command: Callable[..., tuple[int, str, str]]) -> None:
-    for scale, model, photos in (("tiny", "lpd_debug", "2 epochs of 40"), ("fine", "lpd_mini", "12 epochs of 3,111")):
+    for scale, model, photos in (
+        ("tiny", "lpd_debug", "2 epochs of 40"),
+        ("fine", "lpd_mini", f"{FINE_EPOCHS} epochs of 3,111"),
+    ):
         status, printed, _ = command("--data", "anything", "--plan", "--scale", scale)
         assert (status, f"training lpd_mixed: {model}, {photos} photos, " in printed) == (0, True)
 
@@ -315,11 +322,10 @@ class NotedStages(Stages):
 
 
 def test_what_was_measured_of_other_weights_or_steps_is_done_again(
-    finished: Path, monkeypatch: pytest.MonkeyPatch
+    finished: Path,
 ) -> None:
     """Guards against figures and pictures of an earlier model beside those of the present one."""
     stages, first = NotedStages(finished), TINY.models[0]
-    monkeypatch.setattr(run, "tuned_guidance", lambda call: {(first.name, "lpd"): 2.0})
 
     def ran(stage: Callable[[driver.Call], None], **changes: Any) -> list[str]:
         stages.ran.clear()
@@ -380,12 +386,14 @@ def test_recipe_from_photos_to_page_in_pieces(
     assert all("val_loss" in found["trainings"][name]["loss_curve"][-1] for name in TINY.trainings)
     losses = {found["trainings"][name]["loss_curve"][0]["loss"] for name in TINY.trainings}
     assert len(losses) == len(TINY.trainings), "the orders differ"
-    assert sorted(found["unlabelled"].values()) == ["coarse", "fine"]
+    assert all(sorted(found["unlabelled"][kind].values()) == ["coarse", "fine"] for kind in naming.GRIDS)
+    assert found["unlabelled"]["named"] is None
     text = (tmp_path / "out" / "report" / "produce.md").read_text()
     assert "no figure here means anything" in text
     names = ("unlabelled", f"samples_{TINY.tuning_steps}", "loss", "known_neighbours")
     for name in names:
         assert_not_blank(tmp_path / "out" / "report" / "images" / f"produce_{name}.png")
+    assert_not_blank(tmp_path / "out" / naming.GRIDS["photos"])
     stamps = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("[enl]*/*/*.json")}
     status, printed, errors = command(*arguments)
     assert status == 0, errors[-3000:]

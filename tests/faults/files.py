@@ -77,7 +77,7 @@ TARGETS = (
         Target("produce.run report", f"produced/{pattern}", free=True)
         for pattern in (
             *("eval/*/results.json", "tokenizer/metrics.json", "lpd_random/metrics.jsonl", "contexts.json"),
-            *("neighbours/*.json", "likelihood/*/likelihood.json"),
+            *("neighbours/*.json", "likelihood/*/likelihood.json", "unlabelled.json", "named.json"),
         )
     ),
     Target("produce.report", "report_produce/produce.json", free=True),

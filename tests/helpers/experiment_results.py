@@ -15,7 +15,7 @@ from PIL import Image, ImageFilter
 from experiments import cells
 from experiments.cells import Cell, Scale
 from experiments.cifar10.scales import FULL as CIFAR10
-from experiments.produce import contexts
+from experiments.produce import contexts, naming
 from experiments.produce.report import REPORT as PRODUCE_REPORT
 from experiments.produce.scales import EPOCHS, TINY
 from experiments.produce.scales import FULL as PRODUCE
@@ -101,7 +101,16 @@ def produce_results(scale: Scale = PRODUCE) -> dict[str, Any]:
         "contexts": contexts.measure_contexts(
             scale.img_size, scale.stride, ("lpd", "random"), (scale.tuning_steps, scale.steps[-1]), trainings
         ),
-        "unlabelled": {"1": "Tomato", "2": "Kiwi"},
+        "unlabelled": {
+            **{"model": "lpd_random", "steps": 16, "seed": 0, "cfg": 6.0, "temperature": 0.85},
+            "pictures": {"1": "Tomato", "2": "Kiwi"},
+            "photos": {"1": "Kiwi", "2": "Tomato"},
+            "named": {
+                "who": "A child",
+                "pictures": {"1": "Tomato", "2": "Tomato"},
+                "photos": {"1": "Kiwi", "2": "Tomato"},
+            },
+        },
     }
 
 
@@ -139,3 +148,8 @@ def write_finished_run(out: Path, classifier: Path) -> None:
     of_cells = {"cells": known["likelihood"]["lpd_random"], "source": source}
     write_json(out / "likelihood" / first.name / "likelihood.json", of_cells)
     write_json(out / "contexts.json", known["contexts"])
+    unlabelled = known["unlabelled"]
+    write_json(out / naming.NAMED, unlabelled.pop("named"))
+    write_json(out / naming.ANSWERS, unlabelled | hashes)
+    for name in naming.GRIDS.values():
+        Image.new("RGB", (8, 8)).save(out / name)
