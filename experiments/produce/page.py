@@ -220,20 +220,24 @@ def _unlabelled(results: dict[str, Any]) -> Iterator[str]:
     drawn = f"{found['steps']} steps, guidance {found['cfg']:g}, temperature {found['temperature']:g}"
     yield f"One picture of each class by `{found['model']}`, in mixed order; seed {found['seed']}, {drawn}:"
     yield f"![Unlabelled pictures]({PICTURES}/{results['experiment']}_{GRIDS['pictures']})"
-    answers, named = found["pictures"], found["named"]
-    if named is None:
-        lines = [f"{number} {name}" for number, name in answers.items()]
-    else:
-        yield (
-            f"{named['who']} named {count_right(found, 'pictures')} of these {len(answers)} right, and "
-            f"{count_right(found, 'photos')} of {len(found['photos'])} test photos of the same size."
-        )
-        given = named["pictures"]
-        lines = [
-            f"{number} {name}" if given[number] == name else f"{number} {name} (named {given[number]})"
-            for number, name in answers.items()
+    askings = found["named"]
+    if askings:
+        yield "Named right, of these, of test photos of the same size, and of these photos' reconstructions:"
+        rows = [
+            (asking["who"], *(_share(count_right(found, asking, kind), len(found[kind])) for kind in GRIDS))
+            for asking in askings
         ]
+        yield table(("by", *GRIDS), rows)
+    lines = []
+    for number, name in found["pictures"].items():
+        given = [asking["pictures"][number] for asking in askings if "pictures" in asking]
+        wrong = dict.fromkeys(other for other in given if other != name)
+        lines.append(f"{number} {name}" + (f" (named {', '.join(wrong)})" if wrong else ""))
     yield f"<details><summary>What they are</summary>{', '.join(lines)}</details>"
+
+
+def _share(count: int | None, total: int) -> str:
+    return "–" if count is None else f"{count} of {total}"
 
 
 def plot(results: dict[str, Any], folder: Path) -> None:

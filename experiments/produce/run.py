@@ -28,10 +28,10 @@ from experiments.cells import (
 )
 from experiments.driver import Call, Experiment
 from experiments.produce.contexts import measure_contexts
-from experiments.produce.naming import GRIDS, draw_unlabelled, read_unlabelled
+from experiments.produce.naming import GRIDS, draw_unlabelled, read_unlabelled, what_is_drawn
 from experiments.produce.neighbours import measure_neighbours
 from experiments.produce.report import REPORT
-from experiments.produce.scales import BALANCED, NAMED_SAMPLING, SCALES
+from experiments.produce.scales import BALANCED, SCALES
 from experiments.reports import read_figures
 from orders.config import parse_shares
 from util.cli import exit_on_user_error
@@ -138,16 +138,15 @@ def read_neighbours(out: Path, model: Model) -> dict[str, Any] | None:
 
 
 def pictures(call: Call) -> None:
-    """One picture and one test photo of each class without its name, and the answers: who names them?"""
+    """A picture and a test photo of each class without their names, and the answers: who names them?"""
     out, scale, model = call.out, call.scale, call.scale.models[0]
-    hashes, sampling = file_hashes(out, model), " ".join(f"{name} {value:g}" for name, value in NAMED_SAMPLING.items())
-    call.stages.run(
-        "pictures",
-        lambda: draw_unlabelled(out, scale, model, call.splits[1], call.dist),
-        f"one picture and photo of each class, {model.name} {hashes['checkpoint_sha256']}, tokenizer "
-        f"{hashes['tokenizer_sha256']}, {scale.tuning_steps} steps, seed {scale.seeds[0]}, {sampling}",
-        always=read_unlabelled(out, model) is None,
-    )
+    drawn = what_is_drawn(out, scale, model)
+
+    def draw() -> None:
+        draw_unlabelled(out, scale, model, call.splits[1], call.dist)
+
+    settings = ", ".join(f"{name} {value}" for name, value in drawn.items())
+    call.stages.run("pictures", draw, f"{', '.join(GRIDS)} of each class: {settings}")
 
 
 def contexts(call: Call) -> None:
@@ -169,8 +168,9 @@ def more_results(call: Call, folder: Path) -> dict[str, Any]:
     out, models = call.out, [model for model in call.scale.models if model.checkpoint(call.out).exists()]
     measured = {model.name: read_neighbours(out, model) for model in models}
     likelihoods = {model.name: read_likelihood(out, model) for model in models}
-    first, path = call.scale.models[0], out / "contexts.json"
-    unlabelled = read_unlabelled(out, first) if first in models else None
+    path = out / "contexts.json"
+    first = call.scale.models[0]
+    unlabelled = read_unlabelled(out, call.scale, first) if first in models else None
     if unlabelled is not None:
         shutil.copy(out / GRIDS["pictures"], folder / f"{REPORT.title(call.scale)}_{GRIDS['pictures']}")
     return {

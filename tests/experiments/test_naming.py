@@ -14,7 +14,7 @@ from PIL import Image
 
 from experiments import cells
 from experiments.produce import naming, page
-from experiments.produce.scales import TINY
+from experiments.produce.scales import NAMED_SAMPLING, TINY
 from tests.helpers.experiment_results import produce_results
 from util.data.images import write_image_archive
 from util.dist import Dist
@@ -53,8 +53,10 @@ def draw(out: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     class Generator:
         classes = CLASSES
         model = SimpleNamespace(config=SimpleNamespace(class_num=4))
+        tokenizer = SimpleNamespace(encode=lambda images: 2 * images, decode=lambda codes: codes / 2)
 
-        def __call__(self, labels: list[int], steps: int, seed: int, cfg: float, temperature: float) -> list[Any]:
+        def __call__(self, labels: list[int], steps: int, seed: int, **sampling: float) -> list[Any]:
+            assert (steps, seed, sampling) == (TINY.tuning_steps, TINY.seeds[0], NAMED_SAMPLING)
             return [plain(COLOURS[CLASSES[label]], 64, 64) for label in labels]
 
     monkeypatch.setattr(naming, "load_model", lambda *_: Generator())
@@ -79,7 +81,8 @@ def test_each_number_shows_the_class_of_its_answer(out: Path, draw: Any) -> None
         MODEL.checkpoint(out).write_bytes(content)
         answers = draw()
         assert sorted(answers["pictures"].values()) == sorted(CLASSES)
-        assert sorted(answers["photos"].values()) == ["green", "red", "white"]
+        for kind in ("photos", "reconstructions"):
+            assert sorted(answers[kind].values()) == ["green", "red", "white"]
         for kind, grid in naming.GRIDS.items():
             assert answers[kind] == {
                 number: next(name for name in CLASSES if COLOURS[name] == colour_of(out / grid, int(number)))
@@ -96,53 +99,67 @@ def test_the_order_is_the_models_own(out: Path, draw: Any) -> None:
     assert len(orders) > 1
 
 
-def test_names_belong_to_the_pictures_they_were_given_to(out: Path, draw: Any) -> None:
-    """Guards against the names of an earlier model's pictures."""
-    assert naming.read_unlabelled(out, MODEL) is None
+def test_names_belong_to_the_pictures_they_were_given_to(out: Path, draw: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards against the names of pictures that are no more there."""
+    assert naming.read_unlabelled(out, TINY, MODEL) is None
     answers = draw()
-    found = naming.read_unlabelled(out, MODEL)
-    assert found == answers | {"named": None}
-    write_json(out / naming.NAMED, {"who": "A child", "pictures": answers["pictures"], "photos": answers["photos"]})
-    found = naming.read_unlabelled(out, MODEL)
+    assert naming.read_unlabelled(out, TINY, MODEL) == answers | {"named": []}
+    assert (answers["steps"], answers["seed"], answers["cfg"]) == (TINY.tuning_steps, TINY.seeds[0], 6.0)
+    asking = {"who": "A child", "pictures": answers["pictures"]}
+    write_json(out / naming.NAMED, [asking])
+    found = naming.read_unlabelled(out, TINY, MODEL)
     assert found is not None
-    assert (naming.count_right(found, "pictures"), naming.count_right(found, "photos")) == (4, 3)
+    assert (naming.count_right(found, asking, "pictures"), naming.count_right(found, asking, "photos")) == (4, None)
     cells.classifier_path(out).write_bytes(b"another judge")  # which had no part in them
-    assert naming.read_unlabelled(out, MODEL) == found
+    assert naming.read_unlabelled(out, TINY, MODEL) == found
+    with monkeypatch.context() as patch:
+        patch.setitem(naming.NAMED_SAMPLING, "cfg", 2.0)
+        assert naming.read_unlabelled(out, TINY, MODEL) is None
     MODEL.checkpoint(out).write_bytes(b"trained again")
-    assert naming.read_unlabelled(out, MODEL) is None
+    assert naming.read_unlabelled(out, TINY, MODEL) is None
     draw()
     assert not (out / naming.NAMED).exists()
+    assert json.loads((out / "named_before.json").read_text()) == [asking]
 
 
 def test_other_names_are_one_sentence(out: Path, draw: Any) -> None:
     answers = draw()
     good = {"who": "A child"} | {kind: answers[kind] for kind in naming.GRIDS}
     first, *others = answers["pictures"]
-    for change, named in (
-        ({"who": None}, "is truncated or damaged"),
-        ({"pictures": ["red"]}, "is truncated or damaged"),
-        ({"pictures": {**good["pictures"], first: ["red"]}}, "is truncated or damaged"),
-        ({"pictures": {**good["pictures"], first: "Red"}}, "names one of the pictures 'Red', which is no class"),
-        ({"pictures": dict.fromkeys(others, "red")}, "each of the 4 pictures a name, by its number"),
-        ({"photos": {}}, "each of the 3 photos a name, by its number"),
+    for asking, named in (
+        (good | {"who": None}, "is truncated or damaged"),
+        ({"who": "A child"}, "is truncated or damaged"),
+        ({"pictures": good["pictures"]}, "is truncated or damaged"),
+        (good | {"pictures": ["red"]}, "is truncated or damaged"),
+        (good | {"pictures": {**good["pictures"], first: ["red"]}}, "is truncated or damaged"),
+        (good | {"pictures": {**good["pictures"], first: "Red"}}, "names one of the pictures 'Red', which is no class"),
+        (good | {"pictures": dict.fromkeys(others, "red")}, "each of the 4 pictures a name, by its number"),
+        (good | {"photos": {}}, "each of the 3 photos a name, by its number"),
     ):
-        write_json(out / naming.NAMED, good | change)
+        write_json(out / naming.NAMED, [good, asking])
         with pytest.raises(UserError, match=rf"named\.json.*{named}"):
-            naming.read_unlabelled(out, MODEL)
-    for damaged in ([*naming.GRIDS, "who"], " ".join([*naming.GRIDS, "who"])):
+            naming.read_unlabelled(out, TINY, MODEL)
+    for damaged in ({"who": "A child"}, [*naming.GRIDS], " ".join(naming.GRIDS), [["who", *naming.GRIDS]]):
         for name in (naming.NAMED, naming.ANSWERS):
             whole = (out / name).read_text()
             write_json(out / name, damaged)
             with pytest.raises(UserError, match=f"{name} is truncated or damaged"):
-                naming.read_unlabelled(out, MODEL)
+                naming.read_unlabelled(out, TINY, MODEL)
             (out / name).write_text(whole)
+
+
+def test_without_a_model_there_are_no_pictures(out: Path, draw: Any) -> None:
+    MODEL.checkpoint(out).unlink()
+    with pytest.raises(UserError, match=r"checkpoint-last\.pth does not exist"):
+        draw()
 
 
 def test_the_page_says_how_many_were_named() -> None:
     found = produce_results()
     text = page.page(found)
-    assert "A child named 1 of these 2 right, and 2 of 2 test photos of the same size." in text
-    assert "1 Tomato, 2 Kiwi (named Tomato)" in text
-    text = page.page(found | {"unlabelled": found["unlabelled"] | {"named": None}})
-    assert "A child" not in text
+    assert "| A child | 1 of 2 | – | – |" in text
+    assert "| Its mother | 2 of 2 | 2 of 2 | 0 of 2 |" in text
+    assert "1 Tomato, 2 Kiwi (named Tomato)<" in text
+    text = page.page(found | {"unlabelled": found["unlabelled"] | {"named": []}})
+    assert "Named right" not in text
     assert "1 Tomato, 2 Kiwi<" in text

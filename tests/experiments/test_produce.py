@@ -321,9 +321,7 @@ class NotedStages(Stages):
         self.run(name, lambda: None, " ".join(map(str, words)), always)
 
 
-def test_what_was_measured_of_other_weights_or_steps_is_done_again(
-    finished: Path,
-) -> None:
+def test_what_was_measured_of_other_weights_or_steps_is_done_again(finished: Path) -> None:
     """Guards against figures and pictures of an earlier model beside those of the present one."""
     stages, first = NotedStages(finished), TINY.models[0]
 
@@ -387,7 +385,7 @@ def test_recipe_from_photos_to_page_in_pieces(
     losses = {found["trainings"][name]["loss_curve"][0]["loss"] for name in TINY.trainings}
     assert len(losses) == len(TINY.trainings), "the orders differ"
     assert all(sorted(found["unlabelled"][kind].values()) == ["coarse", "fine"] for kind in naming.GRIDS)
-    assert found["unlabelled"]["named"] is None
+    assert found["unlabelled"]["named"] == []
     text = (tmp_path / "out" / "report" / "produce.md").read_text()
     assert "no figure here means anything" in text
     names = ("unlabelled", f"samples_{TINY.tuning_steps}", "loss", "known_neighbours")

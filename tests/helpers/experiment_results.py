@@ -105,11 +105,16 @@ def produce_results(scale: Scale = PRODUCE) -> dict[str, Any]:
             **{"model": "lpd_random", "steps": 16, "seed": 0, "cfg": 6.0, "temperature": 0.85},
             "pictures": {"1": "Tomato", "2": "Kiwi"},
             "photos": {"1": "Kiwi", "2": "Tomato"},
-            "named": {
-                "who": "A child",
-                "pictures": {"1": "Tomato", "2": "Tomato"},
-                "photos": {"1": "Kiwi", "2": "Tomato"},
-            },
+            "reconstructions": {"1": "Tomato", "2": "Kiwi"},
+            "named": [
+                {"who": "A child", "pictures": {"1": "Tomato", "2": "Tomato"}},
+                {
+                    "who": "Its mother",
+                    "pictures": {"1": "Tomato", "2": "Kiwi"},
+                    "photos": {"1": "Kiwi", "2": "Tomato"},
+                    "reconstructions": {"1": "Kiwi", "2": "Tomato"},
+                },
+            ],
         },
     }
 
@@ -148,8 +153,8 @@ def write_finished_run(out: Path, classifier: Path) -> None:
     of_cells = {"cells": known["likelihood"]["lpd_random"], "source": source}
     write_json(out / "likelihood" / first.name / "likelihood.json", of_cells)
     write_json(out / "contexts.json", known["contexts"])
-    unlabelled = known["unlabelled"]
-    write_json(out / naming.NAMED, unlabelled.pop("named"))
-    write_json(out / naming.ANSWERS, unlabelled | hashes)
+    write_json(out / naming.NAMED, known["unlabelled"]["named"])
+    answers = {kind: known["unlabelled"][kind] for kind in naming.GRIDS}
+    write_json(out / naming.ANSWERS, answers | naming.what_is_drawn(out, TINY, first))
     for name in naming.GRIDS.values():
         Image.new("RGB", (8, 8)).save(out / name)
