@@ -38,7 +38,7 @@ from tokenizers import exact_precision, load_tokenizer
 from util.checkpoint import LAST
 from util.crop import center_crop_arr
 from util.dist import resolve_device
-from util.errors import UserError, reading
+from util.errors import UserError, about, reading
 from util.files import sha256
 from util.pictures import to_float, to_uint8
 from util.readers import read_json
@@ -235,7 +235,8 @@ class ImageGenerator:
 
     def find_class(self, name: int | str) -> int:
         """The number of a class given by name or number; UserError, with the nearest names, for an unknown one."""
-        return find_class(name, self.classes, self.model.config.class_num)
+        with about(self.source):  # which may be one that the user didn't name
+            return find_class(name, self.classes, self.model.config.class_num)
 
 
 def default_checkpoint() -> Path:
