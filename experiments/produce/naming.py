@@ -1,6 +1,6 @@
 """Who names them? A picture of each class without its name, the same of test photos, and what they were called.
 
-Test photos are shown as they are, and as the tokenizer makes them anew: no picture of the model's is better than those.
+Test photos are shown as they are, and as the tokenizer makes them anew, to tell its loss from the model's.
 """
 
 from __future__ import annotations
